@@ -1,0 +1,195 @@
+"""What the command line calls, and Python users too: plan, merge, verify, inspect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.errors import ArgumentError, StockpotError, VerificationError, raise_problems
+from stockpot.planning.plan import Plan
+from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
+from stockpot.recipes.parsing import load_recipe
+from stockpot.recipes.schema import Recipe
+from stockpot.specs import format_size, parse_size
+
+if TYPE_CHECKING:
+    from stockpot.engine.run import Progress
+
+__all__ = ["MergeResult", "Options", "inspect", "merge", "plan", "verify"]
+
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a merge; none of it changes the output's bytes but `seed` and `shard_size`.
+
+    device      "cpu", "cuda", "cuda:N", or "torch" (torch on the CPU)
+    threads     worker threads; None: as many as processors
+    max_memory  bytes (or "2GiB") of memory for the merge, over what the interpreter takes; None: 512 MiB
+    shard_size  bytes of tensor data in a file, at most
+    seed        of random masks
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    max_memory: int | str | None = None
+    shard_size: int | str = DEFAULT_SHARD_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and (isinstance(self.threads, bool) or self.threads < 1):
+            raise ArgumentError(f"threads: expected at least 1, got {self.threads!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError(f"seed: expected a whole number, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the output lies and what it took. `lineage` is the content of stockpot.json."""
+
+    path: str
+    lineage: Mapping[str, Any] = field(repr=False)
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
+    """Resolve a recipe against the headers of its models; reads no tensor data and writes nothing.
+
+    recipe: a path, YAML text (with a line break), a mapping, or a Recipe. Raises StockpotError with every problem found.
+    """
+    chosen = options or Options()
+    return build_plan(
+        load_recipe(recipe),
+        shard_size=parse_size(chosen.shard_size),
+        max_memory=None if chosen.max_memory is None else parse_size(chosen.max_memory),
+        threads=chosen.threads,
+        seed=chosen.seed,
+    )
+
+
+def merge(
+    recipe: RecipeLike,
+    out: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge into the directory `out`, which appears complete or not at all.
+
+    A merge that was killed goes on when called again (`resume`). progress(bytes done, bytes in all) is called from this
+    thread about every 0.1 s. Raises StockpotError; nothing is then left at `out`.
+    """
+    chosen = options or Options()
+    return merge_planned(plan(recipe, chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress)
+
+
+def merge_planned(
+    planned: Plan,
+    out: str | os.PathLike[str],
+    options: Options,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Run a plan that was made already; see merge."""
+    from stockpot.engine.devices import open_device
+    from stockpot.engine.publish import check_out, publish
+    from stockpot.engine.run import run_plan
+    from stockpot.lineage import write_side_files
+
+    target = os.fspath(out)
+    check_out(target, overwrite=overwrite, inputs=[m.checkpoint.path for m in planned.inputs])
+    check_space(planned, target)
+    device = open_device(options.device)
+    outcome = run_plan(planned, target, device, resume=resume, progress=progress)
+    lineage = write_side_files(planned, outcome, options.__dict__ | {"budget": planned.budget.__dict__})
+    publish(outcome.partial, target)
+    return MergeResult(
+        os.path.abspath(target),
+        lineage,
+        outcome.seconds,
+        outcome.bytes_read,
+        outcome.bytes_written,
+        tuple(outcome.warnings),
+        planned.notes,
+    )
+
+
+def check_space(planned: Plan, out: str) -> None:
+    """Refuse when the disk has less room than the output needs."""
+    import shutil
+
+    from stockpot.engine.run import partial_path
+    from stockpot.errors import OutputError
+
+    partial = partial_path(out)
+    held = sum(e.stat().st_blocks * 512 for e in os.scandir(partial)) if os.path.isdir(partial) else 0
+    folder = os.path.dirname(partial)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free + held
+    if free < planned.bytes_out:
+        raise OutputError(
+            f"{out}: the output needs {format_size(planned.bytes_out)}, {folder} has {format_size(free)} free"
+        )
+
+
+def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, from its headers alone, as plain data."""
+    checkpoint = open_checkpoint(ref)
+    layers = checkpoint.layers()
+    tied = checkpoint.tied()
+    dtypes: dict[str, dict[str, int]] = {}
+    for name in checkpoint.names():
+        spec = checkpoint.spec(name)
+        row = dtypes.setdefault(spec.dtype.label, {"tensors": 0, "parameters": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["parameters"] += spec.numel
+        row["bytes"] += spec.nbytes
+    return {
+        "path": checkpoint.path,
+        "kind": checkpoint.kind,
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "files": [{"name": os.path.basename(h.path), "bytes": h.size} for h in checkpoint.files],
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.nbytes,
+        "dtypes": dtypes,
+        "layers": layers.stacks,
+        "tied": tied,
+        "tensors": {
+            name: {"dtype": checkpoint.spec(name).dtype.label, "shape": list(checkpoint.spec(name).shape)}
+            for name in checkpoint.names()
+        },
+    }
+
+
+def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> dict[str, Any]:
+    """Read an output again and compare it with its lineage. Returns the lineage; raises VerificationError."""
+    from stockpot.engine.verify import compare
+    from stockpot.lineage import read_lineage
+
+    lineage, checkpoint = read_lineage(os.fspath(directory))
+    try:
+        wrong = compare(lineage["output"], checkpoint, threads or os.cpu_count() or 1)
+    except (KeyError, TypeError) as e:
+        raise VerificationError(f"{directory}: the lineage is incomplete: {e}") from e
+    finally:
+        checkpoint.close()
+    problems: list[StockpotError] = [VerificationError(f"{os.fspath(directory)}: {w}") for w in wrong]
+    raise_problems(problems)
+    return lineage
+
+
+__all__ += ["Checkpoint", "merge_planned", "open_checkpoint"]

@@ -1,0 +1,165 @@
+"""A checkpoint on local disk: safetensors files, their headers, and the config beside them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.checkpoints.header import Entry, Header
+from stockpot.checkpoints.names import LayerMap, map_layers
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.tied import head_alias, tied_duplicates
+from stockpot.errors import ReadError
+from stockpot.specs import TensorSpec
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A named set of tensors plus its config. Holds headers only; reads are positional and thread-safe.
+
+    ref      what the user wrote
+    path     the directory or the single file
+    kind     "model" or "adapter" (PEFT: its factors as plain tensors)
+    config   config.json or adapter_config.json, {} where there is none
+    files    the checked headers, in shard order
+    """
+
+    ref: str
+    path: str
+    kind: str
+    config: Mapping[str, Any]
+    files: tuple[Header, ...]
+    _where: dict[str, tuple[int, Entry]] = field(default_factory=dict, repr=False)
+    _fds: dict[int, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        for index, header in enumerate(self.files):
+            for name, entry in header.entries.items():
+                self._where[name] = (index, entry)
+
+    # what it holds
+
+    @property
+    def directory(self) -> str:
+        """Where config and tokenizer files lie."""
+        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
+
+    def names(self) -> Iterable[str]:
+        """Every stored tensor, in storage order."""
+        return self._where.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape; KeyError when there is no such tensor."""
+        return self._where[name][1].spec
+
+    def location(self, name: str) -> tuple[Header, Entry]:
+        """The file that holds a tensor and the byte range there."""
+        index, entry = self._where[name]
+        return self.files[index], entry
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors, tied copies counted once."""
+        tied = self.tied()
+        return sum(e.spec.numel for n, (_, e) in self._where.items() if n not in tied)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data as stored."""
+        return sum(e.spec.nbytes for _, e in self._where.values())
+
+    # what its names mean
+
+    def layers(self) -> LayerMap:
+        """The stacks of layers that the names show."""
+        return map_layers(self._where)
+
+    def tied(self) -> dict[str, str]:
+        """Stored tensors that the config declares to be another one: name -> the name that counts."""
+        return tied_duplicates({n: e.spec for n, (_, e) in self._where.items()}, self.config)
+
+    def resolve(self, name: str) -> str | None:
+        """The stored tensor that `name` means: itself, or the embedding an absent tied head stands for."""
+        if name in self._where:
+            return name
+        return head_alias(name, {n: e.spec for n, (_, e) in self._where.items()}, self.config)
+
+    # reading
+
+    def _fd(self, index: int) -> int:
+        fd = self._fds.get(index)
+        if fd is None:
+            with self._lock:
+                fd = self._fds.get(index)
+                if fd is None:
+                    path = self.files[index].path
+                    try:
+                        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    except OSError as e:
+                        raise ReadError(f"{path}: can't be opened any more: {e.strerror or e}") from e
+                    self._fds[index] = fd
+        return fd
+
+    def _extents(self, requests: Sequence[ReadRequest]) -> Iterator[tuple[int, int, int]]:
+        """(file, start, stop) in bytes, neighbours joined."""
+        current: tuple[int, int, int] | None = None
+        for r in requests:
+            index, entry = self._where[r.name]
+            size = entry.spec.dtype.itemsize
+            start, stop = entry.start + r.start * size, entry.start + r.stop * size
+            if current and current[0] == index and current[2] == start:
+                current = (index, current[1], stop)
+            else:
+                if current:
+                    yield current
+                current = (index, start, stop)
+        if current:
+            yield current
+
+    def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
+        """Fill `buffer` with the requested ranges one after the other; see TensorSource. Raises ReadError."""
+        position = 0
+        for index, start, stop in self._extents(requests):
+            fd = self._fd(index)
+            while start < stop:
+                try:
+                    n = os.preadv(fd, [buffer[position : position + stop - start]], start)
+                except OSError as e:
+                    raise ReadError(f"{self.files[index].path}: read at byte {start} failed: {e.strerror or e}") from e
+                if n == 0:
+                    raise ReadError(
+                        f"{self.files[index].path}: ended at byte {start}, its header promised {stop}; "
+                        "the file was cut short after it was opened"
+                    )
+                start += n
+                position += n
+
+    def will_read(self, request: ReadRequest) -> None:
+        """Ask the kernel to start reading a range."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is None:
+            return
+        for index, start, stop in self._extents([request]):
+            advise(self._fd(index), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the files. Reading again opens them again."""
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()

@@ -1,0 +1,63 @@
+"""Tensors that are already in memory, served like a checkpoint on disk: for notebooks and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.errors import CheckpointError
+from stockpot.specs import BY_LABEL, DType, TensorSpec
+
+__all__ = ["MemorySource"]
+
+_NUMPY = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class MemorySource:
+    """A TensorSource over a mapping of names to torch tensors or numpy arrays."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._bytes: dict[str, memoryview[Any]] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        for name, value in tensors.items():
+            dtype, raw = _raw(name, value)
+            self._specs[name] = TensorSpec(dtype, tuple(int(d) for d in value.shape))
+            self._bytes[name] = raw
+
+    def names(self) -> Iterable[str]:
+        return self._specs.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
+        position = 0
+        for r in requests:
+            size = self._specs[r.name].dtype.itemsize
+            part = self._bytes[r.name][r.start * size : r.stop * size]
+            buffer[position : position + len(part)] = part
+            position += len(part)
+
+    def will_read(self, request: ReadRequest) -> None:
+        pass
+
+
+def _raw(name: str, value: Any) -> tuple[DType, memoryview[Any]]:
+    import numpy as np
+
+    label = _NUMPY.get(str(getattr(value, "dtype", "")).removeprefix("torch."))
+    if label is None:
+        raise CheckpointError(f"{name!r}: expected a torch tensor or numpy array of a known dtype, got {type(value)}")
+    dtype = BY_LABEL[label]
+    if hasattr(value, "detach"):  # a torch tensor: reinterpret, since numpy knows no bfloat16
+        import torch
+
+        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    else:
+        array = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return dtype, memoryview(array)

@@ -1,0 +1,61 @@
+"""The one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import typer
+
+from stockpot.errors import ProblemsError, StockpotError
+
+__all__ = ["boundary"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def boundary(command: F) -> F:
+    """Wrap a command: StockpotError -> message and its exit code; a signal -> 130; anything else is a bug, 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            return command(*args, **kwargs)
+        except ProblemsError as e:
+            for problem in e.problems:
+                _say(f"error: {problem}")
+            raise typer.Exit(e.exit_code) from None
+        except StockpotError as e:
+            _say(f"error: {e}" if e.exit_code != 130 else str(e))
+            raise typer.Exit(e.exit_code) from None
+        except KeyboardInterrupt:
+            _say("stopped")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # the reader of our output went away (`stockpot methods | head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+            _say("error: this is a bug in stockpot; please report it with the lines above")
+            raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,150 @@
+"""The command line: arguments to api calls, errors to exit codes.
+
+0 done · 1 a bug in stockpot · 2 the user's mistake · 3 unusable input data · 4 verification failed · 130 stopped by a signal
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from stockpot.cli.boundary import boundary
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="stockpot",
+    help="Merge model checkpoints: streamed, resumable, with a record of what was done.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than everything else here
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
+Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
+MaxMemory = Annotated[str, typer.Option(help="Memory for the merge, over what the interpreter itself takes.")]
+ShardSize = Annotated[str, typer.Option(help="Most bytes of tensor data in one file.")]
+Seed = Annotated[int, typer.Option(help="Seed of random masks; always recorded.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        import stockpot
+
+        print(f"stockpot {stockpot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Merge model checkpoints: streamed, resumable, with a record of what was done."""
+
+
+@app.command()
+@boundary
+def merge(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[str, typer.Argument(help="Directory to create.")],
+    device: Device = "cpu",
+    threads: Threads = None,
+    max_memory: MaxMemory = "512MiB",
+    shard_size: ShardSize = "5GB",
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")] = False,
+) -> None:
+    """Merge as RECIPE says and publish the result at OUT.
+
+    A merge that was killed goes on from where it stopped when the same command is given again.
+    """
+    from stockpot import api
+    from stockpot.cli.progress import progress_bar
+    from stockpot.cli.show import show_merge, show_notes
+
+    options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size, seed=seed)
+    planned = api.plan(recipe, options)
+    show_notes(planned.notes, quiet=quiet or as_json)
+    with progress_bar(enabled=not (quiet or as_json)) as progress:
+        result = api.merge_planned(planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress)
+    show_merge(result, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@boundary
+def plan(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    threads: Threads = None,
+    max_memory: MaxMemory = "512MiB",
+    shard_size: ShardSize = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Show what RECIPE would read, write and hold in memory, or every problem that headers can show."""
+    from stockpot import api
+    from stockpot.cli.show import show_plan
+
+    options = api.Options(threads=threads, max_memory=max_memory, shard_size=shard_size)
+    show_plan(api.plan(recipe, options), as_json=as_json)
+
+
+@app.command()
+@boundary
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A model or adapter directory, or a .safetensors file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show tensors, dtypes, layers and tied weights of CHECKPOINT, from its headers alone."""
+    from stockpot import api
+    from stockpot.cli.show import show_checkpoint
+
+    show_checkpoint(api.inspect(checkpoint), as_json=as_json)
+
+
+@app.command()
+@boundary
+def verify(
+    out: Annotated[str, typer.Argument(help="A directory that stockpot wrote.")],
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every tensor of OUT again and compare it with its lineage (stockpot.json)."""
+    from stockpot import api
+    from stockpot.cli.show import show_verified
+
+    show_verified(out, api.verify(out, threads=threads), as_json=as_json)
+
+
+@app.command()
+@boundary
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:
+    """List the merge methods, or describe one with its parameters."""
+    from stockpot.cli.show import show_method, show_methods
+
+    if name is None:
+        show_methods(as_json=as_json)
+    else:
+        show_method(name, as_json=as_json)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="stockpot")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

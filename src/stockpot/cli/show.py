@@ -1,0 +1,223 @@
+"""Results as text for people or JSON for programs. Knows no merging."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from stockpot.specs import format_count, format_size
+
+if TYPE_CHECKING:
+    from stockpot.api import MergeResult
+    from stockpot.planning.plan import Plan
+
+__all__ = ["show_checkpoint", "show_merge", "show_method", "show_methods", "show_notes", "show_plan", "show_verified"]
+
+
+def _print_json(doc: Any) -> None:
+    print(json.dumps(doc, indent=2, ensure_ascii=False))
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        numeric = column.startswith("#")
+        table.add_column(column.lstrip("#"), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    console.print(table)
+
+
+def show_notes(notes: Iterable[str], *, quiet: bool) -> None:
+    """Notes go to stderr, so that they never mix with output."""
+    if not quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def show_merge(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        _print_json(
+            {
+                "path": result.path,
+                "seconds": round(result.seconds, 3),
+                "bytes_read": result.bytes_read,
+                "bytes_written": result.bytes_written,
+                "warnings": list(result.warnings),
+                "notes": list(result.notes),
+                "seed": result.lineage["seed"],
+                "files": result.lineage["output"]["files"],
+            }
+        )
+    elif not quiet:
+        rate = (result.bytes_read + result.bytes_written) / max(result.seconds, 1e-9)
+        print(
+            f"{result.path}: {len(result.lineage['output']['tensors'])} tensors, {format_size(result.bytes_written)} written, "
+            f"{format_size(result.bytes_read)} read in {result.seconds:.1f} s ({format_size(rate)}/s)"
+        )
+
+
+def _parameters(params: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return "[" + ", ".join(f"{v:g}" for v in value) + "]"
+        if isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{k}={shown(v)}" for k, v in params.items())
+
+
+def show_plan(plan: Plan, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(plan.to_dict())
+        return
+    _table(
+        "models",
+        ("model", "#tensors", "#bytes", ""),
+        (
+            (
+                m.ref,
+                len(m.checkpoint),
+                format_size(m.checkpoint.nbytes),
+                "config and tokenizer" if m.index == plan.donor else "",
+            )
+            for m in plan.inputs
+        ),
+    )
+    print()
+    rows = plan.group_rows()
+    shown = rows if len(rows) <= 40 else rows[:40]
+    _table(
+        "tensors",
+        ("method", "parameters", "#tensors", "#elements", "#read", "#passes", "#written", "such as"),
+        (
+            (
+                r["method"],
+                _parameters(r["parameters"]),
+                r["tensors"],
+                format_count(r["elements"]),
+                format_size(r["read_bytes"]),
+                r["passes"],
+                format_size(r["write_bytes"]),
+                r["example"],
+            )
+            for r in shown
+        ),
+    )
+    if len(rows) > len(shown):
+        print(f"... and {len(rows) - len(shown)} more groups (--json shows all)")
+    budget = plan.budget
+    print(
+        f"\nreads {format_size(plan.bytes_in)}, writes {format_size(plan.bytes_out)} in {len(plan.shards)} "
+        f"file{'s' if len(plan.shards) != 1 else ''}; holds at most {format_size(budget.peak)} of {format_size(budget.limit)} "
+        f"over the interpreter ({budget.workers} worker{'s' if budget.workers != 1 else ''}); seed {plan.seed}"
+    )
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(info)
+        return
+    architecture = f", {info['architecture']}" if info["architecture"] else ""
+    print(f"{info['path']}: {info['kind']}{architecture}")
+    print(
+        f"{format_count(info['parameters'])} parameters, {format_size(info['bytes'])} in {len(info['files'])} "
+        f"file{'s' if len(info['files']) != 1 else ''}, {len(info['tensors'])} tensors"
+    )
+    for dtype, row in info["dtypes"].items():
+        print(f"  {dtype}: {row['tensors']} tensors, {format_size(row['bytes'])}")
+    for stack, count in info["layers"].items():
+        print(f"  layers: {stack} x {count}")
+    for name, target in info["tied"].items():
+        print(f"  tied: {name} = {target}")
+    print()
+    _table("", ("tensor", "dtype", "shape"), ((n, t["dtype"], t["shape"]) for n, t in info["tensors"].items()))
+
+
+def show_verified(out: str, lineage: Mapping[str, Any], *, as_json: bool) -> None:
+    tensors = lineage["output"]["tensors"]
+    if as_json:
+        _print_json({"path": out, "verified": True, "tensors": len(tensors), "created": lineage.get("created")})
+    else:
+        print(f"{out}: {len(tensors)} tensors are what was written on {lineage.get('created')}")
+
+
+def _method_row(method: Any) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "space": method.space.value,
+        "scope": method.scope.value,
+        "models": list(method.models),
+        "statistics": [s.name for s in method.stats],
+        "random": method.random is not None,
+        "dialects": list(method.dialects),
+        "cite": method.cite,
+        "parameters": [
+            {
+                "name": p.name,
+                "kind": p.kind.describe(),
+                "per_model": p.per_model,
+                "default": default_text(p),
+            }
+            for p in method.parameters.values()
+        ],
+    }
+
+
+def default_text(parameter: Any) -> str:
+    """A parameter's default as the docs show it."""
+    from stockpot.methods.parameters import REQUIRED, ByDialect
+
+    if parameter.default is REQUIRED:
+        return "required"
+    if isinstance(parameter.default, ByDialect):
+        known = ", ".join(f"{value} ({dialect})" for dialect, value in parameter.default.values.items())
+        return f"{known}; else required"
+    return str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
+
+
+def show_methods(*, as_json: bool) -> None:
+    from stockpot.methods import methods
+
+    found = methods().values()
+    if as_json:
+        _print_json([_method_row(m) for m in found])
+        return
+    _table("", ("method", "works on", "what it does"), ((m.name, m.space.value, m.summary) for m in found))
+
+
+def show_method(name: str, *, as_json: bool) -> None:
+    from stockpot.methods import get_method
+
+    method = get_method(name)
+    if as_json:
+        _print_json(_method_row(method))
+        return
+    low, high = method.models
+    count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+    print(f"{method.name}: {inspect.getdoc(method.function)}\n")
+    print(f"works on {'deltas (a base is needed)' if method.space.value == 'delta' else 'weights'}; models: {count}")
+    if method.cite:
+        print(f"source: {method.cite}")
+    print()
+    _table(
+        "",
+        ("parameter", "value", "for each model", "default"),
+        (
+            (p.name, p.kind.describe(), "yes" if p.per_model else "", default_text(p))
+            for p in method.parameters.values()
+        ),
+    )

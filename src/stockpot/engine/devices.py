@@ -1,0 +1,123 @@
+"""Where the arithmetic runs: numpy on the CPU (starts in a fraction of a second), torch on a GPU or anything else.
+
+Both run the same method functions. Elementwise results are the same bits: each step is one IEEE operation on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.errors import ArgumentError
+from stockpot.specs import DType
+
+__all__ = ["Device", "NumpyDevice", "TorchDevice", "open_device"]
+
+
+class Device(Protocol):
+    """Loads raw bytes as arrays `[m, n]` to compute with, and stores results."""
+
+    name: str
+
+    def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
+        """`m` buffers of n elements -> `[m, n]`, float64 when `wide` else float32. `slot` keeps scratch per thread."""
+        ...
+
+    def store(self, values: Any, dtype: DType, raw: Any) -> None:
+        """`[n]` -> bytes of `dtype` in `raw`, one rounding."""
+        ...
+
+    def masks(self, masks: Any) -> Any:
+        """numpy booleans -> this device."""
+        ...
+
+    def to_numpy(self, values: Any) -> Any:
+        """An array of this device -> numpy."""
+        ...
+
+
+class NumpyDevice:
+    """The CPU, through numpy."""
+
+    name = "cpu"
+
+    def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
+        m = len(raws)
+        scratch = slot.get((m, wide))
+        if scratch is None or scratch.size < m * n:
+            scratch = slot[m, wide] = np.empty(m * n, np.float64 if wide else np.float32)
+        out = scratch[: m * n].reshape(m, n)
+        for i, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
+            decode_into(raw, dtype, out[i])
+        return out
+
+    def store(self, values: Any, dtype: DType, raw: Any) -> None:
+        encode_into(values, dtype, raw)
+
+    def masks(self, masks: Any) -> Any:
+        return masks
+
+    def to_numpy(self, values: Any) -> Any:
+        return values
+
+
+class TorchDevice:
+    """Any torch device: `cuda`, `cuda:1`, or `cpu` under the name `torch`."""
+
+    def __init__(self, where: str) -> None:
+        import torch
+
+        self.torch = torch
+        self.name = where
+        self.device = torch.device("cpu" if where == "torch" else where)
+        self.dtypes = {
+            DType.F64: torch.float64,
+            DType.F32: torch.float32,
+            DType.F16: torch.float16,
+            DType.BF16: torch.bfloat16,
+            DType.F8_E4M3: torch.float8_e4m3fn,
+            DType.F8_E5M2: torch.float8_e5m2,
+        }
+
+    def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
+        torch = self.torch
+        out = torch.empty((len(raws), n), dtype=torch.float64 if wide else torch.float32, device=self.device)
+        for i, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
+            if n:
+                host = torch.frombuffer(raw, dtype=self.dtypes[dtype])
+                out[i] = host.to(self.device)
+        return out
+
+    def store(self, values: Any, dtype: DType, raw: Any) -> None:
+        if values.numel():
+            if dtype in (DType.F8_E4M3, DType.F8_E5M2):  # one rounding rule for all devices
+                encode_into(values.cpu().numpy(), dtype, raw)
+            else:
+                self.torch.frombuffer(raw, dtype=self.dtypes[dtype]).copy_(values)
+
+    def masks(self, masks: Any) -> Any:
+        return self.torch.from_numpy(masks).to(self.device)
+
+    def to_numpy(self, values: Any) -> Any:
+        return values.cpu().numpy()
+
+
+def open_device(name: str) -> Device:
+    """`cpu` (numpy), `cuda`, `cuda:N`, or `torch` (torch on the CPU). Raises ArgumentError when it isn't there."""
+    if name == "cpu":
+        return NumpyDevice()
+    if name == "torch":
+        return TorchDevice(name)
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()) or name.endswith(":"):
+        raise ArgumentError(f"--device {name!r}: expected cpu, cuda, cuda:N or torch")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ArgumentError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    if number and int(number) >= torch.cuda.device_count():
+        raise ArgumentError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return TorchDevice(name)

@@ -1,0 +1,174 @@
+"""The journal of a merge in progress: which pieces are safely on disk, with their digests.
+
+One JSON object a line. The first names the plan (its identity); each other is one finished unit, written only after the
+unit's bytes were flushed. A line cut short by a crash is dropped. The file is locked while a merge runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.errors import OutputError
+
+__all__ = ["Journal", "Record"]
+
+NAME = "stockpot.journal"
+_INTERVAL = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Pieces first..last of a tensor: digests of the output's pieces and of each input's, and a warning if any."""
+
+    tensor: int
+    first: int
+    last: int
+    out: tuple[bytes, ...]
+    inputs: tuple[tuple[bytes, ...], ...]
+    warning: str | None = None
+
+    def encode(self) -> str:
+        row: list[Any] = [
+            self.tensor,
+            self.first,
+            self.last,
+            b"".join(self.out).hex(),
+            [b"".join(d).hex() for d in self.inputs],
+        ]
+        if self.warning:
+            row.append(self.warning)
+        return json.dumps(row, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, row: list[Any]) -> Record:
+        return cls(
+            row[0], row[1], row[2], _split(row[3]), tuple(_split(d) for d in row[4]), row[5] if len(row) > 5 else None
+        )
+
+
+def _split(text: str) -> tuple[bytes, ...]:
+    raw = bytes.fromhex(text)
+    return tuple(raw[i : i + 32] for i in range(0, len(raw), 32))
+
+
+@dataclass
+class Journal:
+    """Append-only. `add` queues a record; a background thread flushes data, then records, about once a second."""
+
+    path: str
+    identity: str
+    flush_data: Callable[[], None]
+    records: list[Record] = field(default_factory=list)
+    error: BaseException | None = None
+    _queue: list[Record] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _fd: int = -1
+    _thread: threading.Thread | None = None
+
+    def open(self) -> bool:
+        """Lock the file and read what it holds. True when it belongs to this plan; else it is started anew.
+
+        Raises OutputError when another merge holds the lock.
+        """
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        _lock_file(self._fd, self.path)
+        with open(self.path, "rb") as f:
+            raw = f.read()
+        lines = raw.split(b"\n")
+        resumed = False
+        keep = 0
+        if len(lines) > 1 and _first_line(lines[0]) == self.identity:
+            resumed = True
+            keep = len(lines[0]) + 1
+            for line in lines[1:-1]:
+                try:
+                    record = Record.decode(json.loads(line))
+                except (ValueError, TypeError, IndexError, KeyError):
+                    break
+                self.records.append(record)
+                keep += len(line) + 1
+        os.ftruncate(self._fd, keep)
+        os.lseek(self._fd, keep, os.SEEK_SET)
+        return resumed
+
+    def begin(self, *, resumed: bool) -> None:
+        """Write the first line of a new journal and start the background thread."""
+        if not resumed:
+            os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._append(json.dumps({"stockpot_journal": 1, "plan": self.identity}) + "\n")
+        self._thread = threading.Thread(target=self._run, name="stockpot-journal", daemon=True)
+        self._thread.start()
+
+    def add(self, record: Record) -> None:
+        """Queue a finished unit. Raises what the background thread failed with."""
+        if self.error is not None:
+            raise self.error
+        with self._lock:
+            self._queue.append(record)
+
+    def _append(self, text: str) -> None:
+        view = memoryview(text.encode())
+        while len(view):
+            view = view[os.write(self._fd, view) :]
+        os.fsync(self._fd)
+
+    def commit(self) -> None:
+        """Flush data, then record it."""
+        with self._lock:
+            batch, self._queue = self._queue, []
+        if batch:
+            self.flush_data()
+            self._append("".join(r.encode() + "\n" for r in batch))
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(_INTERVAL):
+                before = time.monotonic()
+                self.commit()
+                # a slow disk must not be asked to flush all the time
+                self._stop.wait(time.monotonic() - before)
+        except BaseException as e:
+            self.error = e
+
+    def close(self, *, commit: bool) -> None:
+        """Stop the thread; commit what is queued if asked; release the lock."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            if commit and self.error is None:
+                self.commit()
+        finally:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+        if commit and self.error is not None:
+            raise self.error
+
+
+def _first_line(line: bytes) -> str | None:
+    try:
+        doc = json.loads(line)
+    except ValueError:
+        return None
+    return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == 1 else None
+
+
+def _lock_file(fd: int, path: str) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(fd)
+        raise OutputError(f"{os.path.dirname(path)}: another merge is writing here right now") from e

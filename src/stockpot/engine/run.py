@@ -1,0 +1,352 @@
+"""Runs a plan: threads take units from the scheduler, read, compute, hash, write and journal them.
+
+The result lies in a `.partial` directory, complete and flushed but for config, card and lineage, which the caller adds
+before `publish` renames it into place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.engine.devices import Device
+from stockpot.engine.digests import piece_digest, tensor_digest
+from stockpot.engine.journal import NAME as JOURNAL_NAME
+from stockpot.engine.journal import Journal, Record
+from stockpot.engine.kernel import Kernel, UnitData, sample_runs
+from stockpot.engine.scheduler import Job, Scheduler, Work
+from stockpot.engine.sink import ShardSink
+from stockpot.engine.units import Segment, Unit
+from stockpot.errors import Interrupted, OutputError
+from stockpot.planning.grid import grid_of
+from stockpot.planning.plan import Action, Plan
+
+__all__ = ["Outcome", "Progress", "partial_path", "run_plan"]
+
+#: called from the main thread with (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
+
+_WIDE_SAMPLES = 2**18
+
+
+@dataclass
+class Outcome:
+    """What a run produced. Digests are hexadecimal; input digests are by (model, tensor)."""
+
+    partial: str
+    output_digests: dict[str, str] = field(default_factory=dict)
+    input_digests: dict[tuple[int, str], str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    resumed_bytes: int = 0
+    seconds: float = 0.0
+
+
+class _DigestBook:
+    """Digests of tensors, put together from those of their pieces as these come in."""
+
+    def __init__(self) -> None:
+        self.done: dict[Any, str] = {}
+        self._open: dict[Any, dict[int, bytes]] = {}
+
+    def add(self, key: Any, pieces: int, first: int, digests: Sequence[bytes]) -> None:
+        if key in self.done:
+            return
+        if pieces == 1:
+            self.done[key] = tensor_digest(digests)
+            return
+        known = self._open.setdefault(key, {})
+        known.update(enumerate(digests, first))
+        if len(known) == pieces:
+            self.done[key] = tensor_digest(known[k] for k in range(pieces))
+            del self._open[key]
+
+
+def partial_path(out: str) -> str:
+    """Where a merge into `out` keeps its unfinished work."""
+    return os.path.abspath(out).rstrip(os.sep) + ".partial"
+
+
+def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progress: Progress | None = None) -> Outcome:
+    """Do everything that a plan says, into `out`.partial. Raises OutputError, ReadError, Interrupted."""
+    runner = _Runner(plan, partial_path(out), device)
+    return runner.run(resume, progress)
+
+
+class _Runner:
+    def __init__(self, plan: Plan, partial: str, device: Device) -> None:
+        self.plan = plan
+        self.device = device
+        self.outcome = Outcome(partial)
+        self.pieces_done: dict[int, set[int]] = {}
+        self.out_book = _DigestBook()
+        self.in_book = _DigestBook()
+        self.lock = threading.Lock()
+        self.errors: list[BaseException] = []
+        self.bytes_done = 0
+        budget = plan.budget
+        self.kernels = [Kernel(device, g, plan.seed, budget.chunk) for g in plan.groups]
+
+    # setting up and winding down
+
+    def run(self, resume: bool, progress: Progress | None) -> Outcome:
+        began = time.monotonic()
+        partial = self.outcome.partial
+        try:
+            os.makedirs(partial, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"{partial}: can't be created: {e.strerror or e}") from e
+        journal = Journal(os.path.join(partial, JOURNAL_NAME), self.plan.identity, lambda: sink.flush())
+        try:
+            resumed = journal.open() and resume
+        except OSError as e:
+            if isinstance(e, OutputError):
+                raise
+            raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
+        if not resumed:
+            journal.records.clear()
+            _clear(partial, keep=JOURNAL_NAME)
+        sink: ShardSink | None = None
+        finished = False
+        try:
+            sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
+            if resumed:
+                self._recover(journal.records)
+            journal.begin(resumed=resumed)
+            self._work(sink, journal, progress)
+            finished = True
+        finally:
+            try:
+                if sink is not None:
+                    journal.close(commit=True)
+            finally:
+                if sink is not None:
+                    if finished:
+                        sink.flush()
+                    sink.close()
+                elif not resumed:
+                    journal.close(commit=False)
+                    _clear(partial)
+                for model in self.plan.inputs:
+                    model.checkpoint.close()
+        empty = (t.name for t in self.plan.tensors if t.spec.numel == 0)
+        self.outcome.output_digests = {**self.out_book.done, **{name: tensor_digest(()) for name in empty}}
+        self.outcome.input_digests = self.in_book.done
+        self.outcome.seconds = time.monotonic() - began
+        return self.outcome
+
+    def _recover(self, records: Sequence[Record]) -> None:
+        """Take over what a journal vouches for, after checking that the bytes are really there."""
+        fds: dict[int, int] = {}
+        try:
+            for record in records:
+                t = self.plan.tensors[record.tensor]
+                grid = grid_of(t.spec.shape)
+                if t.shard not in fds:
+                    path = os.path.join(self.outcome.partial, self.plan.shards[t.shard].name)
+                    fds[t.shard] = os.open(path, os.O_RDONLY)
+                size = t.spec.dtype.itemsize
+                sound = True
+                for piece, digest in zip(range(record.first, record.last), record.out, strict=True):
+                    start, stop = grid.bounds(piece)
+                    raw = os.pread(fds[t.shard], (stop - start) * size, t.offset + start * size)
+                    sound = sound and piece_digest(raw) == digest
+                if not sound:
+                    continue
+                self.pieces_done.setdefault(t.index, set()).update(range(record.first, record.last))
+                self._book(record)
+                start, stop = grid.span(record.first, record.last)
+                self.outcome.resumed_bytes += (stop - start) * size
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+    def _book(self, record: Record) -> None:
+        t = self.plan.tensors[record.tensor]
+        pieces = grid_of(t.spec.shape).pieces
+        self.out_book.add(t.name, pieces, record.first, record.out)
+        for operand, digests in zip(t.inputs, record.inputs, strict=True):
+            self.in_book.add((operand.model, operand.name), pieces, record.first, digests)
+        if record.warning and record.warning not in self.outcome.warnings:
+            self.outcome.warnings.append(record.warning)
+
+    # the threads
+
+    def _work(self, sink: ShardSink, journal: Journal, progress: Progress | None) -> None:
+        workers = self.plan.budget.workers
+        scheduler = Scheduler(self.plan, lambda i: self.pieces_done.get(i, set()), read_ahead=2 * workers + 2)
+        threads = [
+            threading.Thread(target=self._worker, args=(scheduler, sink, journal), name=f"stockpot-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        total = self.plan.bytes_in + self.plan.bytes_out
+        try:
+            for thread in threads:
+                thread.start()
+            while any(t.is_alive() for t in threads):
+                for thread in threads:
+                    thread.join(0.05)
+                if progress is not None:
+                    progress(min(self.bytes_done + self.outcome.resumed_bytes, total), total)
+        except KeyboardInterrupt:
+            scheduler.stop()
+            for thread in threads:
+                thread.join()
+            raise Interrupted(
+                f"stopped; {self.outcome.partial} keeps what is done, and the same command goes on from there"
+            ) from None
+        if self.errors:
+            raise self.errors[0]
+
+    def _worker(self, scheduler: Scheduler, sink: ShardSink, journal: Journal) -> None:
+        slot: dict[Any, Any] = {}
+        try:
+            while True:
+                work, hints = scheduler.next()
+                for unit in hints:
+                    self._advise(unit)
+                if work is None:
+                    return
+                self._do(work, slot, sink, journal)
+                scheduler.finished(work)
+        except BaseException as e:
+            self.errors.append(e)
+            scheduler.stop()
+
+    def _advise(self, unit: Unit) -> None:
+        for i, operand in enumerate(unit.lead.inputs):
+            source = self.plan.inputs[operand.model].checkpoint
+            for s in unit.segments if len(unit.segments) < 64 else ():
+                source.will_read(ReadRequest(s.tensor.inputs[i].name, s.start, s.stop))
+
+    # one unit
+
+    def _read(self, unit: Unit, slot: dict[Any, Any]) -> UnitData:
+        """The unit's bytes of every input, into this thread's buffer."""
+        dtypes = [self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in unit.lead.inputs]
+        sizes = [unit.numel * d.itemsize for d in dtypes]
+        starts, total = [], 0
+        for size in sizes:
+            starts.append(total)
+            total += -(-size // 64) * 64
+        buffer = _buffer(slot, "raw", total)
+        raws = []
+        for i, (operand, start, size) in enumerate(zip(unit.lead.inputs, starts, sizes, strict=True)):
+            raw = buffer[start : start + size]
+            requests = [ReadRequest(s.tensor.inputs[i].name, s.start, s.stop) for s in unit.segments]
+            self.plan.inputs[operand.model].checkpoint.read(requests, raw)
+            raws.append(raw)
+        with self.lock:
+            self.outcome.bytes_read += sum(sizes)
+            self.bytes_done += sum(sizes)
+        return UnitData(unit, raws, dtypes, slot)
+
+    def _do(self, work: Work, slot: dict[Any, Any], sink: ShardSink, journal: Journal) -> None:
+        if work.job is not None and work.job.sampling:
+            work.job.gathering.suggest(self._sample(work.job, slot))
+            return
+        data = self._read(work.unit, slot)
+        lead = work.unit.lead
+        if work.job is not None:
+            self.kernels[lead.group].fold(work.job.gathering, data, work.stats)
+            return
+        out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
+        warning = None
+        if lead.action is Action.MERGE:
+            self.kernels[lead.group].combine(data, work.stats, out)
+        else:
+            out = data.raws[0]
+            if lead.action is Action.KEEP:
+                warning = self._differing(data)
+        self._write(work.unit, out, sink)
+        for record in self._records(data, out, warning):
+            with self.lock:
+                self._book(record)
+            journal.add(record)
+        with self.lock:
+            self.outcome.bytes_written += len(out)
+            self.bytes_done += len(out)
+
+    def _sample(self, job: Job, slot: dict[Any, Any]) -> Any:
+        """A few deltas from all over a job's tensors."""
+        total = sum(u.numel for u in job.units)
+        parts = []
+        for unit in job.units:
+            share = max(_WIDE_SAMPLES * unit.numel // total, 1024)
+            for segment in unit.segments if len(unit.segments) < 64 else unit.segments[::64]:
+                n = segment.stop - segment.start
+                runs = sample_runs(n, samples=max(share // len(unit.segments), 512))
+                pieces = [Segment(segment.tensor, 0, 0, segment.start + a, segment.start + b) for a, b in runs]
+                data = self._read(Unit(tuple(pieces)), slot)
+                count = sum(b - a for a, b in runs)
+                parts.append(self.kernels[segment.tensor.group].deltas(data, 0, count))
+        return np.concatenate(parts, axis=1)
+
+    def _differing(self, data: UnitData) -> str | None:
+        """A warning when models disagree on a tensor that is not averaged."""
+        first = np.frombuffer(data.raws[0], np.uint8)
+        for operand, raw in zip(data.unit.lead.inputs[1:], data.raws[1:], strict=True):
+            if not np.array_equal(first, np.frombuffer(raw, np.uint8)):
+                names = data.unit.lead.name + (", ..." if len(data.unit.segments) > 1 else "")
+                a, b = (self.plan.inputs[i].ref for i in (data.unit.lead.inputs[0].model, operand.model))
+                return f"{names}: {data.unit.lead.spec.dtype} differs between {a} and {b}; taken from {a}"
+        return None
+
+    def _write(self, unit: Unit, out: memoryview[Any], sink: ShardSink) -> None:
+        """Neighbours in the file are written together."""
+        size = unit.lead.spec.dtype.itemsize
+        at = 0
+        run_start, run_offset, run_shard = 0, -1, -1
+        for s in unit.segments:
+            offset = s.tensor.offset + s.start * size
+            if s.tensor.shard != run_shard or offset != run_offset + (at - run_start):
+                if run_shard >= 0:
+                    sink.write(run_shard, [out[run_start:at]], run_offset)
+                run_start, run_offset, run_shard = at, offset, s.tensor.shard
+            at += (s.stop - s.start) * size
+        sink.write(run_shard, [out[run_start:at]], run_offset)
+
+    def _records(self, data: UnitData, out: memoryview[Any], warning: str | None) -> list[Record]:
+        """Digests of all that passed through, one record a segment."""
+        records = []
+        at = 0
+        out_size = data.unit.lead.spec.dtype.itemsize
+        for s in data.unit.segments:
+            grid = grid_of(s.tensor.spec.shape)
+            bounds = [(at + a - s.start, at + b - s.start) for a, b in map(grid.bounds, range(s.first, s.last))]
+            inputs = tuple(tuple(piece_digest(data.part(i, a, b)) for a, b in bounds) for i in range(len(data.raws)))
+            if s.tensor.action is Action.MERGE:
+                produced = tuple(piece_digest(out[a * out_size : b * out_size]) for a, b in bounds)
+            else:
+                produced = inputs[0]
+            records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, warning))
+            at += s.stop - s.start
+        return records
+
+
+def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
+    """A reused buffer of this thread."""
+    held = slot.get(key)
+    if held is None or len(held) < size:
+        slot[key] = held = memoryview(np.empty(max(size, 1), np.uint8))
+    return held[:size]  # type: ignore[no-any-return]
+
+
+def _clear(directory: str, keep: str | None = None) -> None:
+    """Remove the files of an unfinished merge, and the directory unless something is kept."""
+    import shutil
+
+    for name in os.listdir(directory):
+        if name != keep:
+            path = os.path.join(directory, name)
+            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+    if keep is None:
+        os.rmdir(directory)

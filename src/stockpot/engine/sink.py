@@ -1,0 +1,80 @@
+"""The output's shard files: preallocated, header first, every tensor written at its planned offset."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from stockpot.errors import OutputError
+from stockpot.planning.plan import Shard
+
+__all__ = ["ShardSink"]
+
+
+class ShardSink:
+    """Writes at offsets from any thread; `flush` makes what was written so far survive a power cut."""
+
+    def __init__(self, directory: str, shards: Sequence[Shard], *, fresh: bool) -> None:
+        self.paths = [os.path.join(directory, s.name) for s in shards]
+        self._fds: list[int] = []
+        self._dirty: set[int] = set()
+        self._lock = threading.Lock()
+        try:
+            for path, shard in zip(self.paths, shards, strict=True):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+                self._fds.append(fd)
+                if fresh or os.fstat(fd).st_size != shard.size:
+                    _reserve(fd, shard.size)
+                    self._write(len(self._fds) - 1, [shard.header], 0)
+        except OSError as e:
+            self.close()
+            raise OutputError(f"{directory}: can't be written: {e.strerror or e}") from e
+
+    def write(self, shard: int, buffers: Sequence[memoryview[Any]], offset: int) -> None:
+        """Write buffers one after the other at `offset`. Raises OutputError."""
+        try:
+            self._write(shard, buffers, offset)
+        except OSError as e:
+            raise OutputError(f"{self.paths[shard]}: write at byte {offset} failed: {e.strerror or e}") from e
+
+    def _write(self, shard: int, buffers: Sequence[Any], offset: int) -> None:
+        for buffer in buffers:
+            view = memoryview(buffer)
+            while len(view):
+                n = os.pwrite(self._fds[shard], view, offset)
+                view = view[n:]
+                offset += n
+        with self._lock:
+            self._dirty.add(shard)
+
+    def flush(self) -> None:
+        """fdatasync every file written to since the last flush."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for shard in dirty:
+            try:
+                os.fdatasync(self._fds[shard]) if hasattr(os, "fdatasync") else os.fsync(self._fds[shard])
+            except OSError as e:
+                raise OutputError(f"{self.paths[shard]}: flushing to disk failed: {e.strerror or e}") from e
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the space now, so that a full disk is found before the work and not after it."""
+    os.ftruncate(fd, 0)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as e:
+            import errno
+
+            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(fd, size)

@@ -1,0 +1,121 @@
+"""Every error that stockpot raises on purpose.
+
+StockpotError
+├── UserError            exit code 2   a mistake in what was asked
+│   ├── RecipeError        (ValueError)  the recipe can't be read or makes no sense
+│   ├── ArgumentError      (ValueError)  an argument of the API or the command line
+│   └── OutputError        (OSError)     OUT can't be used
+├── InputError           exit code 3   the data can't be used
+│   ├── CheckpointError    (ValueError)  a file or directory is not a readable checkpoint
+│   ├── MismatchError      (ValueError)  checkpoints that do not fit each other
+│   └── ReadError          (OSError)     a read failed although the headers were sound
+├── VerificationError    exit code 4   an output does not match its lineage
+└── ProblemsError        exit code 2 or 3   several of the above, found together by `plan`
+
+Each error is also the fitting standard type, so `except ValueError` works for those who prefer it.
+`Interrupted` (exit code 130) is not an error in the merge: the same command goes on from where it stopped.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "InputError",
+    "Interrupted",
+    "MismatchError",
+    "OutputError",
+    "ProblemsError",
+    "ReadError",
+    "RecipeError",
+    "StockpotError",
+    "UserError",
+    "VerificationError",
+    "nearest",
+    "raise_problems",
+]
+
+
+class StockpotError(Exception):
+    """The root: everything that stockpot raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(StockpotError):
+    """What was asked for is wrong; the input data may well be fine."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError, ValueError):
+    """The recipe can't be parsed, or asks for something that makes no sense."""
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of the API or an option of the command line is out of range."""
+
+
+class OutputError(UserError, OSError):
+    """OUT exists, can't be written, or lacks the space."""
+
+
+class InputError(StockpotError):
+    """The input data can't be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(InputError, ValueError):
+    """A file or directory is not a checkpoint that can be read."""
+
+
+class MismatchError(InputError, ValueError):
+    """The checkpoints do not fit each other: names, shapes, settings."""
+
+
+class ReadError(InputError, OSError):
+    """Reading failed although the headers were sound (a truncated or vanished file)."""
+
+
+class VerificationError(StockpotError):
+    """An output is not what its lineage says."""
+
+    exit_code = 4
+
+
+class Interrupted(StockpotError):
+    """The merge was stopped by a signal; what is finished is kept, and the same command resumes."""
+
+    exit_code = 130
+
+
+class ProblemsError(StockpotError):
+    """Several problems found together. `problems` holds the single errors.
+
+    The exit code is 2 when any of them is a user's mistake, else 3.
+    """
+
+    def __init__(self, problems: Sequence[StockpotError]) -> None:
+        self.problems = tuple(problems)
+        self.exit_code = min((p.exit_code for p in self.problems), default=2)
+        head = f"{len(self.problems)} problems" if len(self.problems) != 1 else "1 problem"
+        super().__init__(head + ":\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def raise_problems(problems: Sequence[StockpotError]) -> None:
+    """Raise nothing, the one problem, or all of them together."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ProblemsError(problems)
+
+
+def nearest(got: str, known: Iterable[str]) -> str:
+    """The ending of an error message: `; did you mean 'weight'?`, or an empty string."""
+    options = sorted(set(known))
+    match = difflib.get_close_matches(got, options, n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,35 @@
+"""Task arithmetic: adding, negating and combining task vectors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from stockpot.methods.arrays import weighted_sum
+from stockpot.methods.averaging import check_weights, normalised
+from stockpot.methods.declaration import Space, method
+from stockpot.methods.parameters import Flag, Named, PerModel, Real
+
+__all__ = ["scaled", "task_arithmetic"]
+
+
+def scaled(weight: tuple[float, ...], scale: float, normalize: bool) -> tuple[float, ...]:
+    """The weight of each delta, in float64: normalised if asked, times lambda."""
+    return tuple(w * scale for w in (normalised(weight) if normalize else weight))
+
+
+@method(space=Space.DELTA, models=(1, None), cite="arXiv:2212.04089", check=check_weights)
+def task_arithmetic(
+    delta: Any,
+    *,
+    weight: Annotated[PerModel, Real()] = 1.0,
+    scale: Annotated[float, Real(), Named("lambda")] = 1.0,
+    normalize: Annotated[bool, Flag()] = False,
+) -> Any:
+    """Weighted sum of task vectors. Add with positive weights, forget with negative ones, analogies with both.
+
+    delta   [m, *block]  model minus base
+    weight  [m]          float64; "A is to B as C is to D" is A: -1, B: 1, C: 1
+    lambda  float64      scale of the sum
+    returns [*block]     merged delta; the base is added to it
+    """
+    return weighted_sum(delta, scaled(weight, scale, normalize))

@@ -1,0 +1,52 @@
+"""Weighted averages of weights, and the method that copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from stockpot.methods.arrays import weighted_sum
+from stockpot.methods.declaration import Space, method
+from stockpot.methods.parameters import Flag, PerModel, Real
+
+__all__ = ["check_weights", "linear", "normalised", "passthrough"]
+
+
+def normalised(weight: tuple[float, ...]) -> tuple[float, ...]:
+    """Weights divided by their sum, in float64. `check_weights` refuses a sum of zero beforehand."""
+    total = sum(weight)
+    return tuple(w / total for w in weight)
+
+
+def check_weights(params: Mapping[str, Any]) -> str | None:
+    """What is wrong with weights that are to be normalised, or None."""
+    if params["normalize"] and sum(params["weight"]) == 0:
+        return f"weights {list(params['weight'])} sum to zero, so they can't be normalised"
+    return None
+
+
+@method(space=Space.WEIGHT, models=(1, None), cite="arXiv:2203.05482", check=check_weights)
+def linear(
+    models: Any,
+    *,
+    weight: Annotated[PerModel, Real()] = 1.0,
+    normalize: Annotated[bool, Flag()] = True,
+) -> Any:
+    """Weighted average of the models: a uniform soup when all weights are equal.
+
+    models  [m, *block]  weights of the models
+    weight  [m]          float64; divided by their sum when `normalize`
+    returns [*block]
+    """
+    return weighted_sum(models, normalised(weight) if normalize else weight)
+
+
+@method(space=Space.WEIGHT, models=(1, 1), cite="")
+def passthrough(models: Any, *, scale: Annotated[PerModel, Real()] = 1.0) -> Any:
+    """Copy one model's tensors, unchanged or times `scale`: for stacking layers with `slices`.
+
+    models  [1, *block]
+    scale   [1]          float64; with 1 (and the same dtype) bytes are copied as they are
+    returns [*block]
+    """
+    return weighted_sum(models, scale)

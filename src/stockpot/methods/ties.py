@@ -1,0 +1,141 @@
+"""TIES: trim each task vector, elect a sign for every element, average what agrees.
+
+Three algorithms share this name; each is a dialect here:
+
+- `mergekit`: cutoff for each tensor, deltas weighted before the election, divided by the agreeing weight;
+- `paper`: one cutoff over the whole model, zero sums take the model's majority sign, divided by the agreeing count
+  (that is the same as the agreeing weight while all weights are 1, as in the paper);
+- `peft`: cutoff for each tensor, election on unweighted deltas, divided by the agreeing count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from stockpot.methods.arrays import add_rows, column, count_rows, is_numpy, keep_where, magnitude
+from stockpot.methods.declaration import Space, method
+from stockpot.methods.parameters import ByDialect, Choice, Flag, Named, PerModel, Real
+from stockpot.methods.statistics import Cutoff, Total
+
+__all__ = ["disjoint_merge", "norm_ratio", "ties", "trim"]
+
+
+def trim(delta: Any, cutoff: Sequence[float]) -> Any:
+    """`[m, ...]` with zeros where |delta| is below the model's cutoff."""
+    if all(c == 0 for c in cutoff):
+        return delta
+    size = magnitude(delta)
+    return keep_where(delta, size >= column(cutoff, size))
+
+
+def disjoint_merge(
+    kept: Any,
+    weight: Sequence[float],
+    *,
+    weighted_election: bool = True,
+    divide_by: str = "weight",
+    zero_is_positive: bool = True,
+) -> Any:
+    """Elect a sign for each element and combine what agrees with it.
+
+    kept               [m, ...] trimmed deltas
+    weighted_election  the sign of sum(w x) rather than of sum(x)
+    divide_by          "weight" (agreeing weight), "count" (agreeing models) or "none"; an empty divisor counts as 1
+    zero_is_positive   the sign that an exactly zero sum takes
+    """
+    plain = all(w == 1.0 for w in weight)
+    values = kept if plain else kept * column(weight, kept)
+    ballot = values if weighted_election else kept
+    mass = add_rows(ballot)
+    positive = mass >= 0 if zero_is_positive else mass > 0
+    agree = (ballot > 0) == positive
+    agree &= ballot != 0
+    merged = add_rows(keep_where(values, agree))
+    if divide_by == "none":
+        return merged
+    if divide_by == "count" or plain:
+        divisor = count_rows(agree, merged)
+    else:
+        divisor = add_rows(agree * column(weight, kept))
+    divisor += divisor == 0
+    merged /= divisor
+    return merged
+
+
+def norm_ratio(before_after: Any) -> tuple[float, ...]:
+    """`[2m]` sums of |delta| before and after sparsifying -> the factor that restores each L1 norm."""
+    m = len(before_after) // 2
+    pairs = zip(before_after[:m], before_after[m:], strict=True)
+    return tuple(float(before / after) if after > 0 else 1.0 for before, after in pairs)
+
+
+def stack_rows(first: Any, second: Any) -> Any:
+    """`[m, n], [m, n] -> [2m, n]`."""
+    if is_numpy(first):
+        import numpy as np
+
+        return np.concatenate((first, second))
+    import torch
+
+    return torch.cat((first, second))
+
+
+def _trimmed_norms(delta: Any, *, cutoff: Sequence[float], **_: Any) -> Any:
+    return stack_rows(abs(delta), abs(trim(delta, cutoff)))
+
+
+def _elected_signs(delta: Any, *, cutoff: Sequence[float], weight: Sequence[float], **_: Any) -> Any:
+    kept = trim(delta, cutoff)
+    mass = add_rows(kept if all(w == 1.0 for w in weight) else kept * column(weight, kept))
+    return ((mass > 0) * 1.0 - (mass < 0) * 1.0)[None]
+
+
+@method(
+    space=Space.DELTA,
+    models=(1, None),
+    stats=(
+        Cutoff("density", over=lambda p: "model" if p["dialect"] == "paper" else "tensor"),
+        Total("majority", of=_elected_signs, over="model", when=lambda p: p["dialect"] == "paper"),
+        Total("norms", of=_trimmed_norms, when=lambda p: bool(p["rescale"])),
+    ),
+    cite="arXiv:2306.01708",
+)
+def ties(
+    delta: Any,
+    *,
+    cutoff: Any,
+    majority: Any,
+    norms: Any,
+    weight: Annotated[PerModel, Real()] = 1.0,
+    density: Annotated[PerModel, Real(0, 1)] = ByDialect({"mergekit": 1.0, "paper": 0.2}),
+    scale: Annotated[float, Real(), Named("lambda")] = 1.0,
+    normalize: Annotated[bool, Flag()] = True,
+    rescale: Annotated[bool, Flag()] = False,
+    dialect: Annotated[str, Choice(("mergekit", "paper", "peft"))] = "mergekit",
+) -> Any:
+    """Trim each delta, elect a sign for every element, average what agrees.
+
+    delta     [m, *block]  model minus base
+    cutoff    [m]          smallest |delta| kept, from `density`; all ties at the cutoff are kept
+    majority  [1]          sign sum over the model, for exactly zero sums (`paper`)
+    norms     [2m]         L1 norms before and after trimming, for `rescale`
+    weight    [m]          float64
+    density   [m]          kept fraction, 0 to 1
+    lambda    float64      scale of the result
+    normalize              divide by what agrees (a mean) or not (a sum)
+    rescale                restore each delta's L1 norm after trimming
+    returns   [*block]     merged delta; the base is added to it
+    """
+    kept = trim(delta, cutoff)
+    if norms is not None:
+        kept = kept * column(norm_ratio(norms), kept)
+    by = {"mergekit": "weight", "paper": "weight", "peft": "count"}[dialect] if normalize else "none"
+    merged = disjoint_merge(
+        kept,
+        weight,
+        weighted_election=dialect != "peft",
+        divide_by=by,
+        zero_is_positive=majority is None or float(majority[0]) >= 0,
+    )
+    return merged if scale == 1.0 else merged * scale

@@ -1,0 +1,95 @@
+"""How much memory a merge takes, and how many blocks of what size may be in flight within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stockpot.errors import ArgumentError
+from stockpot.methods.declaration import Scope
+from stockpot.planning.grid import PIECE, REDUCE, grid_of
+from stockpot.planning.plan import Action, Budget, MergeGroup, ModelInput, TensorPlan
+from stockpot.specs import DType, format_size
+
+__all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for", "work_itemsize"]
+
+DEFAULT_LIMIT = 512 * 2**20
+_CUTOFF_WINDOW = 2**18 * 8
+#: pieces in a block, the preferred first
+_CHOICES = (4, 2, 1)
+#: elements of all models computed at once: what stays in a core's own cache
+_IN_CACHE = 2**18
+_FIXED = 16 * 2**20
+_PER_TENSOR = 4096
+#: the allocator's share: freed blocks that it keeps
+_SLACK = 1.25
+
+
+def work_itemsize(out: DType) -> int:
+    """Bytes of a number while computing: float64 for float32 and float64 outputs, float32 for narrower ones."""
+    return 8 if out.itemsize >= 4 else 4
+
+
+def chunk_for(models: int) -> int:
+    """Elements of each model to compute at once: a power of two, 2^13 to 2^17."""
+    chunk = 2**17
+    while chunk > 2**13 and chunk * (models + 1) > _IN_CACHE:
+        chunk //= 2
+    return chunk
+
+
+def _worker_bytes(
+    t: TensorPlan, inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], pieces: int, chunk: int
+) -> int:
+    """Bytes of one worker while it has a block of this tensor in hand."""
+    grid = grid_of(t.spec.shape)
+    sizes = [inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs]
+    block = min(pieces * PIECE, max(t.spec.numel, 1))
+    if t.action is not Action.MERGE:
+        return block * (sum(sizes) + t.spec.dtype.itemsize)
+    method = groups[t.group].method
+    if method.scope is Scope.TENSOR:
+        block = chunk = max(t.spec.numel, 1)
+    elif method.scope is Scope.ROW:
+        row = t.spec.numel if len(t.spec.shape) == 1 else grid.row
+        block = max(block, row)
+        chunk = max(chunk, row)
+    chunk = min(max(chunk, REDUCE) if method.stats else chunk, block)
+    m = len(t.operands)
+    rows = len(t.inputs) + (6 * m + 8 if method.stats or method.random else 4)
+    return block * (sum(sizes) + t.spec.dtype.itemsize) + chunk * work_itemsize(t.spec.dtype) * rows
+
+
+def choose_budget(
+    tensors: Sequence[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], limit: int, threads: int
+) -> Budget:
+    """The most workers, then the largest blocks, that stay within `limit` bytes over the interpreter's own memory.
+
+    Raises ArgumentError, naming what would be enough, when one worker with the smallest block does not fit.
+    """
+    most = max((len(t.operands) for t in tensors), default=1)
+    windows = (threads + 2) * most * _CUTOFF_WINDOW if any(g.method.stats for g in groups) else 0
+    fixed = _FIXED + _PER_TENSOR * len(tensors)
+    chunk = chunk_for(most)
+    worst: dict[int, tuple[int, TensorPlan | None]] = {}
+    distinct = {
+        (t.action, t.group, tuple(inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs), t.spec): t
+        for t in tensors
+    }
+    for pieces in _CHOICES:
+        worst[pieces] = max(
+            ((_worker_bytes(t, inputs, groups, pieces, chunk), t) for t in distinct.values()),
+            key=lambda pair: pair[0],
+            default=(0, None),
+        )
+    for workers in range(max(threads, 1), 0, -1):
+        for pieces in _CHOICES:
+            share = windows * workers // max(threads, 1)
+            peak = fixed + share + int(workers * worst[pieces][0] * _SLACK)
+            if peak <= limit:
+                return Budget(limit, workers, pieces, chunk, peak)
+    need, tensor = worst[_CHOICES[-1]]
+    total = fixed + windows // max(threads, 1) + int(need * _SLACK)
+    raise ArgumentError(
+        f"--max-memory {format_size(limit)} is not enough: {tensor.name if tensor else 'the plan'!r} needs "
+        f"{format_size(total)} with one worker; allow at least that"
+    )

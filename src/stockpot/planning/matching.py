@@ -1,0 +1,333 @@
+"""Which tensors of which models make each output tensor: by name, layer by layer where the recipe has slices."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.names import outside_depth
+from stockpot.checkpoints.tied import is_head, ties_embeddings
+from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
+from stockpot.planning.plan import ModelInput, Operand
+from stockpot.recipes.schema import Recipe, Settings
+
+__all__ = ["Entry", "Match", "Part", "match_models", "match_slices", "primary_stack"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of `models` or one source of a slice, resolved."""
+
+    model: int
+    position: int
+    parameters: Settings
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Entries that merge together (all `models`, or the sources of one slice), and the base they refer to."""
+
+    entries: tuple[Entry, ...]
+    base: int | None
+    parameters: Settings
+    line: int
+
+
+@dataclass
+class Match:
+    """An output tensor: its operands entry by entry (a base among `models` included), the base's, its depth, its part."""
+
+    name: str
+    part: Part
+    operands: tuple[Operand, ...]
+    base: Operand | None
+    depth: float
+    in_layers: bool
+    donor: Operand
+    merged: bool = True
+
+
+@dataclass
+class Matcher:
+    """Shared state while matching."""
+
+    recipe: Recipe
+    inputs: Sequence[ModelInput]
+    problems: list[StockpotError]
+    notes: list[str]
+    untied: set[str] = field(default_factory=set)
+
+    def checkpoint(self, model: int) -> Checkpoint:
+        return self.inputs[model].checkpoint
+
+    def included(self, name: str) -> bool:
+        include, exclude = self.recipe.include, self.recipe.exclude
+        if include and not any(fnmatch.fnmatchcase(name, p) for p in include):
+            return False
+        return not any(fnmatch.fnmatchcase(name, p) for p in exclude)
+
+    # names
+
+    def wanted(self, donor: int, others: Sequence[int]) -> list[str]:
+        """The output's names: the donor's, without tied second copies, with a head that another model has untied."""
+        checkpoint = self.checkpoint(donor)
+        duplicates = checkpoint.tied()
+        names = [n for n in checkpoint.names() if n not in duplicates]
+        seen = set(names)
+        for other in others:
+            theirs = self.checkpoint(other)
+            tied = theirs.tied()
+            for name in theirs.names():
+                if name in seen or name in tied or not is_head(name) or ties_embeddings(theirs.config) is True:
+                    continue
+                if checkpoint.resolve(name):
+                    names.append(name)
+                    seen.add(name)
+                    self.untied.add(name)
+                    self.notes.append(
+                        f"{self.inputs[other].ref} has its own {name!r}, which is tied elsewhere: the output is untied"
+                    )
+        return names
+
+    def check_extra(self, donor: int, model: int, names: set[str]) -> None:
+        """Tensors that only another model has would be dropped: an error unless they are excluded."""
+        theirs = self.checkpoint(model)
+        tied = theirs.tied()
+        extra = [n for n in theirs.names() if n not in names and n not in tied and self.included(n)]
+        if extra:
+            self.problems.append(
+                MismatchError(
+                    f"{self.inputs[model].ref}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
+                    f"{_few(extra)}; exclude them to leave them out{_prefix_hint(extra, names)}"
+                )
+            )
+
+    def operand(self, model: int, name: str, position: int, missing: dict[int, list[str]]) -> Operand | None:
+        found = self.checkpoint(model).resolve(name)
+        if found is None:
+            missing.setdefault(model, []).append(name)
+            return None
+        return Operand(model, found, position)
+
+    def report_missing(self, missing: dict[int, list[str]], donor: int) -> None:
+        for model, names in missing.items():
+            unique = list(dict.fromkeys(names))
+            hint = nearest(unique[0], self.checkpoint(model).names())
+            self.problems.append(
+                MismatchError(
+                    f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
+                    f"{_few(unique)}{hint}"
+                )
+            )
+
+    def make(
+        self, name: str, source: dict[int, str], part: Part, depth: float, in_layers: bool, donor: Operand,
+        base_name: str, missing: dict[int, list[str]],
+    ) -> Match:  # fmt: skip
+        """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
+        if not self.included(name):
+            return Match(name, part, (), None, depth, in_layers, donor, merged=False)
+        operands = [self.operand(e.model, source[i], e.position, missing) for i, e in enumerate(part.entries)]
+        base = None
+        if part.base is not None:
+            base = self.operand(part.base, base_name, 0, missing)
+        return Match(name, part, tuple(o for o in operands if o), base, depth, in_layers, donor)
+
+
+def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
+    """`models:` every tensor by its name."""
+    others = list(dict.fromkeys([e.model for e in part.entries] + ([part.base] if part.base is not None else [])))
+    names = m.wanted(donor, others)
+    layers = m.checkpoint(donor).layers()
+    missing: dict[int, list[str]] = {}
+    out = []
+    for name in names:
+        own = m.checkpoint(donor).resolve(name) or name
+        out.append(
+            m.make(
+                name,
+                dict.fromkeys(range(len(part.entries)), name),
+                part,
+                layers.depth(name),
+                name in layers.places,
+                Operand(donor, own),
+                name,
+                missing,
+            )
+        )
+    m.report_missing(missing, donor)
+    for model in others:
+        if model != donor:
+            m.check_extra(donor, model, set(names))
+    return out
+
+
+def primary_stack(checkpoint: Checkpoint) -> tuple[str, int, list[str]]:
+    """(prefix, layers, other prefixes of comparable size) of the stack that `layer_range` means: the largest."""
+    layers = checkpoint.layers()
+    weight: dict[str, int] = {}
+    for name, place in layers.places.items():
+        weight[place.stack] = weight.get(place.stack, 0) + checkpoint.spec(name).numel
+    if not weight:
+        return "", 0, []
+    ordered = sorted(weight, key=lambda p: (-weight[p], p))
+    rivals = [p for p in ordered[1:] if 4 * weight[p] >= weight[ordered[0]]]
+    return ordered[0], layers.stacks[ordered[0]], rivals
+
+
+def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
+    """`slices:` output layers one after the other. Returns the matches and the number of output layers.
+
+    What comes before the layers follows the first slice, what comes after them the last one.
+    """
+    first, last = parts[0], parts[-1]
+    donor = _donor(first)
+    prefix, _, _ = primary_stack(m.checkpoint(donor))
+    if not prefix:
+        m.problems.append(
+            MismatchError(
+                f"{m.inputs[donor].ref}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
+            )
+        )
+        return [], 0
+    known = _check_ranges(m, parts, prefix)
+    if not known:
+        return [], 0
+    missing: dict[int, list[str]] = {}
+    before, after = _outside(m, first, last, donor, prefix, missing)
+    inside = []
+    total = 0
+    for part in parts:
+        entries = part.entries
+        starts = [known[part.line, i][0] for i in range(len(entries))]
+        count = known[part.line, 0][1] - starts[0]
+        lead = _lead(part)
+        lead_donor = entries[lead].model
+        by_layer = _names_by_layer(m.checkpoint(lead_donor), prefix)
+        base_start = starts[lead]
+        for i, e in enumerate(entries):
+            if e.model == part.base:
+                base_start = starts[i]
+        for j in range(count):
+            depth = j / (count - 1) if count > 1 else 1.0
+            for suffix in by_layer.get(starts[lead] + j, ()):
+                source = {i: f"{prefix}.{starts[i] + j}.{suffix}" for i in range(len(entries))}
+                inside.append(
+                    m.make(
+                        f"{prefix}.{total + j}.{suffix}",
+                        source,
+                        part,
+                        depth,
+                        True,
+                        Operand(lead_donor, source[lead]),
+                        f"{prefix}.{base_start + j}.{suffix}",
+                        missing,
+                    )
+                )
+        total += count
+    m.report_missing(missing, donor)
+    return before + inside + after, total
+
+
+def _donor(part: Part) -> int:
+    return part.entries[_lead(part)].model
+
+
+def _lead(part: Part) -> int:
+    """Index of the entry whose names count: the base if it is a source, else the first."""
+    return next((i for i, e in enumerate(part.entries) if e.model == part.base), 0)
+
+
+def _outside(
+    m: Matcher, first: Part, last: Part, donor: int, prefix: str, missing: dict[int, list[str]]
+) -> tuple[list[Match], list[Match]]:
+    """Tensors outside the sliced stack: before the layers by the first slice, after them by the last."""
+    before, after = [], []
+    involved = [e.model for part in (first, last) for e in part.entries]
+    layers = m.checkpoint(donor).layers()
+    for name in m.wanted(donor, list(dict.fromkeys(involved))):
+        place = layers.places.get(name)
+        if place is not None and place.stack == prefix:
+            continue
+        is_exit = place is None and outside_depth(name) == 1.0
+        part = last if is_exit else first
+        owner = _donor(part)
+        found = m.checkpoint(owner).resolve(name)
+        if found is None:
+            missing.setdefault(owner, []).append(name)
+            continue
+        match = m.make(
+            name,
+            dict.fromkeys(range(len(part.entries)), name),
+            part,
+            layers.depth(name),
+            place is not None,
+            Operand(owner, found),
+            name,
+            missing,
+        )
+        (after if is_exit else before).append(match)
+    return before, after
+
+
+def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]:
+    out: dict[int, list[str]] = {}
+    for name, place in checkpoint.layers().places.items():
+        if place.stack == prefix:
+            suffix = name[len(prefix) + 1 :].partition(".")[2]
+            out.setdefault(place.layer, []).append(suffix)
+    return out
+
+
+def _check_ranges(m: Matcher, parts: Sequence[Part], prefix: str) -> dict[tuple[int, int], tuple[int, int]]:
+    """The layer range of every source, {} after a problem."""
+    out: dict[tuple[int, int], tuple[int, int]] = {}
+    bad = len(m.problems)
+    for part, piece in zip(parts, m.recipe.slices, strict=True):
+        for i, (entry, source) in enumerate(zip(part.entries, piece.sources, strict=True)):
+            own, layers, rivals = primary_stack(m.checkpoint(entry.model))
+            start, stop = entry.layers or (0, layers)
+            where = m.recipe.at(source.line)
+            if own != prefix:
+                m.problems.append(
+                    MismatchError(f"{where}: {source.ref}: its layers are {own or 'none'!r}, not {prefix!r}")
+                )
+            elif stop > layers:
+                m.problems.append(
+                    RecipeError(
+                        f"{where}: layer_range [{start}, {stop}] goes past the end: {source.ref} has {layers} layers"
+                    )
+                )
+            elif rivals and (start, stop) != (0, layers):
+                m.problems.append(
+                    RecipeError(
+                        f"{where}: {source.ref} has several stacks of layers ({', '.join([own, *rivals])}); "
+                        "layer_range can't say which: use 'models' with 'rules' instead"
+                    )
+                )
+            out[part.line, i] = (start, stop)
+        counts = {out[part.line, i][1] - out[part.line, i][0] for i in range(len(part.entries))}
+        if len(counts) > 1:
+            m.problems.append(
+                RecipeError(f"{m.recipe.at(piece.line)}: sources of one slice differ in layers: {sorted(counts)}")
+            )
+    return out if len(m.problems) == bad else {}
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(n) for n in names[:_SHOWN])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
+
+
+def _prefix_hint(extra: Sequence[str], names: set[str]) -> str:
+    """A word on names that differ by a prefix only, such as `bert.`."""
+    for name in names:
+        if os.path.commonprefix([name[::-1], extra[0][::-1]])[::-1] in (name, extra[0]) and name != extra[0]:
+            return f" (names differ by a prefix: {name!r} there)"
+    return ""

@@ -1,0 +1,191 @@
+"""Which value of each parameter holds for a tensor: precedence, gradients, filters, defaults, and all the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.errors import RecipeError, StockpotError, nearest
+from stockpot.methods.declaration import Method
+from stockpot.methods.parameters import REQUIRED, Parameter
+from stockpot.planning.plan import MergeGroup
+from stockpot.recipes.schema import Recipe, Settings
+from stockpot.recipes.values import ABSENT, Setting, evaluate, filters, is_dynamic, reaches_gradient
+
+__all__ = ["Levels", "ParameterResolver"]
+
+#: accepted for mergekit's sake, without effect here
+NO_EFFECT = {"int8_mask": "masks take no memory here"}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The settings that can decide a tensor's parameters. `shared`: most specific first; `own`: one for each model."""
+
+    shared: tuple[Settings, ...]
+    own: tuple[Settings, ...]
+    rule: Settings = field(default_factory=dict)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any setting may differ from tensor to tensor."""
+        chain = (self.rule, *self.own, *self.shared)
+        return any(is_dynamic(s.value) for settings in chain for s in settings.values())
+
+
+@dataclass
+class ParameterResolver:
+    """Resolves parameters and gathers problems and notes, each once."""
+
+    recipe: Recipe
+    problems: list[StockpotError]
+    notes: list[str]
+    groups: list[MergeGroup] = field(default_factory=list)
+    _keys: dict[Any, MergeGroup] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+
+    def report(self, line: int, why: str) -> None:
+        """Record a problem of the recipe once."""
+        text = f"{self.recipe.at(line)}: {why}"
+        if text not in self._said:
+            self._said.add(text)
+            self.problems.append(RecipeError(text))
+
+    def note(self, text: str) -> None:
+        """Record a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # what is set but never used
+
+    def check_names(self, settings: Settings, used: Iterable[Method], where: str, *, own: bool) -> None:
+        """Every key must be a parameter of a method in use, and per-model where it stands on a model."""
+        used = list(used)
+        known: dict[str, Parameter] = {}
+        for method in used:
+            for name, parameter in method.parameters.items():
+                if parameter.per_model or not own:
+                    known[name] = parameter
+        label = " and ".join(sorted({m.name for m in used})) or "this recipe"
+        for name, setting in settings.items():
+            if name in NO_EFFECT:
+                self.note(f"{self.recipe.at(setting.line)}: {name} is accepted but has no effect: {NO_EFFECT[name]}")
+            elif name not in known:
+                shared = own and any(name in m.parameters for m in used)
+                why = (
+                    f"parameter {name!r} of {label} belongs to the whole merge, not to one model"
+                    if shared
+                    else f"{label} has no parameter {name!r}; it has {', '.join(known) or 'none'} {where}".rstrip()
+                    + nearest(name, known)
+                )
+                self.report(setting.line, f"{where}: {why}")
+
+    def check_filters(self, all_settings: Iterable[Settings], names: Sequence[str]) -> None:
+        """Note filters that match no tensor: usually a misspelt part of a name."""
+        for settings in all_settings:
+            for key, setting in settings.items():
+                for pattern in filters(setting.value):
+                    if not any(pattern in name for name in names):
+                        self.note(
+                            f"{self.recipe.at(setting.line)}: {key}: the filter {pattern!r} matches no tensor name"
+                        )
+
+    # the value for one tensor
+
+    def group(self, method: Method, levels: Levels, models: int, name: str, t: float) -> MergeGroup | None:
+        """The group of a tensor: its method with every parameter resolved. None after a problem."""
+        params: dict[str, Any] = {}
+        dialect: str | None = None
+        ordered = sorted(method.parameters.values(), key=lambda p: p.name != "dialect")
+        for parameter in ordered:
+            if parameter.per_model:
+                value: Any = tuple(self.value(method, parameter, levels, i, name, t, dialect) for i in range(models))
+                if any(v is None for v in value):
+                    return None
+            else:
+                value = self.value(method, parameter, levels, None, name, t, dialect)
+                if value is None:
+                    return None
+            params[parameter.keyword] = value
+            if parameter.name == "dialect":
+                dialect = value
+        key = (method.name, tuple(sorted(params.items())))
+        group = self._keys.get(key)
+        if group is None:
+            group = self._keys[key] = MergeGroup(len(self.groups), method, params)
+            self.groups.append(group)
+            self.check_group(group)
+        return group
+
+    def value(
+        self,
+        method: Method,
+        parameter: Parameter,
+        levels: Levels,
+        model: int | None,
+        name: str,
+        t: float,
+        dialect: str | None,
+    ) -> Any:
+        chain = [levels.rule, *([levels.own[model]] if model is not None else []), *levels.shared]
+        setting, found = self.lookup(chain, parameter.name, name, t)
+        if setting is None:
+            default = parameter.default_for(dialect)
+            if parameter.name == "dialect" and self.recipe.mergekit_compat and "mergekit" in method.dialects:
+                default = "mergekit"
+            if default is REQUIRED:
+                self.report(
+                    self.recipe.lines.get("merge_method", 1),
+                    f"{method.name} needs the parameter {parameter.name!r} ({parameter.kind.describe()})"
+                    + (f" for every model; none is set for model {model + 1}" if model is not None else "")
+                    + (f" (tensor {name!r})" if any(parameter.name in s for s in chain) else ""),
+                )
+                return None
+            return default
+        expected = parameter.kind.check(found)
+        if expected:
+            self.report(setting.line, f"{parameter.name}: expected {expected}, got {_shown(found)}")
+            return None
+        return found if isinstance(found, (bool, str)) else float(found)
+
+    def lookup(self, chain: Sequence[Settings], key: str, name: str, t: float) -> tuple[Setting | None, Any]:
+        for settings in chain:
+            setting = settings.get(key)
+            if setting is not None:
+                found = evaluate(setting.value, name, t)
+                if found is not ABSENT:
+                    return setting, found
+        return None, ABSENT
+
+    # combinations that make no sense
+
+    def check_group(self, group: MergeGroup) -> None:
+        why = group.method.check(group.params) if group.method.check else None
+        if why:
+            self.report(self.recipe.lines.get("merge_method", 1), f"{group.method.name}: {why}")
+
+    # gradients outside the layers
+
+    def gradient_note(self, levels: Levels, name: str) -> bool:
+        """Whether a gradient decides a parameter of this tensor."""
+        return any(
+            reaches_gradient(setting.value, name)
+            for settings in (levels.rule, *levels.own, *levels.shared)
+            for setting in settings.values()
+        )
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, bool) else repr(value)
+
+
+def all_settings(recipe: Recipe) -> list[Mapping[str, Setting]]:
+    """Every mapping of parameters in a recipe."""
+    return [
+        recipe.parameters,
+        *(m.parameters for m in recipe.models),
+        *(s.parameters for s in recipe.slices),
+        *(source.parameters for s in recipe.slices for source in s.sources),
+        *(r.parameters for r in recipe.rules),
+    ]

@@ -1,0 +1,230 @@
+"""The plan: everything resolved before a byte is written. Pure data, except that inputs are open checkpoints."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.methods.declaration import Method, Space
+from stockpot.recipes.schema import Recipe
+from stockpot.specs import DType, TensorSpec
+
+__all__ = ["Action", "Budget", "MergeGroup", "ModelInput", "Operand", "Plan", "Shard", "TensorPlan"]
+
+#: raised when the bytes that a plan leads to change, so that a journal of an older engine is not resumed
+ENGINE_FORMAT = 1
+
+
+class Action(enum.Enum):
+    """MERGE by a method; COPY bytes; KEEP a tensor that can't be averaged (integers), checking that the models agree."""
+
+    MERGE = "merge"
+    COPY = "copy"
+    KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One distinct checkpoint that is read."""
+
+    index: int
+    ref: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor of an input. `position` is the model's place in the recipe: it keys random masks."""
+
+    model: int
+    name: str
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class MergeGroup:
+    """Tensors that share a method and its parameters. `params` are by keyword; per-model ones are tuples."""
+
+    index: int
+    method: Method
+    params: Mapping[str, Any]
+
+    def public_params(self) -> dict[str, Any]:
+        """By the names that recipes use."""
+        return {p.name: self.params[p.keyword] for p in self.method.parameters.values() if p.keyword in self.params}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One output tensor: where it comes from, what happens to it, where it goes.
+
+    operands  the models' tensors, in the order of the recipe, without the base
+    base      the base's tensor where the method works on deltas
+    offset    of its first byte in the shard file
+    """
+
+    index: int
+    name: str
+    spec: TensorSpec
+    action: Action
+    group: int
+    operands: tuple[Operand, ...]
+    base: Operand | None
+    shard: int = 0
+    offset: int = 0
+
+    @property
+    def inputs(self) -> tuple[Operand, ...]:
+        """All that is read for it, the base last."""
+        return (*self.operands, self.base) if self.base else self.operands
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, the bytes before the data, its size in all."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the engine spends memory: `workers` blocks in flight of `block_pieces` pieces, `chunk` elements computed at once.
+
+    peak   bytes over the interpreter's own that this comes to, at most
+    limit  what was allowed
+    """
+
+    limit: int
+    workers: int
+    block_pieces: int
+    chunk: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge will do. `notes` are for the user: accepted keys without effect, differences that matter here."""
+
+    recipe: Recipe
+    inputs: tuple[ModelInput, ...]
+    donor: int
+    tokenizer_donor: int
+    groups: tuple[MergeGroup, ...]
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[Shard, ...]
+    kind: str
+    config: Mapping[str, Any]
+    seed: int
+    budget: Budget
+    notes: tuple[str, ...] = ()
+    written_dtype: DType | None = None
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def bytes_out(self) -> int:
+        """Size of the output's tensor files."""
+        return sum(s.size for s in self.shards)
+
+    def passes(self, tensor: TensorPlan) -> int:
+        """How many times a tensor's inputs are read: once to combine, and about once for each statistic before it."""
+        if tensor.action is not Action.MERGE:
+            return 1
+        group = self.groups[tensor.group]
+        return 1 + len(group.method.active_stats(group.params))
+
+    def bytes_of(self, tensor: TensorPlan) -> int:
+        """Bytes of a tensor's inputs, read once."""
+        return sum(self.inputs[o.model].checkpoint.spec(o.name).nbytes for o in tensor.inputs)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all inputs that take part, each pass counted."""
+        if "in" not in self._cache:
+            self._cache["in"] = sum(self.bytes_of(t) * self.passes(t) for t in self.tensors)
+        return int(self._cache["in"])
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the output."""
+        return sum(t.spec.numel for t in self.tensors)
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that decides the output's bytes: a journal is resumed only where it is equal."""
+        digest = hashlib.sha256(f"{ENGINE_FORMAT}\n{self.recipe.digest}\n{self.seed}\n".encode())
+        for model in self.inputs:
+            for header in model.checkpoint.files:
+                digest.update(header.raw)
+                digest.update(f"{header.path} {header.size} {header.mtime_ns}\n".encode())
+            digest.update(json.dumps(dict(model.checkpoint.config), sort_keys=True, default=str).encode())
+        for shard in self.shards:
+            digest.update(shard.name.encode() + shard.header)
+        return digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for `--json`."""
+        return {
+            "merge_method": self.recipe.merge_method,
+            "kind": self.kind,
+            "inputs": [
+                {
+                    "model": m.ref,
+                    "path": m.checkpoint.path,
+                    "tensors": len(m.checkpoint),
+                    "bytes": m.checkpoint.nbytes,
+                    "donor_of_config": m.index == self.donor,
+                }
+                for m in self.inputs
+            ],
+            "groups": self.group_rows(),
+            "output": {
+                "tensors": len(self.tensors),
+                "parameters": self.parameters,
+                "bytes": self.bytes_out,
+                "shards": [{"file": s.name, "bytes": s.size} for s in self.shards],
+            },
+            "read_bytes": self.bytes_in,
+            "write_bytes": self.bytes_out,
+            "memory": {
+                "limit": self.budget.limit,
+                "peak": self.budget.peak,
+                "workers": self.budget.workers,
+                "block_pieces": self.budget.block_pieces,
+            },
+            "seed": self.seed,
+            "notes": list(self.notes),
+        }
+
+    def group_rows(self) -> list[dict[str, Any]]:
+        """One row for each method and set of parameters: tensors, bytes read and written, passes."""
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        for t in self.tensors:
+            key = (t.action.value, t.group)
+            row = rows.get(key)
+            if row is None:
+                group = self.groups[t.group] if t.action is Action.MERGE else None
+                row = rows[key] = {
+                    "action": t.action.value,
+                    "method": group.method.name if group else t.action.value,
+                    "parameters": group.public_params() if group else {},
+                    "space": (group.method.space if group else Space.WEIGHT).value,
+                    "models": len(t.operands),
+                    "tensors": 0,
+                    "elements": 0,
+                    "read_bytes": 0,
+                    "write_bytes": 0,
+                    "passes": self.passes(t),
+                    "example": t.name,
+                }
+            row["tensors"] += 1
+            row["elements"] += t.spec.numel
+            row["read_bytes"] += self.bytes_of(t) * row["passes"]
+            row["write_bytes"] += t.spec.nbytes
+        return list(rows.values())

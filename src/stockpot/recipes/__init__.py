@@ -1,0 +1,6 @@
+"""Recipes: intent only. Parsing knows no methods and opens no checkpoints."""
+
+from stockpot.recipes.parsing import load_recipe, parse_recipe
+from stockpot.recipes.schema import Recipe
+
+__all__ = ["Recipe", "load_recipe", "parse_recipe"]

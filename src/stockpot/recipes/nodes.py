@@ -1,0 +1,103 @@
+"""YAML as a tree of nodes that remember their lines; strict where YAML is lax (a key given twice is an error)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from stockpot.errors import RecipeError
+
+__all__ = ["Node", "parse_yaml"]
+
+_MAX_NODES = 200_000
+_MAX_DEPTH = 40
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """kind: "map" (value: list of (key, key line, Node)), "list" (value: list of Node) or "scalar" (value: plain)."""
+
+    kind: str
+    value: Any
+    line: int
+
+    @property
+    def what(self) -> str:
+        """How an error message names it."""
+        if self.kind == "map":
+            return "a mapping"
+        if self.kind == "list":
+            return "a list"
+        return "nothing" if self.value is None else repr(self.value)
+
+
+def parse_yaml(text: str, origin: str) -> Node:
+    """One YAML document -> Node. Raises RecipeError with file and line. Nothing is executed or expanded."""
+    try:
+        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        line = mark.line + 1 if mark else 1
+        raise RecipeError(f"{origin}:{line}: not valid YAML: {e.problem or e}") from e
+    except (yaml.YAMLError, RecursionError) as e:
+        raise RecipeError(f"{origin}: not valid YAML: {e}") from e
+    documents = [d for d in documents if d is not None]
+    if not documents:
+        raise RecipeError(f"{origin}: empty; a recipe needs at least merge_method and models")
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{origin}:{documents[1].start_mark.line + 1}: a second document starts here; several recipes in one file "
+            "are a coming feature: put each in a file of its own"
+        )
+    return _Converter(origin).convert(documents[0], 0)
+
+
+class _Converter:
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.count = 0
+        self.scalars = yaml.constructor.SafeConstructor()
+
+    def fail(self, node: yaml.Node, why: str) -> RecipeError:
+        return RecipeError(f"{self.origin}:{node.start_mark.line + 1}: {why}")
+
+    def convert(self, node: yaml.Node, depth: int) -> Node:
+        self.count += 1
+        if self.count > _MAX_NODES or depth > _MAX_DEPTH:
+            raise self.fail(node, "nested too deeply or expanded too far (YAML aliases?) for a recipe")
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            items = []
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise self.fail(key, "expected a plain word as key")
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise self.fail(key, "YAML merge keys (<<) are not supported in recipes; write the keys out")
+                if key.value in seen:
+                    raise self.fail(key, f"key {key.value!r} given twice (first on line {seen[key.value]})")
+                seen[key.value] = key.start_mark.line + 1
+                items.append((key.value, key.start_mark.line + 1, self.convert(value, depth + 1)))
+            return Node("map", items, line)
+        if isinstance(node, yaml.SequenceNode):
+            return Node("list", [self.convert(child, depth + 1) for child in node.value], line)
+        return Node("scalar", self._scalar(node), line)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        if node.tag == "tag:yaml.org,2002:str":
+            # YAML 1.1 takes 1e-3 for a string; nobody who writes it means one
+            if node.style is None and _NUMBER.fullmatch(node.value):
+                return float(node.value)
+            return node.value
+        if node.tag in {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null")}:
+            try:
+                return self.scalars.construct_object(node)
+            except (ValueError, yaml.YAMLError) as e:
+                raise self.fail(node, f"{node.value!r} can't be read: {e}") from e
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            return node.value
+        raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in recipes")

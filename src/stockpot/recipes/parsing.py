@@ -1,0 +1,314 @@
+"""YAML text -> Recipe, strictly: every unknown key, wrong type or coming feature is an error, all reported at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stockpot.errors import ArgumentError, RecipeError, StockpotError, nearest, raise_problems
+from stockpot.recipes.nodes import Node, parse_yaml
+from stockpot.recipes.schema import ModelEntry, Recipe, Rule, Settings, Slice, Source
+from stockpot.recipes.values import Condition, Setting, Value
+from stockpot.specs import parse_dtype
+
+__all__ = ["load_recipe", "parse_recipe"]
+
+_TOP = (
+    "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
+    "tokenizer chat_template modules"
+).split()
+_COMING = {
+    "modules": "merging sub-modules by separate recipes",
+    "chat_template": "choosing or writing a chat template",
+}
+_PARAMETERS = frozenset("normalize weight density t lambda scale rescale dialect int8_mask".split())
+_TOKENIZER = "building a tokenizer from several models"
+_MAX_BYTES = 16 * 2**20
+
+
+def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    """A path, YAML text (with a line break), a mapping as YAML would give it, or a Recipe -> Recipe."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        import yaml
+
+        return parse_recipe(yaml.safe_dump(dict(recipe), sort_keys=False), "<recipe>")
+    if isinstance(recipe, str) and "\n" in recipe:
+        return parse_recipe(recipe, "<recipe>")
+    path = os.fspath(recipe)
+    try:
+        if os.path.getsize(path) > _MAX_BYTES:
+            raise RecipeError(f"{path}: {os.path.getsize(path)} bytes is too large for a recipe")
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+    except OSError as e:
+        raise RecipeError(f"{path}: can't be read: {e.strerror or e}{_similar(path)}") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    return parse_recipe(text, path)
+
+
+def _similar(path: str) -> str:
+    folder = os.path.dirname(path) or "."
+    return nearest(os.path.basename(path), os.listdir(folder)) if os.path.isdir(folder) else ""
+
+
+def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
+    """Parse YAML text. Raises RecipeError, or ProblemsError when there are several problems."""
+    parser = _Parser(text, origin)
+    recipe = parser.recipe(parse_yaml(text, origin))
+    raise_problems(parser.problems)
+    return recipe
+
+
+class _Parser:
+    def __init__(self, text: str, origin: str) -> None:
+        self.text = text
+        self.origin = origin
+        self.problems: list[StockpotError] = []
+
+    # small things
+
+    def bad(self, line: int, why: str) -> None:
+        self.problems.append(RecipeError(f"{self.origin}:{line}: {why}"))
+
+    def mapping(
+        self, node: Node, where: str, known: list[str], misplaced: frozenset[str] = frozenset()
+    ) -> dict[str, Node]:
+        """A mapping's values by key; unknown keys are reported and dropped."""
+        if node.kind != "map":
+            self.bad(node.line, f"{where}: expected a mapping with {', '.join(known)}; got {node.what}")
+            return {}
+        out = {}
+        for key, line, value in node.value:
+            if key in known:
+                out[key] = value
+            elif key in misplaced:
+                self.bad(line, f"{where}: key {key!r} belongs under 'parameters:'")
+            else:
+                self.bad(line, f"{where}: unknown key {key!r}; known are {', '.join(known)}{nearest(key, known)}")
+        return out
+
+    def listing(self, node: Node, where: str) -> list[Node]:
+        if node.kind != "list" or not node.value:
+            what = "an empty list" if node.kind == "list" else node.what
+            self.bad(node.line, f"{where}: expected a list with at least one entry, got {what}")
+            return []
+        return list(node.value)
+
+    def text_of(self, node: Node, where: str) -> str | None:
+        if node.kind == "scalar" and isinstance(node.value, str) and node.value.strip():
+            return node.value
+        self.bad(node.line, f"{where}: expected text, got {node.what}")
+        return None
+
+    def model(self, node: Node, where: str) -> str:
+        if node.kind == "map":
+            self.bad(
+                node.line, f"{where}: expected a path; the mapping form of a model (lora, override) is not supported"
+            )
+            return ""
+        if node.kind == "scalar" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
+            return str(node.value)  # a directory called 2024
+        ref = self.text_of(node, where) or ""
+        if "+" in ref and not os.path.exists(ref):
+            self.bad(
+                node.line,
+                f"{where}: {ref!r}: applying an adapter on the fly (base+adapter) is a coming feature; "
+                "merge the adapter into its base first (PEFT: merge_and_unload)",
+            )
+        return ref
+
+    def patterns(self, node: Node, where: str) -> tuple[str, ...]:
+        nodes = node.value if node.kind == "list" else [node]
+        return tuple(p for p in (self.text_of(n, where) for n in nodes) if p)
+
+    # parameters
+
+    def settings(self, node: Node | None, where: str) -> Settings:
+        if node is None or (node.kind == "scalar" and node.value is None):
+            return {}
+        if node.kind != "map":
+            self.bad(node.line, f"{where}: expected a mapping of parameters, got {node.what}")
+            return {}
+        out = {}
+        for key, line, value in node.value:
+            parsed = self.value(value, f"{where}.{key}")
+            if parsed is not None:
+                out[key] = Setting(parsed, line)
+        return out
+
+    def value(self, node: Node, where: str) -> Value | None:
+        if node.kind == "scalar":
+            if node.value is None:
+                self.bad(node.line, f"{where}: has no value")
+            result: Value | None = node.value
+            return result
+        if node.kind == "map":
+            condition = self.condition(node, where)
+            return (condition,) if condition else None
+        if not node.value:
+            self.bad(node.line, f"{where}: an empty list is neither a gradient nor a choice by name")
+            return None
+        if all(n.kind == "map" for n in node.value):
+            found = [self.condition(n, where) for n in node.value]
+            return tuple(c for c in found if c is not None)
+        if all(n.kind == "scalar" and _is_number(n.value) for n in node.value):
+            return tuple(float(n.value) for n in node.value)
+        wrong = next(n for n in node.value if n.kind != "scalar" or not _is_number(n.value))
+        self.bad(
+            wrong.line, f"{where}: expected a gradient of numbers or a list of filter/value entries, got {wrong.what}"
+        )
+        return None
+
+    def condition(self, node: Node, where: str) -> Condition | None:
+        parts = self.mapping(node, where, ["filter", "value"])
+        if "value" not in parts:
+            if all(key in ("filter", "value") for key, _, _ in node.value):
+                self.bad(node.line, f"{where}: an entry with a filter needs a value")
+            return None
+        value = self.value(parts["value"], where)
+        pattern = None
+        if "filter" in parts and parts["filter"].value is not None:
+            pattern = self.text_of(parts["filter"], f"{where}.filter")
+        return None if value is None else Condition(pattern, value)
+
+    # the parts of a recipe
+
+    def recipe(self, node: Node) -> Recipe:
+        if node.kind != "map":
+            self.bad(node.line, f"a recipe is a mapping with merge_method and models; got {node.what}")
+            return Recipe(self.text, self.origin, "")
+        top = self.mapping(node, "recipe", _TOP, _PARAMETERS)
+        for key, feature in _COMING.items():
+            if key in top:
+                self.bad(top[key].line, f"{key}: {feature} is a coming feature of stockpot; remove the key for now")
+        method = ""
+        if "merge_method" in top:
+            method = self.text_of(top["merge_method"], "merge_method") or ""
+        else:
+            self.bad(node.line, "merge_method is missing")
+        if ("models" in top) + ("slices" in top) != 1 and "modules" not in top:
+            self.bad(node.line, "expected exactly one of 'models' and 'slices'")
+        base = self.model(top["base_model"], "base_model") if "base_model" in top else None
+        return Recipe(
+            text=self.text,
+            origin=self.origin,
+            merge_method=method,
+            models=self.each(top, "models", self.entry),
+            slices=self.each(top, "slices", self.slice),
+            base_model=base or None,
+            parameters=self.settings(top.get("parameters"), "parameters"),
+            dtype=self.dtype(top, "dtype"),
+            out_dtype=self.dtype(top, "out_dtype"),
+            include=self.patterns(top["include"], "include") if "include" in top else (),
+            exclude=self.patterns(top["exclude"], "exclude") if "exclude" in top else (),
+            rules=self.each(top, "rules", self.rule),
+            mergekit_compat=self.compat(top),
+            tokenizer_from=self.tokenizer(top),
+            lines={key: line for key, line, _ in node.value},
+        )
+
+    def each(self, top: dict[str, Node], key: str, read: Callable[[Node], Any]) -> tuple[Any, ...]:
+        return tuple(read(n) for n in self.listing(top[key], key)) if key in top else ()
+
+    def entry(self, node: Node) -> ModelEntry:
+        if node.kind == "scalar":
+            return ModelEntry(self.model(node, "models"), {}, node.line)
+        parts = self.mapping(node, "models", ["model", "parameters"])
+        if "model" not in parts:
+            self.bad(node.line, "models: an entry needs 'model'")
+        ref = self.model(parts["model"], "models.model") if "model" in parts else ""
+        return ModelEntry(ref, self.settings(parts.get("parameters"), "models.parameters"), node.line)
+
+    def slice(self, node: Node) -> Slice:
+        parts = self.mapping(node, "slices", ["sources", "base_model", "parameters"])
+        sources: tuple[Source, ...] = ()
+        if "sources" in parts:
+            sources = tuple(self.source(n) for n in self.listing(parts["sources"], "slices.sources"))
+        else:
+            self.bad(node.line, "slices: an entry needs 'sources'")
+        base = self.model(parts["base_model"], "slices.base_model") if "base_model" in parts else None
+        return Slice(sources, base, self.settings(parts.get("parameters"), "slices.parameters"), node.line)
+
+    def source(self, node: Node) -> Source:
+        parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters"])
+        if "model" not in parts:
+            self.bad(node.line, "slices.sources: an entry needs 'model'")
+        ref = self.model(parts["model"], "slices.sources.model") if "model" in parts else ""
+        span = self.layer_range(parts["layer_range"]) if "layer_range" in parts else None
+        return Source(ref, span, self.settings(parts.get("parameters"), "slices.sources.parameters"), node.line)
+
+    def layer_range(self, node: Node) -> tuple[int, int] | None:
+        values = [n.value for n in node.value] if node.kind == "list" else []
+        if len(values) != 2 or not all(type(v) is int for v in values):
+            self.bad(node.line, "layer_range: expected [start, stop] with whole numbers, stop not included")
+            return None
+        start, stop = values
+        if start < 0 or stop <= start:
+            self.bad(
+                node.line,
+                f"layer_range: [{start}, {stop}] holds no layers; expected 0 <= start < stop (negative numbers do not "
+                "count from the end)",
+            )
+            return None
+        return start, stop
+
+    def rule(self, node: Node) -> Rule:
+        parts = self.mapping(node, "rules", ["match", "merge_method", "parameters"])
+        if "match" not in parts:
+            self.bad(node.line, "rules: an entry needs 'match', a pattern on tensor names")
+        if "merge_method" not in parts and "parameters" not in parts:
+            self.bad(node.line, "rules: an entry needs 'merge_method' or 'parameters'")
+        return Rule(
+            self.patterns(parts["match"], "rules.match") if "match" in parts else (),
+            self.text_of(parts["merge_method"], "rules.merge_method") if "merge_method" in parts else None,
+            self.settings(parts.get("parameters"), "rules.parameters"),
+            node.line,
+        )
+
+    def dtype(self, top: dict[str, Node], key: str) -> str | None:
+        if key not in top or (top[key].kind == "scalar" and top[key].value is None):
+            return None
+        text = self.text_of(top[key], key)
+        if text is None:
+            return None
+        try:
+            return parse_dtype(text).label
+        except ArgumentError as e:
+            self.bad(top[key].line, f"{key}: {e}")
+            return None
+
+    def compat(self, top: dict[str, Node]) -> bool:
+        if "compat" not in top:
+            return False
+        if top["compat"].kind == "scalar" and top["compat"].value == "mergekit":
+            return True
+        self.bad(top["compat"].line, f"compat: expected mergekit, got {top['compat'].what}")
+        return False
+
+    def tokenizer(self, top: dict[str, Node]) -> str | None:
+        """`base` or the model whose tokenizer files are copied; everything else is a feature to come."""
+        if "tokenizer" in top and "tokenizer_source" in top:
+            self.bad(top["tokenizer"].line, "give only one of 'tokenizer' and 'tokenizer_source'")
+        node, where = top.get("tokenizer_source"), "tokenizer_source"
+        if "tokenizer" in top:
+            parts = self.mapping(top["tokenizer"], "tokenizer", ["source", "tokens", "pad_to_multiple_of"])
+            for key in ("tokens", "pad_to_multiple_of"):
+                if key in parts:
+                    self.bad(parts[key].line, f"tokenizer.{key}: {_TOKENIZER} is a coming feature of stockpot")
+            node, where = parts.get("source"), "tokenizer.source"
+        if node is None:
+            return None
+        ref = self.text_of(node, where)
+        if ref == "union":
+            self.bad(
+                node.line, f"{where}: union: {_TOKENIZER} is a coming feature of stockpot; 'base' copies the base's"
+            )
+        return ref
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,82 @@
+"""A recipe: what the user wants, frozen, hashed, with the line of everything for error messages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from stockpot.recipes.values import Setting
+
+__all__ = ["ModelEntry", "Recipe", "Rule", "Settings", "Slice", "Source"]
+
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One of `models`."""
+
+    ref: str
+    parameters: Settings
+    line: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a slice: layers [start, stop) of a model; None means all of them."""
+
+    ref: str
+    layer_range: tuple[int, int] | None
+    parameters: Settings
+    line: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of output layers, made from as many layers of each source."""
+
+    sources: tuple[Source, ...]
+    base_model: str | None
+    parameters: Settings
+    line: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose names match a pattern get another method or other parameters. The first rule that matches wins."""
+
+    patterns: tuple[str, ...]
+    merge_method: str | None
+    parameters: Settings
+    line: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe. `text` is verbatim; `origin` is its file, or `<recipe>`; `lines` are those of top-level keys."""
+
+    text: str
+    origin: str
+    merge_method: str
+    models: tuple[ModelEntry, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    mergekit_compat: bool = False
+    tokenizer_from: str | None = None
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def at(self, line: int) -> str:
+        """`recipe.yml:12`, for error messages."""
+        return f"{self.origin}:{line}"

@@ -1,0 +1,135 @@
+"""What is known of a tensor without reading it: dtype, shape, sizes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from dataclasses import dataclass
+
+from stockpot.errors import ArgumentError, nearest
+
+__all__ = ["DType", "Shape", "TensorSpec", "format_count", "format_size", "parse_dtype", "parse_size"]
+
+Shape = tuple[int, ...]
+
+
+class DType(enum.Enum):
+    """A dtype of the safetensors format: its name there, bytes per element, and whether it can be averaged."""
+
+    F64 = ("F64", 8, True)
+    F32 = ("F32", 4, True)
+    F16 = ("F16", 2, True)
+    BF16 = ("BF16", 2, True)
+    F8_E4M3 = ("F8_E4M3", 1, True)
+    F8_E5M2 = ("F8_E5M2", 1, True)
+    I64 = ("I64", 8, False)
+    I32 = ("I32", 4, False)
+    I16 = ("I16", 2, False)
+    I8 = ("I8", 1, False)
+    U64 = ("U64", 8, False)
+    U32 = ("U32", 4, False)
+    U16 = ("U16", 2, False)
+    U8 = ("U8", 1, False)
+    BOOL = ("BOOL", 1, False)
+
+    def __init__(self, label: str, itemsize: int, is_float: bool) -> None:
+        self.label = label
+        self.itemsize = itemsize
+        self.is_float = is_float
+
+    def __str__(self) -> str:
+        return self.label
+
+
+BY_LABEL = {d.label: d for d in DType}
+
+_ALIASES = {
+    "float64": DType.F64,
+    "double": DType.F64,
+    "float32": DType.F32,
+    "float": DType.F32,
+    "float16": DType.F16,
+    "half": DType.F16,
+    "bfloat16": DType.BF16,
+    "float8_e4m3fn": DType.F8_E4M3,
+    "float8_e5m2": DType.F8_E5M2,
+    "fp32": DType.F32,
+    "fp16": DType.F16,
+    "bf16": DType.BF16,
+}
+
+#: the names that transformers writes into `config.json`
+CONFIG_NAMES = {
+    DType.F64: "float64",
+    DType.F32: "float32",
+    DType.F16: "float16",
+    DType.BF16: "bfloat16",
+    DType.F8_E4M3: "float8_e4m3fn",
+    DType.F8_E5M2: "float8_e5m2",
+}
+
+
+def parse_dtype(text: str) -> DType:
+    """`bfloat16`, `torch.float32`, `F16`... -> DType. Raises ArgumentError for anything else."""
+    key = text.strip().removeprefix("torch.")
+    found = _ALIASES.get(key.lower())
+    if found is None:
+        raise ArgumentError(
+            f"unknown dtype {text!r}: expected one of {', '.join(CONFIG_NAMES.values())}"
+            + nearest(key.lower(), _ALIASES)
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """dtype and shape of one tensor."""
+
+    dtype: DType
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB` (10^9), `512MiB` (2^20), `4096`. Raises ArgumentError."""
+    if isinstance(text, bool):
+        raise ArgumentError(f"expected a size such as 512MiB or 5GB, got {text!r}")
+    if isinstance(text, int):
+        value = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+        if not match or match[2] == "I":
+            raise ArgumentError(f"expected a size such as 512MiB or 5GB, got {text!r}")
+        value = int(float(match[1]) * _UNITS[match[2]])
+    if value <= 0:
+        raise ArgumentError(f"a size must be positive, got {text!r}")
+    return value
+
+
+def format_size(n: float) -> str:
+    """`1.81 GB`: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
+
+
+def format_count(n: float) -> str:
+    """`1.24 B` parameters."""
+    for unit in ("", " K", " M", " B", " T"):
+        if abs(n) < 1000 or unit == " T":
+            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
