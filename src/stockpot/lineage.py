@@ -69,9 +69,10 @@ def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         path = os.path.join(directory, name)
         if os.path.isdir(path) and name in _FOLDERS:
             yield from ((os.path.join(path, f), os.path.join(name, f)) for f in sorted(os.listdir(path)))
-        elif os.path.isfile(path) and not _NOT_COPIED.fullmatch(name):
-            if _COPIED.fullmatch(name) or (code and name.endswith(".py")):
-                yield path, name
+        elif not os.path.isfile(path) or _NOT_COPIED.fullmatch(name):
+            continue
+        elif _COPIED.fullmatch(name) or (code and name.endswith(".py")):
+            yield path, name
 
 
 def _copy_modules(checkpoint: Checkpoint, directory: str) -> None:
@@ -211,12 +212,23 @@ def model_card(plan: Plan) -> str:
     models = "\n".join(
         f"- `{m.ref}`" + (" (config and tokenizer)" if m.index == plan.donor else "") for m in plan.inputs
     )
-    return (
-        "\n".join(head)
-        + f"\n\n# {plan.recipe.merge_method} merge\n\nMade with stockpot {stockpot.__version__} by `{plan.recipe.merge_method}` from\n\n"
-        f"{models}\n\n`{NAME}` beside this file records inputs, digests and parameters; `stockpot verify .` checks them.\n\n"
-        f"## Recipe\n\n```yaml\n{plan.recipe.text.rstrip()}\n```\n"
-    )
+    method = plan.recipe.merge_method
+    body = f"""
+# {method} merge
+
+Made with stockpot {stockpot.__version__} by `{method}` from
+
+{models}
+
+`{NAME}` beside this file records inputs, digests and parameters; `stockpot verify .` checks them.
+
+## Recipe
+
+```yaml
+{plan.recipe.text.rstrip()}
+```
+"""
+    return "\n".join(head) + "\n" + body
 
 
 def read_lineage(directory: str) -> tuple[dict[str, Any], Checkpoint]:

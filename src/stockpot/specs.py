@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stockpot.errors import ArgumentError, nearest
 
@@ -84,14 +84,14 @@ def parse_dtype(text: str) -> DType:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """dtype and shape of one tensor."""
+    """dtype and shape of one tensor; `numel` elements in `nbytes` bytes."""
 
     dtype: DType
     shape: Shape
+    numel: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", math.prod(self.shape))
 
     @property
     def nbytes(self) -> int:

@@ -13,14 +13,14 @@ __all__ = ["decode_into", "encode_into"]
 
 Array = np.ndarray[Any, Any]
 
-_PLAIN = {DType.F64: np.dtype("<f8"), DType.F32: np.dtype("<f4"), DType.F16: np.dtype("<f2")}
+_PLAIN: dict[DType, Any] = {DType.F64: np.dtype("<f8"), DType.F32: np.dtype("<f4"), DType.F16: np.dtype("<f2")}
 _SHIFT = np.uint32(16)
 _ONE = np.uint32(1)
 _HALF = np.uint32(0x7FFF)
 
 
 @cache
-def _ml_dtype(dtype: DType) -> np.dtype[Any]:
+def _ml_dtype(dtype: DType) -> Any:
     import ml_dtypes
 
     return np.dtype(ml_dtypes.float8_e4m3fn if dtype is DType.F8_E4M3 else ml_dtypes.float8_e5m2)
@@ -34,6 +34,11 @@ def _half_table() -> Array:
 
 def decode_into(raw: Any, dtype: DType, out: Array) -> None:
     """Little-endian bytes `raw` of `dtype` -> `out` (float32 or float64), exactly."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN is quietened, which numpy would warn of
+        _decode(raw, dtype, out)
+
+
+def _decode(raw: Any, dtype: DType, out: Array) -> None:
     if dtype is DType.BF16:
         if out.dtype == np.float32:
             bits = out.view(np.uint32)
@@ -58,7 +63,7 @@ def encode_into(values: Array, dtype: DType, raw: Any) -> None:
     if dtype is DType.BF16:
         _encode_bf16(values, np.frombuffer(raw, np.uint16))
         return
-    target = np.frombuffer(raw, _PLAIN.get(dtype) or _ml_dtype(dtype))
+    target = np.frombuffer(raw, _PLAIN[dtype] if dtype in _PLAIN else _ml_dtype(dtype))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if dtype in _PLAIN:
             np.copyto(target, values, casting="same_kind")

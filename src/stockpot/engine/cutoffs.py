@@ -20,7 +20,8 @@ from stockpot.methods.arrays import is_numpy, magnitude
 __all__ = ["Selection", "kth_magnitudes"]
 
 _TOP = 2**31
-_BINS = 2**18
+_BINS = 2**19
+_FLUSH = 2**18
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Selection:
     width: int = 0
     below: int = 0
     bins: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _held: list[Any] = field(default_factory=list)
+    _holding: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         if self.keep <= 0:
-            self.cutoff = float("inf")
+            self.cutoff = float("nan")
         elif self.keep >= self.count:
             self.cutoff = 0.0
         self._open(0, _TOP)
@@ -54,6 +57,7 @@ class Selection:
             self.shift += 1
         self.width = ((high - low - 1) >> self.shift) + 1 if high > low else 1
         self.below, self.bins = 0, np.zeros(0, np.int64)
+        self._held, self._holding = [], 0
 
     def suggest(self, sample: Any) -> None:
         """Narrow the first window by a sample of deltas (any shape)."""
@@ -62,7 +66,8 @@ class Selection:
         ordered = np.sort(_bits_numpy(sample))
         n = len(ordered)
         share = self.rank / self.count
-        margin = 4 * (n * share * (1 - share)) ** 0.5 + 0.01 * n + 1
+        spread = (share * (1 - share)) ** 0.5
+        margin = (4 * n**0.5 + 0.004 * n) * spread + 1
         first, last = int(share * n - margin), int(share * n + margin)
         low = int(ordered[first]) if first > 0 else 0
         high = int(ordered[last]) + 1 if last < n else _TOP
@@ -74,18 +79,25 @@ class Selection:
             return
         span = self.width << self.shift
         below, chosen = (_count_numpy if is_numpy(delta) else _count_torch)(delta, self.low, span)
-        counts = np.bincount(chosen >> self.shift, minlength=1) if len(chosen) else None
         with self.lock:
             self.below += below
-            if counts is not None:
-                if not len(self.bins):
-                    self.bins = np.zeros(self.width, np.int64)
-                self.bins[: len(counts)] += counts
+            self._held.append(chosen)
+            self._holding += len(chosen)
+            if self._holding >= _FLUSH:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Histogram what was put aside: a histogram for every block would cost more than the block."""
+        if self._held:
+            counts = np.bincount(np.concatenate(self._held) >> self.shift, minlength=self.width)
+            self.bins = counts if not len(self.bins) else self.bins + counts
+            self._held, self._holding = [], 0
 
     def finish_pass(self) -> bool:
         """After a whole pass: True when the cutoff is known, else the next window stands ready."""
         if self.cutoff is not None:
             return True
+        self._flush()
         inside = int(self.bins.sum())
         if self.rank < self.below:
             self._open(0, self.low)
@@ -111,7 +123,7 @@ def kth_magnitudes(delta: Any, density: Sequence[float]) -> tuple[float, ...]:
         if 0 < keep < n:
             out.append(float(np.partition(magnitude(row), n - keep)[n - keep]))
         else:
-            out.append(float("inf") if keep <= 0 else 0.0)
+            out.append(float("nan") if keep <= 0 else 0.0)
     return tuple(out)
 
 

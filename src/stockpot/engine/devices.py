@@ -14,7 +14,12 @@ from stockpot.engine.codecs import decode_into, encode_into
 from stockpot.errors import ArgumentError
 from stockpot.specs import DType
 
-__all__ = ["Device", "NumpyDevice", "TorchDevice", "open_device"]
+__all__ = ["Device", "NumpyDevice", "TorchDevice", "byte_buffer", "open_device"]
+
+
+def byte_buffer(size: int) -> memoryview[Any]:
+    """Uninitialised memory."""
+    return memoryview(np.empty(size, np.uint8).data)
 
 
 class Device(Protocol):

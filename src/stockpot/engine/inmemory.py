@@ -9,7 +9,7 @@ import numpy as np
 
 from stockpot.checkpoints.memory import MemorySource
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.engine.devices import NumpyDevice
+from stockpot.engine.devices import NumpyDevice, byte_buffer
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.kernel import Kernel, UnitData
 from stockpot.engine.units import Segment, Unit
@@ -60,7 +60,7 @@ def merge_dicts(
         if t.action is Action.KEEP or t.spec.numel == 0:
             raw[...] = np.frombuffer(data.raws[-1 if method.space is Space.DELTA else 0], np.uint8)
         else:
-            kernel.combine(data, stats, memoryview(raw))
+            kernel.combine(data, stats, raw.data)
         out[t.name] = _like(template[t.name], raw)
     return out
 
@@ -120,7 +120,7 @@ def _data(t: TensorPlan, sources: Sequence[MemorySource]) -> UnitData:
     raws, dtypes = [], []
     for operand in t.inputs:
         spec = sources[operand.model].spec(operand.name)
-        raw = memoryview(np.empty(spec.nbytes, np.uint8))
+        raw = byte_buffer(spec.nbytes)
         sources[operand.model].read([ReadRequest(operand.name, 0, n)], raw)
         raws.append(raw)
         dtypes.append(spec.dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from stockpot.engine.cutoffs import kth_magnitudes
 from stockpot.engine.devices import Device
 from stockpot.engine.gathering import Gathering
-from stockpot.engine.masks import keep_mask, mask_key
+from stockpot.engine.masks import MaskStream, mask_key
 from stockpot.engine.units import Segment, Unit
 from stockpot.methods.arrays import is_numpy, magnitude
 from stockpot.methods.declaration import Method, Scope, Space
@@ -72,8 +72,11 @@ class Kernel:
         assert self.method.random is not None
         density = self.group.params[self.method.random.param]
         out = np.empty((len(density), stop - start), np.bool_)
+        stream = slot.get("masks")
+        if stream is None:
+            stream = slot["masks"] = MaskStream()
         for i, (operand, d) in enumerate(zip(segment.tensor.operands, density, strict=True)):
-            keep_mask(mask_key(self.seed, operand.position, segment.tensor.name), d, start, out[i])
+            stream.fill(mask_key(self.seed, operand.position, segment.tensor.name), d, start, out[i])
         return out
 
     def _masks(self, segments: Sequence[tuple[Segment, int, int]], slot: dict[Any, Any]) -> Any:
@@ -128,20 +131,21 @@ class Kernel:
     def gather(self, data: UnitData, segment: Segment, at: int, stats: Mapping[str, Any]) -> dict[str, Any]:
         """All statistics of one tensor whose every element is in hand."""
         active = [s for s in self.method.active_stats(self.group.params) if s.scope_for(self.group.params) == "tensor"]
+        known = dict(stats)
         if not active:
-            return dict(stats)
+            return known
         n = segment.stop - segment.start
         if n <= SMALL and isinstance(active[0], Cutoff):
             density = self.group.params[active[0].param]
-            stats = {**stats, active[0].name: kth_magnitudes(self.deltas(data, at, at + n), density)}
+            known[active[0].name] = kth_magnitudes(self.deltas(data, at, at + n), density)
             active = active[1:]
         gathering = Gathering(active, self.group.params, len(segment.tensor.operands), n)
         while gathering.current is not None:
             if gathering.fresh:
                 gathering.suggest(self.sample(data, at, n))
-            self.fold_segment(gathering, data, segment, at, stats)
+            self.fold_segment(gathering, data, segment, at, known)
             gathering.finish_pass()
-        return {**stats, **gathering.results}
+        return {**known, **gathering.results}
 
     # output
 
@@ -151,7 +155,7 @@ class Kernel:
             if self.method.scope is not Scope.ELEMENT:
                 at = 0
                 for segment in data.unit.segments:
-                    known = self.gather(data, segment, at, stats) if segment.whole else dict(stats)
+                    known = self.gather(data, segment, at, stats) if segment.whole else stats
                     self._combine_shaped(data, segment, at, known, out)
                     at += segment.stop - segment.start
                 return
@@ -196,7 +200,7 @@ class Kernel:
             yield run, first, at, stats
 
     def _combine_shaped(
-        self, data: UnitData, segment: Segment, at: int, known: dict[str, Any], out: memoryview[Any]
+        self, data: UnitData, segment: Segment, at: int, known: Mapping[str, Any], out: memoryview[Any]
     ) -> None:
         """ROW: `[m, rows, row]`; TENSOR: `[m, *shape]`."""
         n = segment.stop - segment.start
@@ -232,14 +236,14 @@ def sample_runs(n: int, samples: int = 2**16, run: int = 512) -> list[tuple[int,
 
 
 def _row_cutoffs(block: Any, density: Sequence[float]) -> Any:
-    """`[m, ..., n]` -> `[m, ..., 1]`: each row's k-th magnitude; inf where k is 0, 0 where everything is kept."""
+    """`[m, ..., n]` -> `[m, ..., 1]`: each row's k-th magnitude; nan where k is 0, 0 where everything is kept."""
     size = magnitude(block)
     n = size.shape[-1]
     out = size[..., :1] * 0
     for i, d in enumerate(density):
         keep = int(d * n)
         if keep <= 0:
-            out[i] = float("inf")
+            out[i] = float("nan")
         elif keep < n:
             ordered = np.sort(size[i], axis=-1) if is_numpy(size) else size[i].sort(dim=-1).values
             out[i] = ordered[..., n - keep : n - keep + 1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["keep_mask", "mask_key"]
+__all__ = ["MaskStream", "mask_key"]
 
 _BYTES_PER_COUNTER = 32  # four 64-bit words
 _ALL = 2**64 - 1
@@ -24,29 +24,53 @@ def mask_key(seed: int, position: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
 
 
-def keep_mask(key: int, density: float, start: int, out: np.ndarray[Any, Any]) -> None:
-    """Fill the booleans `out` for elements start, start + 1, ...: True with probability `density`."""
-    n = len(out)
-    if density >= 1 or density <= 0 or n == 0:
-        out[...] = density >= 1
-        return
-    counter, skip = divmod(start, _BYTES_PER_COUNTER)
-    words = -(-(skip + n) // 8)
-    stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    drawn = stream.integers(0, _ALL, words, dtype=np.uint64, endpoint=True).astype("<u8", copy=False)
-    draws = drawn.view(np.uint8)[skip : skip + n]
-    whole, rest = divmod(density * 256, 1)
-    np.less(draws, whole, out=out)
-    if rest:
-        edge = np.flatnonzero(draws == int(whole))
-        out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < np.uint64(int(rest * 2**64))
+class MaskStream:
+    """Draws masks; one for each thread, since making a generator costs more than a block of masks."""
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(key=0)
+        self._draws = np.random.Generator(self._bits)
+
+    def fill(self, key: int, density: float, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill the booleans `out` for elements start, start + 1, ...: True with probability `density`."""
+        n = len(out)
+        if density >= 1 or density <= 0 or n == 0:
+            out[...] = density >= 1
+            return
+        draws = self._bytes(key, start, n)
+        whole, rest = divmod(density * 256, 1)
+        np.less(draws, whole, out=out)
+        if rest:
+            edge = np.flatnonzero(draws == int(whole))
+            out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < np.uint64(int(rest * 2**64))
+
+    def _bytes(self, key: int, start: int, n: int) -> Any:
+        """Bytes start..start + n of the stream of this key."""
+        counter, skip = divmod(start, _BYTES_PER_COUNTER)
+        self._bits.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": _words(counter, 4), "key": _words(key, 2)},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        words = -(-(skip + n) // 8)
+        drawn = self._draws.integers(0, _ALL, words, dtype=np.uint64, endpoint=True).astype("<u8", copy=False)
+        return drawn.view(np.uint8)[skip : skip + n]
 
 
-def _hash(key: int, index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _words(value: int, count: int) -> np.ndarray[Any, Any]:
+    """A whole number as 64-bit words, the lowest first."""
+    return np.array([(value >> (64 * i)) & _ALL for i in range(count)], np.uint64)
+
+
+def _hash(key: int, index: Any) -> Any:
     """SplitMix64's finaliser over key and index: 64 well-mixed bits."""
     with np.errstate(over="ignore"):
         z = (index * np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(key & _ALL)
         z += np.uint64(key >> 64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z ^= z >> np.uint64(31)
+    return z

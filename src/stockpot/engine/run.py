@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.engine.devices import Device
+from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
@@ -33,7 +33,7 @@ __all__ = ["Outcome", "Progress", "partial_path", "run_plan"]
 #: called from the main thread with (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
 
-_WIDE_SAMPLES = 2**18
+_JOB_SAMPLES = 2**17
 
 
 @dataclass
@@ -104,7 +104,10 @@ class _Runner:
             os.makedirs(partial, exist_ok=True)
         except OSError as e:
             raise OutputError(f"{partial}: can't be created: {e.strerror or e}") from e
-        journal = Journal(os.path.join(partial, JOURNAL_NAME), self.plan.identity, lambda: sink.flush())
+        sink: ShardSink | None = None
+        journal = Journal(
+            os.path.join(partial, JOURNAL_NAME), self.plan.identity, lambda: sink.flush() if sink is not None else None
+        )
         try:
             resumed = journal.open() and resume
         except OSError as e:
@@ -114,7 +117,6 @@ class _Runner:
         if not resumed:
             journal.records.clear()
             _clear(partial, keep=JOURNAL_NAME)
-        sink: ShardSink | None = None
         finished = False
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
@@ -280,7 +282,7 @@ class _Runner:
         total = sum(u.numel for u in job.units)
         parts = []
         for unit in job.units:
-            share = max(_WIDE_SAMPLES * unit.numel // total, 1024)
+            share = max(_JOB_SAMPLES * unit.numel // total, 1024)
             for segment in unit.segments if len(unit.segments) < 64 else unit.segments[::64]:
                 n = segment.stop - segment.start
                 runs = sample_runs(n, samples=max(share // len(unit.segments), 512))
@@ -336,8 +338,8 @@ def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
     """A reused buffer of this thread."""
     held = slot.get(key)
     if held is None or len(held) < size:
-        slot[key] = held = memoryview(np.empty(max(size, 1), np.uint8))
-    return held[:size]  # type: ignore[no-any-return]
+        slot[key] = held = byte_buffer(max(size, 1))
+    return held[:size]
 
 
 def _clear(directory: str, keep: str | None = None) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
+from stockpot.engine.devices import byte_buffer
 from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.planning.grid import grid_of
 
@@ -26,7 +25,7 @@ def checkpoint_digests(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
         pieces = []
         for k in range(grid.pieces):
             start, stop = grid.bounds(k)
-            raw = memoryview(np.empty((stop - start) * spec.dtype.itemsize, np.uint8))
+            raw = byte_buffer((stop - start) * spec.dtype.itemsize)
             checkpoint.read([ReadRequest(name, start, stop)], raw)
             pieces.append(piece_digest(raw))
         return name, tensor_digest(pieces)

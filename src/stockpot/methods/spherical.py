@@ -37,12 +37,14 @@ def slerp_weights(gram: Any, t: float, guarded: bool = True) -> tuple[float, flo
     undefined) and where they are nearly opposite (cos < -0.99, where the weights grow past 30 and the plane is arbitrary).
     """
     aa, ab, bb = (float(g) for g in gram)
+    if not (math.isfinite(aa) and math.isfinite(ab) and math.isfinite(bb)):
+        return 1.0 - t, t  # a NaN or infinity shows in the result either way
     na, nb = math.sqrt(aa), math.sqrt(bb)
     if guarded and (na <= TINY_NORM or nb <= TINY_NORM):
         return 1.0 - t, t
     cos = ab / ((na if na > TINY_NORM else 1.0) * (nb if nb > TINY_NORM else 1.0))
     cos = max(-1.0, min(1.0, cos))
-    if not abs(cos) <= PARALLEL or (guarded and cos < ANTIPARALLEL):
+    if abs(cos) > PARALLEL or (guarded and cos < ANTIPARALLEL):
         return 1.0 - t, t
     angle = math.acos(cos)
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

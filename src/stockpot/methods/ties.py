@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import add_rows, column, count_rows, is_numpy, keep_where, magnitude
+from stockpot.methods.arrays import add_rows, column, count_rows, is_numpy, keep_where, magnitude, weighted_sum
 from stockpot.methods.declaration import Space, method
 from stockpot.methods.parameters import ByDialect, Choice, Flag, Named, PerModel, Real
 from stockpot.methods.statistics import Cutoff, Total
 
-__all__ = ["disjoint_merge", "norm_ratio", "ties", "trim"]
+__all__ = ["disjoint_merge", "norm_ratio", "settle_close_votes", "ties", "trim"]
 
 
 def trim(delta: Any, cutoff: Sequence[float]) -> Any:
@@ -49,6 +49,8 @@ def disjoint_merge(
     ballot = values if weighted_election else kept
     mass = add_rows(ballot)
     positive = mass >= 0 if zero_is_positive else mass > 0
+    if not plain and weighted_election:
+        settle_close_votes(positive, mass, kept, weight, zero_is_positive)
     agree = (ballot > 0) == positive
     agree &= ballot != 0
     merged = add_rows(keep_where(values, agree))
@@ -61,6 +63,31 @@ def disjoint_merge(
     divisor += divisor == 0
     merged /= divisor
     return merged
+
+
+def settle_close_votes(positive: Any, mass: Any, kept: Any, weight: Sequence[float], zero_is_positive: bool) -> None:
+    """Decide again, in float64, elections so close that rounding in float32 may have decided them. In place.
+
+    Deltas of bf16 weights are multiples of a power of two, so weighted sums that are zero but for rounding are common.
+    """
+    if mass.dtype.itemsize >= 8 or mass.shape[-1] == 0:
+        return
+    bound = float(max(abs(float(kept.max())), abs(float(kept.min())))) * sum(abs(w) for w in weight) * 2.0**-21
+    close = abs(mass) <= bound
+    close &= (kept != 0).any(0)
+    if is_numpy(mass):
+        import numpy as np
+
+        where: Any = np.nonzero(close)
+        index = (slice(None), *where)
+        votes = kept[index].astype(np.float64)
+    else:
+        where = close.nonzero(as_tuple=True)
+        index = (slice(None), *where)
+        votes = kept[index].double()
+    if votes.shape[-1]:
+        exact = weighted_sum(votes, weight)
+        positive[where] = exact >= 0 if zero_is_positive else exact > 0
 
 
 def norm_ratio(before_after: Any) -> tuple[float, ...]:

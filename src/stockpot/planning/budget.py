@@ -13,7 +13,7 @@ from stockpot.specs import DType, format_size
 __all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for", "work_itemsize"]
 
 DEFAULT_LIMIT = 512 * 2**20
-_CUTOFF_WINDOW = 2**18 * 8
+_CUTOFF_WINDOW = 2**19 * 8
 #: pieces in a block, the preferred first
 _CHOICES = (4, 2, 1)
 #: elements of all models computed at once: what stays in a core's own cache

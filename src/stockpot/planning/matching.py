@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -248,7 +247,8 @@ def _outside(
     m: Matcher, first: Part, last: Part, donor: int, prefix: str, missing: dict[int, list[str]]
 ) -> tuple[list[Match], list[Match]]:
     """Tensors outside the sliced stack: before the layers by the first slice, after them by the last."""
-    before, after = [], []
+    before: list[Match] = []
+    after: list[Match] = []
     involved = [e.model for part in (first, last) for e in part.entries]
     layers = m.checkpoint(donor).layers()
     for name in m.wanted(donor, list(dict.fromkeys(involved))):
@@ -328,6 +328,6 @@ def _few(names: Sequence[str]) -> str:
 def _prefix_hint(extra: Sequence[str], names: set[str]) -> str:
     """A word on names that differ by a prefix only, such as `bert.`."""
     for name in names:
-        if os.path.commonprefix([name[::-1], extra[0][::-1]])[::-1] in (name, extra[0]) and name != extra[0]:
+        if name.endswith("." + extra[0]) or extra[0].endswith("." + name):
             return f" (names differ by a prefix: {name!r} there)"
     return ""

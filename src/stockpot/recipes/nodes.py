@@ -90,7 +90,7 @@ class _Converter:
     def _scalar(self, node: yaml.Node) -> Any:
         if node.tag == "tag:yaml.org,2002:str":
             # YAML 1.1 takes 1e-3 for a string; nobody who writes it means one
-            if node.style is None and _NUMBER.fullmatch(node.value):
+            if getattr(node, "style", None) is None and _NUMBER.fullmatch(node.value):
                 return float(node.value)
             return node.value
         if node.tag in {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null")}:

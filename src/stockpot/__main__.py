@@ -1,0 +1,5 @@
+"""`python -m stockpot`."""
+
+from stockpot.cli.main import main
+
+main()

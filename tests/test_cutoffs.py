@@ -1,0 +1,82 @@
+"""The k-th largest magnitude, block by block, against a sort."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stockpot.engine.cutoffs import Selection, kth_magnitudes
+
+
+def select(values: np.ndarray, keep: int, sample: np.ndarray | None = None, block: int = 1000) -> tuple[float, int]:
+    selection = Selection(len(values), keep)
+    if sample is not None:
+        selection.suggest(sample)
+    passes = 0
+    while selection.cutoff is None:
+        for start in range(0, len(values), block):
+            selection.fold(values[start : start + block])
+        selection.finish_pass()
+        passes += 1
+        assert passes < 6
+    return selection.cutoff, passes
+
+
+def expected(values: np.ndarray, keep: int) -> float:
+    return float(np.sort(np.abs(values.astype(np.float32)))[len(values) - keep])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.8])
+def test_exact_with_a_sample(share: float) -> None:
+    values = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+    keep = int(share * len(values))
+    cutoff, passes = select(values, keep, sample=values[::2])
+    assert cutoff == expected(values, keep)
+    assert passes <= 2
+
+
+def test_a_good_sample_needs_one_pass() -> None:
+    values = np.random.default_rng(0).standard_normal(2**20).astype(np.float32)
+    assert select(values, len(values) // 2, sample=values[::8])[1] == 1
+    assert select(values, len(values) // 5, sample=values[::8])[1] == 1
+
+
+def test_a_misleading_sample_costs_passes_not_exactness() -> None:
+    values = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
+    for sample in (values * 1e-3, values * 1e3, np.zeros(1000, np.float32)):
+        assert select(values, 10_000, sample=sample)[0] == expected(values, 10_000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),
+    st.data(),
+)
+def test_against_sorting(values: list[float], data: st.DataObject) -> None:
+    array = np.float32(values)
+    keep = data.draw(st.integers(0, len(values)))
+    cutoff, _ = select(array, keep, block=7)
+    if keep == 0:
+        assert np.isnan(cutoff)
+        return
+    if keep == len(values):
+        assert cutoff == 0.0
+    else:
+        assert cutoff == expected(array, keep)
+    (direct,) = kth_magnitudes(array[None], [keep / len(values)])
+    if int(keep / len(values) * len(values)) == keep:
+        assert direct == cutoff
+
+
+def test_float64_and_torch_agree_with_float32() -> None:
+    values = np.random.default_rng(1).standard_normal(5000)
+    want = expected(values, 1000)
+    assert select(values, 1000)[0] == want
+    selection = Selection(5000, 1000)
+    while selection.cutoff is None:
+        selection.fold(torch.from_numpy(values))
+        selection.finish_pass()
+    assert selection.cutoff == want
