@@ -1,8 +1,8 @@
 """Creates the Llama-shaped inputs of the benchmarks: a base and n experts, random weights, real layout.
 
-    python benchmarks/models.py benchmarks/data/small --size small --experts 3
-    python benchmarks/models.py benchmarks/data/large --size large --experts 3
-    python benchmarks/models.py benchmarks/data/tiny --tiny-tensors 14403 --experts 3
+python benchmarks/models.py benchmarks/data/small --size small --experts 3
+python benchmarks/models.py benchmarks/data/large --size large --experts 3
+python benchmarks/models.py benchmarks/data/tiny --tiny-tensors 14403 --experts 3
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--shard", type=int, default=2 * 10**9)
     args = parser.parse_args()
-    config: dict[str, object] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    config: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+    }
     if args.tiny_tensors:
         wanted = {f"model.layers.{i // 9}.block{i % 9}.weight": (8, 8) for i in range(args.tiny_tensors)}
         config |= {"hidden_size": 8, "num_hidden_layers": -(-args.tiny_tensors // 9)}

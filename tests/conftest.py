@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers import SHAPES, perturbed, write_model
 
 

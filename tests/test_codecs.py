@@ -50,7 +50,9 @@ def test_encode_rounds_as_torch_does(dtype: DType) -> None:
     expected = torch.from_numpy(values.copy()).to(TORCH[dtype])
     ours = torch.from_numpy(got).view(TORCH[dtype])
     both_nan = torch.isnan(ours.float()) & torch.isnan(expected.float())
-    same = (ours.view(torch.uint8).reshape(len(values), -1) == expected.view(torch.uint8).reshape(len(values), -1)).all(1)
+    same = (ours.view(torch.uint8).reshape(len(values), -1) == expected.view(torch.uint8).reshape(len(values), -1)).all(
+        1
+    )
     assert bool((same | both_nan).all())
 
 

@@ -42,7 +42,9 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         entry = header.entries[name]
         assert entry.spec.shape == tuple(tensor.shape)
-        stored = torch.frombuffer(bytearray(raw[entry.start : entry.stop]), dtype=torch.uint8) if tensor.numel() else None
+        stored = (
+            torch.frombuffer(bytearray(raw[entry.start : entry.stop]), dtype=torch.uint8) if tensor.numel() else None
+        )
         if stored is not None:
             assert torch.equal(stored, tensor.reshape(-1).view(torch.uint8))
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_ulp, oracle_elect, oracle_slerp, oracle_trim
 
 import stockpot
 from stockpot.errors import ArgumentError
 from stockpot.methods import dare_linear, dare_ties, linear, methods, passthrough, slerp, task_arithmetic, ties
 from stockpot.methods.spherical import slerp_weights
+
+from helpers import assert_ulp, oracle_elect, oracle_slerp, oracle_trim
 
 TAUS = [[0.9, -0.2, 0.05, 0.4, -0.6], [-0.8, -0.3, 0.5, 0.1, 0.2], [0.3, 0.7, -0.4, 0.05, -0.1]]
 ZERO5 = {"w": np.zeros(5)}
@@ -206,8 +207,12 @@ ORACLES: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[..., torch
     "ties peft": (
         ties,
         {"weight": WEIGHT, "density": DENSITY, "dialect": "peft"},
-        lambda b, ms: b.double()
-        + oracle_elect([oracle_trim(delta(b, m), d) for m, d in zip(ms, DENSITY)], WEIGHT, by="count", weighted=False),
+        lambda b, ms: (
+            b.double()
+            + oracle_elect(
+                [oracle_trim(delta(b, m), d) for m, d in zip(ms, DENSITY)], WEIGHT, by="count", weighted=False
+            )
+        ),
     ),
     "dare_ties dense": (
         dare_ties,
@@ -335,7 +340,7 @@ def test_mistakes_in_notebooks() -> None:
         ties([a], base=a, density=1.5)
     with pytest.raises(ArgumentError, match="needs density"):
         ties([a], base=a, dialect="peft")
-    with pytest.raises(ArgumentError, match="exactly|takes 2"):
+    with pytest.raises(ArgumentError, match="takes 2"):
         slerp([a, a, a], t=0.5)
     with pytest.raises(ArgumentError, match="needs t"):
         slerp([a, a])

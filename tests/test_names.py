@@ -46,9 +46,11 @@ MODELS = {
         {"model.layers": 1},
     ),
     "unheard of": (
-        lambda: ["in.w"]
-        + [f"trunk.cells.{i}.{s}" for i in range(4) for s in ("mix.w", "mix.parts.0.w", "mix.parts.1.w")]
-        + ["out.w"],
+        lambda: (
+            ["in.w"]
+            + [f"trunk.cells.{i}.{s}" for i in range(4) for s in ("mix.w", "mix.parts.0.w", "mix.parts.1.w")]
+            + ["out.w"]
+        ),
         {"trunk.cells": 4},
     ),
     "module prefix": (

@@ -108,6 +108,9 @@ def _not_found(text: str, path: str) -> str:
         close = difflib.get_close_matches(os.path.basename(path), os.listdir(parent), n=1, cutoff=0.6)
         if close:
             hint = f"; did you mean {os.path.join(os.path.dirname(text), close[0])!r}?"
+    local, _, revision = path.rpartition("@")
+    if revision and os.path.exists(local):
+        hint = f"; a local path has no revision: name {text.rpartition('@')[0]!r} without '@{revision}'"
     if not hint and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         hint = (
             "; if this is a Hugging Face Hub id, download it first (`hf download "

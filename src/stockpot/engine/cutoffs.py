@@ -17,7 +17,7 @@ import numpy as np
 
 from stockpot.methods.arrays import is_numpy, magnitude
 
-__all__ = ["Selection", "kth_magnitudes"]
+__all__ = ["Selection", "kept_count", "kth_magnitudes"]
 
 _TOP = 2**31
 _BINS = 2**19
@@ -114,12 +114,17 @@ class Selection:
         return False
 
 
+def kept_count(density: float, count: int) -> int:
+    """int(density x count) in float64, but one at least where anything is to be kept."""
+    return max(int(density * count), 1) if density > 0 and count else 0
+
+
 def kth_magnitudes(delta: Any, density: Sequence[float]) -> tuple[float, ...]:
     """The cutoffs of a small block `[m, n]` that is all there is, by partition."""
     out = []
     for row, d in zip(delta, density, strict=True):
         n = len(row)
-        keep = int(d * n)
+        keep = kept_count(d, n)
         if 0 < keep < n:
             out.append(float(np.partition(magnitude(row), n - keep)[n - keep]))
         else:

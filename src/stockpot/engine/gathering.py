@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stockpot.engine.cutoffs import Selection
+from stockpot.engine.cutoffs import Selection, kept_count
 from stockpot.engine.reduce import piece_sum
 from stockpot.methods.statistics import Cutoff, Statistic, Total
 
@@ -41,7 +41,7 @@ class Gathering:
         self._partial = {}
         if isinstance(stat, Cutoff):
             density = self._params[stat.param]
-            self._selections = [Selection(self._count, int(d * self._count)) for d in density]
+            self._selections = [Selection(self._count, kept_count(d, self._count)) for d in density]
             self.fresh = True
             if all(s.cutoff is not None for s in self._selections):
                 self._close(tuple(s.cutoff for s in self._selections))

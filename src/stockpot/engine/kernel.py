@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stockpot.engine.cutoffs import kth_magnitudes
+from stockpot.engine.cutoffs import kept_count, kth_magnitudes
 from stockpot.engine.devices import Device
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.masks import MaskStream, mask_key
@@ -241,7 +241,7 @@ def _row_cutoffs(block: Any, density: Sequence[float]) -> Any:
     n = size.shape[-1]
     out = size[..., :1] * 0
     for i, d in enumerate(density):
-        keep = int(d * n)
+        keep = kept_count(d, n)
         if keep <= 0:
             out[i] = float("nan")
         elif keep < n:

@@ -8,7 +8,7 @@ from typing import Any
 
 from stockpot.errors import RecipeError, StockpotError, nearest
 from stockpot.methods.declaration import Method
-from stockpot.methods.parameters import REQUIRED, Parameter
+from stockpot.methods.parameters import REQUIRED, Flag, Parameter
 from stockpot.planning.plan import MergeGroup
 from stockpot.recipes.schema import Recipe, Settings
 from stockpot.recipes.values import ABSENT, Setting, evaluate, filters, is_dynamic, reaches_gradient
@@ -17,6 +17,10 @@ __all__ = ["Levels", "ParameterResolver"]
 
 #: accepted for mergekit's sake, without effect here
 NO_EFFECT = {"int8_mask": "masks take no memory here"}
+#: what mergekit's methods declare: under `compat: mergekit` those that a method does not use are noted, as there
+MERGEKIT_KNOWS = frozenset(
+    "weight density lambda normalize rescale epsilon gamma t scale select_topk filter_wise".split()
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class ParameterResolver:
     notes: list[str]
     groups: list[MergeGroup] = field(default_factory=list)
     _keys: dict[Any, MergeGroup] = field(default_factory=dict)
+    unmatched: dict[str, list[str]] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
     def report(self, line: int, why: str) -> None:
@@ -71,6 +76,8 @@ class ParameterResolver:
         for name, setting in settings.items():
             if name in NO_EFFECT:
                 self.note(f"{self.recipe.at(setting.line)}: {name} is accepted but has no effect: {NO_EFFECT[name]}")
+            elif name not in known and self.recipe.mergekit_compat and name in MERGEKIT_KNOWS:
+                self.note(f"{self.recipe.at(setting.line)}: {name} has no effect in {label} {where}")
             elif name not in known:
                 shared = own and any(name in m.parameters for m in used)
                 why = (
@@ -93,14 +100,20 @@ class ParameterResolver:
 
     # the value for one tensor
 
-    def group(self, method: Method, levels: Levels, models: int, name: str, t: float) -> MergeGroup | None:
-        """The group of a tensor: its method with every parameter resolved. None after a problem."""
+    def group(self, method: Method, levels: Levels, sources: Sequence[str], name: str, t: float) -> MergeGroup | None:
+        """The group of a tensor: its method with every parameter resolved. None after a problem.
+
+        Filters see the output's `name`; those of per-model parameters see the tensor's name in that model (`sources`),
+        which differs where slices renumber layers.
+        """
         params: dict[str, Any] = {}
         dialect: str | None = None
         ordered = sorted(method.parameters.values(), key=lambda p: p.name != "dialect")
         for parameter in ordered:
             if parameter.per_model:
-                value: Any = tuple(self.value(method, parameter, levels, i, name, t, dialect) for i in range(models))
+                value: Any = tuple(
+                    self.value(method, parameter, levels, i, source, t, dialect) for i, source in enumerate(sources)
+                )
                 if any(v is None for v in value):
                     return None
             else:
@@ -142,7 +155,11 @@ class ParameterResolver:
                     + (f" (tensor {name!r})" if any(parameter.name in s for s in chain) else ""),
                 )
                 return None
+            if any(parameter.name in s for s in chain):
+                self.unmatched.setdefault(parameter.name, []).append(name)
             return default
+        if self.recipe.mergekit_compat and isinstance(parameter.kind, Flag) and found in (0, 1):
+            found = bool(found)  # mergekit takes numbers for flags
         expected = parameter.kind.check(found)
         if expected:
             self.report(setting.line, f"{parameter.name}: expected {expected}, got {_shown(found)}")
@@ -157,6 +174,15 @@ class ParameterResolver:
                 if found is not ABSENT:
                     return setting, found
         return None, ABSENT
+
+    def note_unmatched(self) -> None:
+        """Say where a parameter is set by filters only, none of which matched."""
+        for key, names in self.unmatched.items():
+            unique = list(dict.fromkeys(names))
+            more = f" and {len(unique) - 1} more" if len(unique) > 1 else ""
+            self.note(
+                f"{key}: no filter matches {unique[0]!r}{more}, so the default is used; add '- value: ...' to set it"
+            )
 
     # combinations that make no sense
 

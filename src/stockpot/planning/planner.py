@@ -18,6 +18,7 @@ from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
 from stockpot.planning.parameters import Levels, ParameterResolver, all_settings
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, Plan, TensorPlan
+from stockpot.planning.vocabulary import check_vocabularies
 from stockpot.recipes.schema import Recipe, Rule
 from stockpot.specs import BY_LABEL, DType, TensorSpec
 
@@ -148,6 +149,7 @@ class _Planner:
         resolver.check_filters(all_settings(recipe), [m.name for m in matches])
         self.check_patterns([m.name for m in matches])
         tensors = self.tensors(matches, main, methods, resolver)
+        check_vocabularies(self.inputs, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
         kind = self.inputs[donor].checkpoint.kind
         placed, shards = lay_out(tensors, kind, shard_size)
@@ -176,6 +178,9 @@ class _Planner:
         recipe = self.recipe
         if recipe.models:
             entries = [Entry(self.open(e.ref, e.line), i, e.parameters) for i, e in enumerate(recipe.models)]
+            if self.adds_base(entries, base):
+                assert base is not None
+                entries.append(Entry(base, len(entries), {}))
             return [Part(tuple(entries), base, {}, recipe.models[0].line)]
         out = []
         for piece in recipe.slices:
@@ -185,6 +190,16 @@ class _Planner:
             ]
             out.append(Part(tuple(sources), own, piece.parameters, piece.line))
         return out
+
+    def adds_base(self, entries: Sequence[Entry], base: int | None) -> bool:
+        """mergekit's linear averages the base too when it is not listed and a weight holds for all models."""
+        return (
+            self.recipe.mergekit_compat
+            and self.recipe.merge_method == "linear"
+            and base is not None
+            and "weight" in self.recipe.parameters
+            and all(e.model != base for e in entries)
+        )
 
     # checks
 
@@ -311,6 +326,7 @@ class _Planner:
             planned = self.tensor(match, rule, method, resolver, outside, static)
             if planned is not None:
                 out.append(planned)
+        resolver.note_unmatched()
         if outside:
             resolver.note(
                 f"a gradient's last value is used for {', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}, which "
@@ -329,7 +345,7 @@ class _Planner:
         static: dict[tuple[int, int, int], MergeGroup | None],
     ) -> TensorPlan | None:  # fmt: skip
         donor_spec = self.spec(match.donor)
-        target = self.target(donor_spec)
+        target = self.target(donor_spec, match)
         if not match.merged:
             return self.copied(match, donor_spec, target, resolver)
         base = match.base
@@ -369,7 +385,7 @@ class _Planner:
         if key in static:
             group = static[key]
         else:
-            group = resolver.group(method, levels, len(chosen), match.name, depth)
+            group = resolver.group(method, levels, [o.name for o in picked], match.name, depth)
             if not levels.dynamic:
                 static[key] = group
         if group is None:
@@ -384,7 +400,7 @@ class _Planner:
         """An excluded tensor: the donor's, in the output's dtype."""
         if spec.dtype is target:
             return TensorPlan(0, match.name, spec, Action.COPY, -1, (match.donor,), None)
-        group = resolver.group(get_method("passthrough"), Levels((), ({},)), 1, match.name, 0.0)
+        group = resolver.group(get_method("passthrough"), Levels((), ({},)), [match.name], match.name, 0.0)
         if group is None:
             return None
         return TensorPlan(
@@ -394,9 +410,18 @@ class _Planner:
     def spec(self, operand: Operand) -> TensorSpec:
         return self.inputs[operand.model].checkpoint.spec(operand.name)
 
-    def target(self, spec: TensorSpec) -> DType:
+    def target(self, spec: TensorSpec, match: Match) -> DType:
+        """The output's dtype: the recipe's, else the donor's (mergekit: the widest of the inputs')."""
         wanted = self.recipe.out_dtype or self.recipe.dtype
-        return BY_LABEL[wanted] if wanted and spec.dtype.is_float else spec.dtype
+        if not spec.dtype.is_float:
+            return spec.dtype
+        if wanted:
+            return BY_LABEL[wanted]
+        found = [self.spec(o).dtype for o in match.operands if self.spec(o).dtype.is_float]
+        if self.recipe.mergekit_compat and len(set(found)) > 1:
+            wide = max(found, key=lambda d: d.itemsize)
+            return DType.F32 if wide.itemsize == 2 else wide  # bfloat16 with float16
+        return spec.dtype
 
     def fits(self, name: str, operands: Sequence[Operand]) -> bool:
         first = self.spec(operands[0])

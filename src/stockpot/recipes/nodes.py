@@ -73,19 +73,36 @@ class _Converter:
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             items = []
+            inherited: list[tuple[str, int, Node]] = []
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise self.fail(key, "expected a plain word as key")
                 if key.tag == "tag:yaml.org,2002:merge":
-                    raise self.fail(key, "YAML merge keys (<<) are not supported in recipes; write the keys out")
+                    inherited += self.merged(value, depth)
+                    continue
                 if key.value in seen:
                     raise self.fail(key, f"key {key.value!r} given twice (first on line {seen[key.value]})")
                 seen[key.value] = key.start_mark.line + 1
                 items.append((key.value, key.start_mark.line + 1, self.convert(value, depth + 1)))
+            for name, key_line, child in inherited:
+                if name not in seen:
+                    seen[name] = key_line
+                    items.append((name, key_line, child))
             return Node("map", items, line)
         if isinstance(node, yaml.SequenceNode):
             return Node("list", [self.convert(child, depth + 1) for child in node.value], line)
         return Node("scalar", self._scalar(node), line)
+
+    def merged(self, node: yaml.Node, depth: int) -> list[tuple[str, int, Node]]:
+        """The items that a merge key (`<<: *common`) brings in; keys written out win over them, earlier ones over later."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        out: list[tuple[str, int, Node]] = []
+        for source in sources:
+            converted = self.convert(source, depth + 1)
+            if converted.kind != "map":
+                raise self.fail(source, "<<: expected an alias of a mapping")
+            out += converted.value
+        return out
 
     def _scalar(self, node: yaml.Node) -> Any:
         if node.tag == "tag:yaml.org,2002:str":

@@ -106,10 +106,7 @@ class _Parser:
 
     def model(self, node: Node, where: str) -> str:
         if node.kind == "map":
-            self.bad(
-                node.line, f"{where}: expected a path; the mapping form of a model (lora, override) is not supported"
-            )
-            return ""
+            return self.model_mapping(node, where)
         if node.kind == "scalar" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
             return str(node.value)  # a directory called 2024
         ref = self.text_of(node, where) or ""
@@ -120,6 +117,18 @@ class _Parser:
                 "merge the adapter into its base first (PEFT: merge_and_unload)",
             )
         return ref
+
+    def model_mapping(self, node: Node, where: str) -> str:
+        """The long form that mergekit writes into model cards: `{model: {path: ...}}` or `{path: ...}`."""
+        parts = self.mapping(node, where, ["model", "path", "revision", "lora", "override_architecture"])
+        for key in ("revision", "lora", "override_architecture"):
+            if key in parts and parts[key].value is not None:
+                self.bad(parts[key].line, f"{where}.{key}: is not supported in this version; name a local directory")
+        inner = parts.get("model") or parts.get("path")
+        if inner is None:
+            self.bad(node.line, f"{where}: expected a path")
+            return ""
+        return self.model(inner, where)
 
     def patterns(self, node: Node, where: str) -> tuple[str, ...]:
         nodes = node.value if node.kind == "list" else [node]
@@ -182,6 +191,7 @@ class _Parser:
             self.bad(node.line, f"a recipe is a mapping with merge_method and models; got {node.what}")
             return Recipe(self.text, self.origin, "")
         top = self.mapping(node, "recipe", _TOP, _PARAMETERS)
+        top = {key: value for key, value in top.items() if value.kind != "scalar" or value.value is not None}
         for key, feature in _COMING.items():
             if key in top:
                 self.bad(top[key].line, f"{key}: {feature} is a coming feature of stockpot; remove the key for now")
@@ -270,7 +280,7 @@ class _Parser:
         )
 
     def dtype(self, top: dict[str, Node], key: str) -> str | None:
-        if key not in top or (top[key].kind == "scalar" and top[key].value is None):
+        if key not in top:
             return None
         text = self.text_of(top[key], key)
         if text is None:
