@@ -21,6 +21,7 @@ import stockpot
 from stockpot import Options
 from stockpot.errors import ArgumentError, OutputError, VerificationError
 from stockpot.methods import Cutoff, Mask, PerModel, Real, Scope, Space, Total, method
+from stockpot.methods.arrays import magnitude
 from stockpot.methods.declaration import _REGISTRY
 
 from helpers import SHAPES, cli, load, perturbed, write_model
@@ -99,11 +100,11 @@ def test_disk_and_memory_give_the_same_bits(wide_family: Path, tmp_path: Path) -
 
     states = {name: load(wide_family / name) for name in ("base", "a", "b", "c")}
     experts = [states[n] for n in "abc"]
-    for method, name in ((ties, "ties paper"), (dare_ties, "dare_ties mergekit")):
+    for merge, name in ((ties, "ties paper"), (dare_ties, "dare_ties mergekit")):
         out = tmp_path / name
         stockpot.merge(text_of(name, wide_family), out)
-        keywords = {"dialect": "paper"} if method is ties else {"dialect": "mergekit", "normalize": True}
-        memory = method(experts, base=states["base"], weight=[0.5, 0.3, 0.2], density=0.4, **keywords)
+        keywords = {"dialect": "paper"} if merge is ties else {"dialect": "mergekit", "normalize": True}
+        memory = merge(experts, base=states["base"], weight=[0.5, 0.3, 0.2], density=0.4, **keywords)
         for tensor, value in load(out).items():
             assert torch.equal(value, memory[tensor]), tensor
 
@@ -434,7 +435,7 @@ def test_families_that_need_rows_or_whole_tensors(family32: Path, tmp_path: Path
     @method(scope=Scope.ROW, space=Space.DELTA, stats=(Cutoff("density", over="row"),))
     def row_trim(delta: Any, *, cutoff: Any, density: Annotated[PerModel, Real(0, 1)] = 0.5) -> Any:
         """Keep the largest half of each row."""
-        return (delta * (abs(delta) >= cutoff)).sum(0)
+        return (delta * (magnitude(delta) >= cutoff)).sum(0)
 
     @method(scope=Scope.TENSOR, space=Space.WEIGHT)
     def whole(models: Any) -> Any:
@@ -463,7 +464,7 @@ def test_families_that_need_rows_or_whole_tensors(family32: Path, tmp_path: Path
                 d = (states[expert][name] - base).double().reshape(base.shape[0] if base.dim() > 1 else 1, -1)
                 k = d.shape[1] // 2
                 cut = d.abs().sort(dim=1, descending=True).values[:, k - 1 : k]
-                rows = rows + d * (d.abs() >= cut)
+                rows = rows + d * (d.abs().float() >= cut.float())
             torch.testing.assert_close(
                 merged[name].double(), base.double() + rows.reshape(base.shape), rtol=0, atol=1e-7
             )

@@ -30,6 +30,7 @@ def task_arithmetic(
     delta   [m, *block]  model minus base
     weight  [m]          float64; "A is to B as C is to D" is A: -1, B: 1, C: 1
     lambda  float64      scale of the sum
+    normalize            divide the weights by their sum
     returns [*block]     merged delta; the base is added to it
     """
     return weighted_sum(delta, scaled(weight, scale, normalize))

@@ -66,7 +66,8 @@ def dare_linear(
     norms    [2m]         L1 norms before and after dropping (`mergekit` rescale)
     weight   [m]          float64
     density  [m]          kept fraction, 0 to 1
-    rescale               divide by the density (`paper`), or restore the tensor's L1 norm (`mergekit`)
+    rescale               divide by the density (dialect `paper`), or restore the tensor's L1 norm (dialect `mergekit`)
+    normalize             divide the weights by their sum
     lambda   float64      scale of the sum
     returns  [*block]     merged delta; the base is added to it
     """
@@ -95,7 +96,7 @@ def dare_ties(
     weight   [m]          float64, applied before the election
     density  [m]          kept fraction, 0 to 1
     normalize             divide by the agreeing weight (a mean) or not (a sum)
-    rescale               divide by the density (`paper`), or restore the tensor's L1 norm (`mergekit`)
+    rescale               divide by the density (dialect `paper`), or restore the tensor's L1 norm (dialect `mergekit`)
     lambda   float64      scale of the result
     returns  [*block]     merged delta; the base is added to it
     """

@@ -132,10 +132,16 @@ def method(
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
     out = {}
-    for p in inspect.signature(function, eval_str=True).parameters.values():
-        if p.kind is not p.KEYWORD_ONLY or typing.get_origin(p.annotation) is not typing.Annotated:
+    for p in inspect.signature(function).parameters.values():
+        annotation = p.annotation
+        if p.kind is p.KEYWORD_ONLY and isinstance(annotation, str) and "Annotated" in annotation:
+            try:
+                annotation = eval(annotation, function.__globals__)
+            except NameError as e:
+                raise TypeError(f"method {function.__name__!r}: annotation of {p.name!r}: {e} at module level") from e
+        if p.kind is not p.KEYWORD_ONLY or typing.get_origin(annotation) is not typing.Annotated:
             continue
-        first, *notes = typing.get_args(p.annotation)
+        first, *notes = typing.get_args(annotation)
         name = next((n.name for n in notes if isinstance(n, Named)), p.name)
         kind = next(n for n in notes if isinstance(n, (Real, Flag, Choice)))
         default = REQUIRED if p.default is p.empty else p.default

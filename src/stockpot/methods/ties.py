@@ -152,6 +152,7 @@ def ties(
     lambda    float64      scale of the result
     normalize              divide by what agrees (a mean) or not (a sum)
     rescale                restore each delta's L1 norm after trimming
+    dialect                `mergekit`, `paper` or `peft`: see the module's description
     returns   [*block]     merged delta; the base is added to it
     """
     kept = trim(delta, cutoff)

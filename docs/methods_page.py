@@ -1,0 +1,62 @@
+"""Writes docs/methods.md from the methods' declarations:  python docs/methods_page.py"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from stockpot.cli.show import default_text
+from stockpot.methods import methods
+
+HEAD = """# Methods
+
+This page is generated from the declarations (`python docs/methods_page.py`; a test keeps it current).
+`stockpot methods NAME` shows the same in a terminal.
+
+Notation: `m` models, deltas are model minus base, `[m, *block]` is a block of every model's tensor. Parameters marked
+*for each model* may stand on a model, on a slice or at the top; all may be a number, a gradient over the layers or a choice
+by tensor name (see [Recipes](recipes.md)).
+
+## Who computes what under the same name
+
+| | stockpot's default | mergekit 0.1.5 | PEFT | papers' code |
+|---|---|---|---|---|
+| TIES cutoff | each tensor (`dialect: mergekit`); whole model with `dialect: paper` | each tensor | each tensor | whole model |
+| TIES elements kept | int(density x n), at least 1, and all ties at the cutoff | the same count, ties broken arbitrarily | int(density x n) | one more |
+| TIES election | on weighted deltas; unweighted with `peft` | weighted | unweighted | no weights |
+| TIES divisor | agreeing weight; agreeing count with `peft` | agreeing weight | agreeing count | agreeing count |
+| TIES exactly zero sum | positive; the model's majority sign with `paper` | positive | positive | majority sign |
+| DARE rescale | 1/density; L1 norm restored with `dialect: mergekit` | L1 norm restored | 1/density | 1/density |
+| SLERP, zero or nearly opposite tensors | linear; unguarded with `dialect: mergekit` | unguarded | | |
+
+`compat: mergekit` in a recipe makes the mergekit dialects the default.
+"""
+
+
+def render() -> str:
+    """The page."""
+    parts = [HEAD]
+    for method in methods().values():
+        if not method.function.__module__.startswith("stockpot."):
+            continue
+        low, high = method.models
+        count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+        doc = (inspect.getdoc(method.function) or "").split("\n", 1)
+        parts.append(f"## {method.name}\n\n{doc[0]}\n")
+        space = "differences from a base (`base_model` is needed)" if method.space.value == "delta" else "weights"
+        source = f" Source: {method.cite}." if method.cite else ""
+        parts.append(f"Works on {space}; models: {count}.{source}\n")
+        parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")
+        for p in method.parameters.values():
+            kind = p.kind.describe().replace("|", "\\|")
+            parts.append(f"| `{p.name}` | {kind} | {'yes' if p.per_model else ''} | {default_text(p)} |")
+        if len(doc) > 1:
+            parts.append(f"\n```text\n{doc[1].strip()}\n```\n")
+        module = inspect.getdoc(inspect.getmodule(method.function)) or ""
+        if method.name == "ties":
+            parts.append(module.split("\n", 2)[2].strip() + "\n")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("methods.md").write_text(render())

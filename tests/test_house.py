@@ -1,0 +1,124 @@
+"""The house rules that a machine can check: layers of imports, public names, docs derived from declarations."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import stockpot
+from stockpot.methods import methods
+
+SOURCE = Path(stockpot.__file__).parent
+
+#: a package may import those on lower levels; packages of one level do not import each other
+LEVELS = [
+    {"errors"},
+    {"specs"},
+    {"checkpoints", "methods", "recipes"},
+    {"planning"},
+    {"engine"},
+    {"lineage"},
+    {"api"},
+    {"cli"},
+]
+#: the one exception: a method that is called on dicts runs the engine, which it imports when called
+ALLOWED = {("methods", "engine")}
+
+
+def level(package: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if package in names)
+
+
+def imports(path: Path) -> set[tuple[str, bool]]:
+    """(stockpot package, whether at module level) for each import of a file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stockpot."):
+            found.add((node.module.split(".")[1], id(node) in top))
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(p for p in SOURCE.rglob("*.py") if (p.name not in ("__main__.py",) and p.parent != SOURCE) or p.stem in
+                  {n for names in LEVELS for n in names})  # fmt: skip
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_downward(path: Path) -> None:
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for package, at_top in imports(path):
+        if package == own or (not at_top and (own, package) in ALLOWED):
+            continue
+        assert level(package) < level(own), f"{own} imports {package}"
+
+
+def modules() -> list[str]:
+    return [m.name for m in pkgutil.walk_packages([str(SOURCE)], "stockpot.") if not m.name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_public_names(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    for public in getattr(module, "__all__", []):
+        assert hasattr(module, public), f"{name}.__all__ names {public}"
+
+
+def test_top_level_names() -> None:
+    for name in stockpot.__all__:
+        assert getattr(stockpot, name) is not None
+    assert set(dir(stockpot)) == set(stockpot.__all__)
+    with pytest.raises(AttributeError, match="no attribute"):
+        stockpot.nothing  # noqa: B018
+
+
+def test_methods_are_described() -> None:
+    for method in methods().values():
+        if not method.function.__module__.startswith("stockpot."):
+            continue
+        doc = method.function.__doc__ or ""
+        assert method.summary.endswith(".")
+        for p in method.parameters.values():
+            assert p.name in doc, f"{method.name}: {p.name} is not in its docstring"
+
+
+def test_declarations_check_themselves() -> None:
+    from typing import Annotated, Any
+
+    from stockpot.methods import Cutoff, PerModel, Real, Space, method
+
+    assert PerModel
+    with pytest.raises(TypeError, match="undeclared"):
+
+        @method(space=Space.WEIGHT)
+        def takes_more(models: Any, *, surprise: Any) -> Any:
+            """."""
+
+    with pytest.raises(TypeError, match="no parameter"):
+
+        @method(space=Space.DELTA, stats=(Cutoff("density"),))
+        def no_density(delta: Any, *, cutoff: Any) -> Any:
+            """."""
+
+    with pytest.raises(TypeError, match="exists already"):
+
+        @method(space=Space.WEIGHT)
+        def linear(models: Any, *, weight: Annotated[PerModel, Real()] = 1.0) -> Any:
+            """."""
+
+
+def test_methods_page_is_up_to_date() -> None:
+    """docs/methods.md has a section for each method, generated from the declarations."""
+    root = SOURCE.parents[1]
+    if not (root / "docs/methods_page.py").exists():
+        pytest.skip("not a source checkout")
+    import runpy
+
+    page = runpy.run_path(str(root / "docs/methods_page.py"))["render"]()
+    assert (root / "docs/methods.md").read_text() == page, "run: python docs/methods_page.py"
