@@ -19,10 +19,10 @@ by tensor name (see [Recipes](recipes.md)).
 
 ## Who computes what under the same name
 
-| | stockpot's default | mergekit 0.1.5 | PEFT | papers' code |
+| | default here | mergekit 0.1.5 | PEFT | papers' code |
 |---|---|---|---|---|
-| TIES cutoff | each tensor (`dialect: mergekit`); whole model with `dialect: paper` | each tensor | each tensor | whole model |
-| TIES elements kept | int(density x n), at least 1, and all ties at the cutoff | the same count, ties broken arbitrarily | int(density x n) | one more |
+| TIES cutoff | each tensor; whole model with `dialect: paper` | each tensor | each tensor | whole model |
+| TIES kept | int(density x n), at least 1, and ties at the cutoff | same, ties broken at will | int(density x n) | one more |
 | TIES election | on weighted deltas; unweighted with `peft` | weighted | unweighted | no weights |
 | TIES divisor | agreeing weight; agreeing count with `peft` | agreeing weight | agreeing count | agreeing count |
 | TIES exactly zero sum | positive; the model's majority sign with `paper` | positive | positive | majority sign |

@@ -6,11 +6,12 @@ import ast
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 
 import stockpot
-from stockpot.methods import methods
+from stockpot.methods import Cutoff, PerModel, Real, Space, method, methods
 
 SOURCE = Path(stockpot.__file__).parent
 
@@ -79,21 +80,16 @@ def test_top_level_names() -> None:
 
 
 def test_methods_are_described() -> None:
-    for method in methods().values():
-        if not method.function.__module__.startswith("stockpot."):
+    for found in methods().values():
+        if not found.function.__module__.startswith("stockpot."):
             continue
-        doc = method.function.__doc__ or ""
-        assert method.summary.endswith(".")
-        for p in method.parameters.values():
-            assert p.name in doc, f"{method.name}: {p.name} is not in its docstring"
+        doc = found.function.__doc__ or ""
+        assert found.summary.endswith(".")
+        for p in found.parameters.values():
+            assert p.name in doc, f"{found.name}: {p.name} is not in its docstring"
 
 
 def test_declarations_check_themselves() -> None:
-    from typing import Annotated, Any
-
-    from stockpot.methods import Cutoff, PerModel, Real, Space, method
-
-    assert PerModel
     with pytest.raises(TypeError, match="undeclared"):
 
         @method(space=Space.WEIGHT)

@@ -44,7 +44,8 @@ class Cutoff:
     """The smallest magnitude that is kept, for each model: the k-th largest |delta|, k = int(density x count), at least 1
     unless the density is 0 (else a small tensor would lose its whole delta).
 
-    Exact. Magnitudes are compared in float32 (`arrays.magnitude`), the density is float64. Every element equal to the cutoff is kept.
+    Exact. Magnitudes are compared in float32 (`arrays.magnitude`), the density is float64. Every element equal to the
+    cutoff is kept.
     The function gets a tuple `[m]` of floats: nan keeps nothing (no comparison with it is true), 0 keeps everything.
 
     param   the per-model parameter that holds the kept fraction

@@ -1,0 +1,44 @@
+# make demo   a virtual environment, then train, merge and compare small models (about two minutes after installing)
+# make test   the test suite
+# make check  what CI runs besides: lint, types, docs
+#
+# PYTHON=python3.12 chooses the interpreter; TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" the build of torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test check docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch by itself first: whatever else needs it is then content with this build
+$(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_ARGS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed-test
+	$(BIN)/python examples/demo.py demo-output
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python docs/methods_page.py
+	$(BIN)/mkdocs serve
+
+clean:
+	rm -rf $(VENV) demo-output site .pytest_cache .mypy_cache .ruff_cache
