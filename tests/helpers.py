@@ -92,7 +92,7 @@ def assert_ulp(result: torch.Tensor, exact: torch.Tensor, terms: float, limit: f
 
 
 def oracle_trim(delta: torch.Tensor, density: float) -> torch.Tensor:
-    k = int(density * delta.numel())
+    k = max(int(density * delta.numel()), 1) if delta.numel() else 0
     if k == 0:
         return torch.zeros_like(delta)
     cutoff = delta.float().abs().flatten().sort(descending=True).values[k - 1]

@@ -399,6 +399,82 @@ def test_out_is_never_half_there(family: Path, tmp_path: Path) -> None:
     assert (family / "a/model.safetensors").exists()
 
 
+def test_nothing_beside_out_is_touched(family: Path, tmp_path: Path) -> None:
+    """Neither a directory that happens to be called OUT.partial, nor one called OUT.replaced, nor an input of such a name."""
+    import shutil
+
+    text = text_of("linear", family)
+    for name in ("out.partial", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="something else"):
+        stockpot.merge(text, tmp_path / "out", overwrite=True)
+    shutil.rmtree(tmp_path / "out.partial")
+    stockpot.merge(text, tmp_path / "out")
+    assert (tmp_path / "out.replaced/notes.txt").read_text() == "mine"
+    shutil.copytree(family / "a", tmp_path / "x.partial")
+    with pytest.raises(OutputError, match="input"):
+        stockpot.merge(f"merge_method: linear\nmodels: [{tmp_path}/x.partial, {family}/b]\n", tmp_path / "x")
+    assert (tmp_path / "x.partial/model.safetensors").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="symbolic link"):
+        stockpot.merge(text, tmp_path / "link")
+
+
+def test_out_that_appears_during_the_merge(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def appear(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("x")
+
+    with pytest.raises(OutputError, match="not empty"):
+        stockpot.merge(text_of("ties paper", family), out, progress=appear)
+    assert (out / "precious").exists()
+
+
+def test_damaged_header_of_a_partial_shard(wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path]) -> None:
+    path, out, reference = partial_of(wide_family, tmp_path, recipe)
+    with open(f"{out}.partial/model.safetensors", "r+b") as f:
+        f.write(bytes(100))
+    Path(f"{out}.partial", "junk.txt").write_text("not ours")
+    stockpot.merge(path, out)
+    assert weights_of(out) == reference
+    assert not (out / "junk.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['[999,0,1,"",["",""]]', '[0,0,0,"",[]]', '["a",0,1,"",[]]', '[0,0,99,"00",[]]', "{}", "[" * 9999]
+)
+def test_journal_lines_that_make_no_sense(
+    wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path], line: str
+) -> None:
+    path, out, reference = partial_of(wide_family, tmp_path, recipe)
+    with open(f"{out}.partial/stockpot.journal", "a") as f:
+        f.write(line + "\n")
+    stockpot.merge(path, out)
+    assert weights_of(out) == reference
+    stockpot.verify(out)
+
+
+def test_side_files_are_verified_too(family: Path, tmp_path: Path) -> None:
+    stockpot.merge(text_of("linear", family), tmp_path / "out")
+    config = tmp_path / "out/config.json"
+    config.write_text(config.read_text().replace("64", "65"))
+    with pytest.raises(VerificationError, match=r"config\.json"):
+        stockpot.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("modules", ['[{"path": "."}]', '[{"path": "../base"}]', '[{"path": 5}]', "{}"])
+def test_modules_that_point_elsewhere(family: Path, tmp_path: Path, modules: str) -> None:
+    import shutil
+
+    shutil.copytree(family / "a", tmp_path / "a")
+    (tmp_path / "a/modules.json").write_text(modules)
+    stockpot.merge(f"merge_method: linear\nmodels: [{tmp_path}/a, {family}/b]\n", tmp_path / "out")
+    stockpot.verify(tmp_path / "out")
+
+
 def test_integers_are_kept_with_a_warning(wide_family: Path, tmp_path: Path) -> None:
     a = load(wide_family / "a")
     write_model(tmp_path / "odd", a | {"steps": torch.tensor(99)})

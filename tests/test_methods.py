@@ -330,6 +330,13 @@ def test_integers_are_never_averaged() -> None:
     np.testing.assert_array_equal(merged["w"], 3)
 
 
+def test_floats_do_not_mix_with_integers() -> None:
+    with pytest.raises(stockpot.StockpotError, match="float in one model"):
+        linear([{"w": torch.ones(4)}, {"w": torch.ones(4, dtype=torch.int8)}])
+    with pytest.raises(ArgumentError, match="list of mappings"):
+        linear({"w": torch.ones(4)})
+
+
 def test_mistakes_in_notebooks() -> None:
     a = {"w": np.ones(2)}
     with pytest.raises(ArgumentError, match="base"):

@@ -132,6 +132,48 @@ def test_lists_with_an_entry_for_each_layer_follow_the_slices(family: Path, tmp_
     assert written["num_hidden_layers"] == 2
 
 
+def test_slices_on_one_line(family: Path, tmp_path: Path) -> None:
+    text = (
+        f"{{merge_method: passthrough, slices: [{{sources: [{{model: {family}/a, layer_range: [0, 1]}}]}}, "
+        f"{{sources: [{{model: {family}/b, layer_range: [2, 3]}}]}}]}}\n"
+    )
+    stockpot.merge(text, tmp_path / "out")
+    out = load(tmp_path / "out")
+    assert torch.equal(out[Q.format(0)], load(family / "a")[Q.format(0)])
+    assert torch.equal(out[Q.format(1)], load(family / "b")[Q.format(2)])
+
+
+def test_slices_of_models_that_do_not_fit(family: Path, tmp_path: Path) -> None:
+    b = load(family / "b")
+    write_model(tmp_path / "bias", b | {"model.layers.2.self_attn.q_proj.bias": torch.zeros(64)})
+    write_model(tmp_path / "wide", {n: torch.zeros([2 * d for d in t.shape]) for n, t in b.items()})
+    for other in ("bias", "wide"):
+        text = f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {family}/a, layer_range: [0, 2]}}]
+  - sources: [{{model: {tmp_path}/{other}, layer_range: [0, 4]}}]
+"""
+        if other == "wide":
+            with pytest.raises(InputError, match="but"):
+                stockpot.plan(text)
+
+
+def test_base_of_another_shape(family: Path, tmp_path: Path) -> None:
+    base = load(family / "base")
+    write_model(tmp_path / "odd", base | {"model.norm.weight": torch.zeros(65)})
+    with pytest.raises(InputError, match="65"):
+        stockpot.plan(f"merge_method: linear\nbase_model: {tmp_path}/odd\nmodels: [{family}/a, {family}/b]\n")
+
+
+def test_numbers_as_paths(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(family / "a", tmp_path / "1.10")
+    shutil.copytree(family / "b", tmp_path / "1.1")
+    monkeypatch.chdir(tmp_path)
+    plan = stockpot.plan("merge_method: linear\nmodels: [1.10]\n")
+    assert plan.inputs[0].checkpoint.path.endswith("1.10")
+
+
 def test_scale_in_passthrough(family: Path, tmp_path: Path) -> None:
     text = (
         f"merge_method: passthrough\nmodels: [{family}/a]\nparameters: {{scale: [{{filter: down_proj, value: 0.5}}, "
@@ -311,6 +353,14 @@ BAD_PLAN: dict[str, tuple[str, str, int]] = {
     "unused parameter": (LINEAR + "parameters: {{density: 0.5}}", "no parameter 'density'", 2),
     "shared parameter on a model": (LINEAR.replace("weight", "normalize"), "belongs to the whole merge", 2),
     "weights sum to zero": (LINEAR.replace("{1}", "-1"), "sum to zero", 2),
+    "weights sum to nearly zero": (
+        "merge_method: linear\nmodels: [{{model: {0}/a, parameters: {{weight: 0.1}}}}, {{model: {0}/b, parameters: "
+        "{{weight: 0.2}}}}, {{model: {0}/c, parameters: {{weight: -0.3}}}}]",
+        "sum to zero",
+        2,
+    ),
+    "a huge weight": (LINEAR.replace("{1}", "1" + "0" * 400), "expected a number", 2),
+    "a broken number": (LINEAR.replace("{1}", "!!int ''"), "can't be read", 2),
     "density out of range": (
         "merge_method: ties\nbase_model: {0}/base\nmodels: [{0}/a]\nparameters: {{density: 1.5}}",
         "from 0 to 1",

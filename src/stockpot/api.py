@@ -24,6 +24,13 @@ __all__ = ["MergeResult", "Options", "inspect", "merge", "plan", "verify"]
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
+def check_threads(threads: int) -> int:
+    """A number of threads that makes sense. Raises ArgumentError."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ArgumentError(f"threads: expected a whole number of at least 1, got {threads!r}")
+    return threads
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run a merge; none of it changes the output's bytes but `seed` and `shard_size`.
@@ -42,8 +49,10 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.threads is not None and (isinstance(self.threads, bool) or self.threads < 1):
-            raise ArgumentError(f"threads: expected at least 1, got {self.threads!r}")
+        if self.threads is not None:
+            check_threads(self.threads)
+        if not isinstance(self.device, str):
+            raise ArgumentError(f"device: expected cpu, cuda, cuda:N or torch, got {self.device!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ArgumentError(f"seed: expected a whole number, got {self.seed!r}")
 
@@ -107,15 +116,21 @@ def merge_planned(
     from stockpot.engine.devices import open_device
     from stockpot.engine.publish import check_out, publish
     from stockpot.engine.run import run_plan
-    from stockpot.lineage import write_side_files
+    from stockpot.lineage import check_side_files, write_side_files
 
     target = os.fspath(out)
+    if not isinstance(target, str) or not target or "\0" in target:
+        raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
     check_out(target, overwrite=overwrite, inputs=[m.checkpoint.path for m in planned.inputs])
     check_space(planned, target)
     device = open_device(options.device)
+    check_side_files(planned)
     outcome = run_plan(planned, target, device, resume=resume, progress=progress)
-    lineage = write_side_files(planned, outcome, options.__dict__ | {"budget": planned.budget.__dict__})
-    publish(outcome.partial, target)
+    try:
+        lineage = write_side_files(planned, outcome, options.__dict__ | {"budget": planned.budget.__dict__})
+        publish(outcome.partial, target, overwrite=overwrite)
+    finally:
+        outcome.release()
     return MergeResult(
         os.path.abspath(target),
         lineage,
@@ -131,11 +146,13 @@ def check_space(planned: Plan, out: str) -> None:
     """Refuse when the disk has less room than the output needs."""
     import shutil
 
-    from stockpot.engine.run import partial_path
+    from stockpot.engine.publish import partial_path
     from stockpot.errors import OutputError
 
     partial = partial_path(out)
-    held = sum(e.stat().st_blocks * 512 for e in os.scandir(partial)) if os.path.isdir(partial) else 0
+    held = 0
+    if os.path.isdir(partial):
+        held = sum(e.stat(follow_symlinks=False).st_blocks * 512 for e in os.scandir(partial))
     folder = os.path.dirname(partial)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -151,6 +168,7 @@ def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = open_checkpoint(ref)
     layers = checkpoint.layers()
     tied = checkpoint.tied()
+    architecture = checkpoint.config.get("architectures")
     dtypes: dict[str, dict[str, int]] = {}
     for name in checkpoint.names():
         spec = checkpoint.spec(name)
@@ -161,7 +179,7 @@ def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "path": checkpoint.path,
         "kind": checkpoint.kind,
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": architecture[0] if isinstance(architecture, list) and architecture else None,
         "files": [{"name": os.path.basename(h.path), "bytes": h.size} for h in checkpoint.files],
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
@@ -180,11 +198,12 @@ def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> 
     from stockpot.engine.verify import compare
     from stockpot.lineage import read_lineage
 
+    workers = min(check_threads(threads), 256) if threads is not None else os.cpu_count() or 1
     lineage, checkpoint = read_lineage(os.fspath(directory))
     try:
-        wrong = compare(lineage["output"], checkpoint, threads or os.cpu_count() or 1)
-    except (KeyError, TypeError) as e:
-        raise VerificationError(f"{directory}: the lineage is incomplete: {e}") from e
+        wrong = compare(lineage, checkpoint, workers)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise VerificationError(f"{directory}: the lineage is not one that stockpot writes: {e!r}") from e
     finally:
         checkpoint.close()
     problems: list[StockpotError] = [VerificationError(f"{os.fspath(directory)}: {w}") for w in wrong]

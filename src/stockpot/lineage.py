@@ -16,12 +16,14 @@ import stockpot
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint, read_json
 from stockpot.engine.digests import ALGORITHM, file_digest
+from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.publish import write_file
 from stockpot.engine.run import Outcome
-from stockpot.errors import CheckpointError, VerificationError
+from stockpot.engine.verify import side_digest
+from stockpot.errors import CheckpointError, OutputError, VerificationError
 from stockpot.planning.plan import Action, ModelInput, Plan
 
-__all__ = ["NAME", "read_lineage", "write_side_files"]
+__all__ = ["NAME", "check_side_files", "read_lineage", "write_side_files"]
 
 NAME = "stockpot.json"
 _PACKAGES = ("stockpot", "numpy", "blake3", "torch")
@@ -35,32 +37,62 @@ _COPIED = re.compile(
 _FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
+def check_side_files(plan: Plan) -> None:
+    """Find out before the merge whether what is to be copied beside the tensors can be read. Raises CheckpointError."""
+    for source, _ in side_sources(plan):
+        try:
+            with open(source, "rb") as f:
+                f.read(1)
+        except OSError as e:
+            raise CheckpointError(f"{source}: is to be copied, but can't be read: {e.strerror or e}") from e
+
+
 def write_side_files(plan: Plan, outcome: Outcome, options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the tensors into the partial directory. The lineage comes last. Returns the lineage."""
-    directory = outcome.partial
-    checkpoint = plan.inputs[plan.donor].checkpoint
-    config_name = "adapter_config.json" if plan.kind == "adapter" else "config.json"
-    for source, relative in copied_files(plan.inputs[plan.tokenizer_donor].checkpoint):
-        target = os.path.join(directory, relative)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(source, target)
-    _copy_modules(checkpoint, directory)
+    try:
+        written = _copy_and_write(plan, outcome.partial)
+        digests = {name: side_digest(os.path.join(outcome.partial, name)) for name in written}
+        lineage = make_lineage(plan, outcome, options, digests)
+        write_file(os.path.join(outcome.partial, NAME), readable(lineage))
+    except OSError as e:
+        raise OutputError(f"{outcome.partial}: writing beside the tensors failed: {e.strerror or e}") from e
+    return lineage
+
+
+def _copy_and_write(plan: Plan, directory: str) -> list[str]:
+    """Copied and generated files; their names."""
+    generated = {"README.md": model_card(plan)}
     if plan.config:
-        write_file(os.path.join(directory, config_name), json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+        config_name = "adapter_config.json" if plan.kind == "adapter" else "config.json"
+        generated[config_name] = json.dumps(plan.config, indent=2) + "\n"
     if len(plan.shards) > 1:
         index = {
             "metadata": {"total_size": sum(t.spec.nbytes for t in plan.tensors)},
             "weight_map": {t.name: plan.shards[t.shard].name for t in plan.tensors},
         }
-        write_file(os.path.join(directory, "model.safetensors.index.json"), json.dumps(index, indent=2) + "\n")
-    write_file(os.path.join(directory, "README.md"), model_card(plan))
-    lineage = make_lineage(plan, outcome, options)
-    write_file(os.path.join(directory, NAME), readable(lineage))
-    return lineage
+        generated["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+    names = []
+    taken = {*generated, *(s.name for s in plan.shards), NAME, JOURNAL_NAME}
+    for source, relative in side_sources(plan):
+        if relative in taken:
+            continue
+        target = os.path.join(directory, relative)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copyfile(source, target)
+        names.append(relative)
+    for name, text in generated.items():
+        write_file(os.path.join(directory, name), text)
+    return sorted([*names, *generated])
+
+
+def side_sources(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(path, name in the output) of every file that is copied."""
+    yield from copied_files(plan.inputs[plan.tokenizer_donor].checkpoint)
+    yield from module_files(plan.inputs[plan.donor].checkpoint)
 
 
 def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """(path, name in the output) of tokenizer, processor, generation and chat template files, licences included."""
+    """Tokenizer, processor, generation and chat template files, licences included."""
     directory = checkpoint.directory
     if os.path.isfile(checkpoint.path) and not checkpoint.config:
         return  # a lone weights file: what lies beside it need not belong to it
@@ -68,28 +100,45 @@ def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
         if os.path.isdir(path) and name in _FOLDERS:
-            yield from ((os.path.join(path, f), os.path.join(name, f)) for f in sorted(os.listdir(path)))
+            yield from files_below(path, name)
         elif not os.path.isfile(path) or _NOT_COPIED.fullmatch(name):
             continue
         elif _COPIED.fullmatch(name) or (code and name.endswith(".py")):
             yield path, name
 
 
-def _copy_modules(checkpoint: Checkpoint, directory: str) -> None:
+def files_below(folder: str, name: str) -> Iterator[tuple[str, str]]:
+    """Every file in a folder and its folders."""
+    for entry in sorted(os.listdir(folder)):
+        path, relative = os.path.join(folder, entry), os.path.join(name, entry)
+        if os.path.isdir(path) and not os.path.islink(path):
+            yield from files_below(path, relative)
+        elif os.path.exists(path):
+            yield path, relative
+
+
+def module_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """The folders that a sentence encoder's modules.json names (1_Pooling and the like), as they are."""
     path = os.path.join(checkpoint.directory, "modules.json")
     if not os.path.isfile(path) or checkpoint.kind != "model":
         return
-    with open(path, encoding="utf-8") as f:
-        modules = json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            modules = json.load(f)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: not valid JSON: {e}") from e
     for module in modules if isinstance(modules, list) else ():
         name = module.get("path") if isinstance(module, dict) else None
-        source = os.path.join(checkpoint.directory, name) if isinstance(name, str) else ""
-        if name and os.sep not in name and ".." not in name and os.path.isdir(source):
-            shutil.copytree(source, os.path.join(directory, name), dirs_exist_ok=True)
+        if not isinstance(name, str) or not name or os.path.basename(name) != name or name.startswith("."):
+            continue
+        folder = os.path.join(checkpoint.directory, name)
+        if os.path.isdir(folder):
+            yield from files_below(folder, name)
 
 
-def make_lineage(plan: Plan, outcome: Outcome, options: Mapping[str, Any]) -> dict[str, Any]:
+def make_lineage(
+    plan: Plan, outcome: Outcome, options: Mapping[str, Any], side_files: Mapping[str, str]
+) -> dict[str, Any]:
     """The record of a merge as plain data; its keys are described in docs/lineage.md."""
     tensors = {}
     for t in plan.tensors:
@@ -124,6 +173,7 @@ def make_lineage(plan: Plan, outcome: Outcome, options: Mapping[str, Any]) -> di
                 }
                 for i, shard in enumerate(plan.shards)
             ],
+            "side_files": dict(side_files),
             "tensors": tensors,
         },
         "notes": list(plan.notes),
@@ -142,7 +192,7 @@ def readable(lineage: Mapping[str, Any]) -> str:
     """JSON with a line for each key and each tensor: `indent` takes a minute for models of many tensors."""
 
     def compact(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value)
 
     def lines(value: Mapping[str, Any], indent: str, deep: tuple[str, ...]) -> str:
         inner = indent + " "
@@ -153,10 +203,15 @@ def readable(lineage: Mapping[str, Any]) -> str:
         return "{\n" + ",\n".join(rows) + "\n" + indent + "}"
 
     plain = dict(lineage)
-    output = {"files": plain["output"]["files"], "tensors": plain["output"]["tensors"]}
+    output = plain["output"]
     tensors = lines(output["tensors"], "  ", ())
     body = lines({k: v for k, v in plain.items() if k != "output"}, "", ())[:-2]
-    return f'{body},\n "output": {{\n  "files": {compact(output["files"])},\n  "tensors": {tensors}\n }}\n}}\n'
+    rows = [
+        f'  "files": {compact(output["files"])}',
+        f'  "side_files": {compact(output["side_files"])}',
+        f'  "tensors": {tensors}',
+    ]
+    return body + ',\n "output": {\n' + ",\n".join(rows) + "\n }\n}\n"
 
 
 def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:

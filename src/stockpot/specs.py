@@ -103,7 +103,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 def parse_size(text: str | int) -> int:
     """Bytes from `5GB` (10^9), `512MiB` (2^20), `4096`. Raises ArgumentError."""
-    if isinstance(text, bool):
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
         raise ArgumentError(f"expected a size such as 512MiB or 5GB, got {text!r}")
     if isinstance(text, int):
         value = text
@@ -111,7 +111,7 @@ def parse_size(text: str | int) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
         if not match or match[2] == "I":
             raise ArgumentError(f"expected a size such as 512MiB or 5GB, got {text!r}")
-        value = int(float(match[1]) * _UNITS[match[2]])
+        value = int(min(float(match[1]), 1e15) * _UNITS[match[2]])
     if value <= 0:
         raise ArgumentError(f"a size must be positive, got {text!r}")
     return value

@@ -11,7 +11,7 @@ from typing import Any
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.checkpoints.names import LayerMap, map_layers
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.checkpoints.tied import head_alias, tied_duplicates
+from stockpot.checkpoints.tied import head_alias, is_head, tied_duplicates
 from stockpot.errors import ReadError
 from stockpot.specs import TensorSpec
 
@@ -97,6 +97,8 @@ class Checkpoint:
         """The stored tensor that `name` means: itself, or the embedding an absent tied head stands for."""
         if name in self._where:
             return name
+        if not is_head(name):
+            return None
         return head_alias(name, {n: e.spec for n, (_, e) in self._where.items()}, self.config)
 
     # reading

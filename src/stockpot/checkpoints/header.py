@@ -114,6 +114,10 @@ def _entry(path: str, name: str, value: Any, data_start: int) -> tuple[str, Entr
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {why}")
 
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise bad("its name is not valid Unicode") from None
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad("expected exactly the keys dtype, shape, data_offsets")
     dtype = BY_LABEL.get(value["dtype"]) if isinstance(value["dtype"], str) else None

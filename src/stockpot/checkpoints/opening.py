@@ -33,6 +33,10 @@ def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
         return _checked(Checkpoint(text, path, "model", config, (read_header(path),)))
     if not os.path.isdir(path):
         raise CheckpointError(_not_found(text, path))
+    try:
+        os.listdir(path)
+    except OSError as e:
+        raise CheckpointError(f"{text}: can't be looked into: {e.strerror or e}") from e
     if os.path.exists(os.path.join(path, "adapter_config.json")):
         return _open_adapter(text, path)
     return _checked(
@@ -104,7 +108,7 @@ def _no_weights(text: str, listing: list[str]) -> str:
 def _not_found(text: str, path: str) -> str:
     parent = os.path.dirname(path)
     hint = ""
-    if os.path.isdir(parent):
+    if os.path.isdir(parent) and os.access(parent, os.R_OK):
         close = difflib.get_close_matches(os.path.basename(path), os.listdir(parent), n=1, cutoff=0.6)
         if close:
             hint = f"; did you mean {os.path.join(os.path.dirname(text), close[0])!r}?"

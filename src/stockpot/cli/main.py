@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import sys
 from typing import Annotated, Optional
 
 import typer
@@ -145,6 +147,9 @@ def main() -> None:
     """The console script."""
     # plans of many tensors are many small objects without cycles: looking for some among them takes a third of the time
     gc.set_threshold(100_000, 50, 100)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # tensor names on a terminal that can't show them
     app(prog_name="stockpot")
 
 

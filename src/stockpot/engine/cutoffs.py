@@ -1,9 +1,9 @@
 """The exact k-th largest magnitude of data that is seen block by block, in one pass as a rule.
 
-Magnitudes are float32 bit patterns, which order as the numbers do. A sample suggests a narrow window of patterns that
-should hold the k-th; one pass counts what lies below it and histograms what lies inside. If the window was narrow enough
-for a bin a pattern and the k-th is inside, that is the exact answer; else the next window is derived and another pass made
-(three at the very most). Counts are integers, so the order of blocks does not matter.
+A sample suggests a narrow window of magnitudes that should hold the k-th. One pass counts what lies below the window and
+puts aside what lies inside, a percent or so. If the k-th is among what was put aside it is picked out exactly; else the next
+window is derived and another pass made. Should too much lie inside to put aside, it is counted by float32 bit patterns, which
+order as the numbers do, and the window narrowed to one bin. Counts and sets do not depend on the order of the blocks.
 """
 
 from __future__ import annotations
@@ -20,98 +20,108 @@ from stockpot.methods.arrays import is_numpy, magnitude
 __all__ = ["Selection", "kept_count", "kth_magnitudes"]
 
 _TOP = 2**31
-_BINS = 2**19
-_FLUSH = 2**18
+_BINS = 2**18
+#: values put aside before they are counted into bins instead
+_HOLD = 2**20
 
 
 @dataclass
 class Selection:
-    """Finds the smallest kept magnitude of one model: the element of rank `count - keep` in ascending order."""
+    """Finds the smallest kept magnitude of one model: the element of rank `count - keep` in ascending order.
+
+    The window is of bit patterns, [low, high).
+    """
 
     count: int
     keep: int
     low: int = 0
-    shift: int = 13
+    high: int = _TOP
+    shift: int = 0
     cutoff: float | None = None
-    width: int = 0
     below: int = 0
-    bins: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int64))
+    bins: np.ndarray[Any, Any] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
     _held: list[Any] = field(default_factory=list)
     _holding: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         if self.keep <= 0:
             self.cutoff = float("nan")
         elif self.keep >= self.count:
             self.cutoff = 0.0
-        self._open(0, _TOP)
 
     @property
     def rank(self) -> int:
         return self.count - self.keep
 
     def _open(self, low: int, high: int) -> None:
-        self.low, self.shift = low, 0
-        while (high - low) >> self.shift > _BINS:
-            self.shift += 1
-        self.width = ((high - low - 1) >> self.shift) + 1 if high > low else 1
-        self.below, self.bins = 0, np.zeros(0, np.int64)
+        self.low, self.high, self.shift = low, high, 0
+        self.below, self.bins = 0, None
         self._held, self._holding = [], 0
 
     def suggest(self, sample: Any) -> None:
         """Narrow the first window by a sample of deltas (any shape)."""
         if self.cutoff is not None or len(sample) < 256:
             return
-        ordered = np.sort(_bits_numpy(sample))
-        n = len(ordered)
+        size = np.ascontiguousarray(magnitude(sample)).view(np.uint32)
+        n = len(size)
         share = self.rank / self.count
         spread = (share * (1 - share)) ** 0.5
         margin = (4 * n**0.5 + 0.004 * n) * spread + 1
         first, last = int(share * n - margin), int(share * n + margin)
-        low = int(ordered[first]) if first > 0 else 0
-        high = int(ordered[last]) + 1 if last < n else _TOP
-        self._open(low, high)
+        size.partition([max(first, 0), min(last, n - 1)])
+        self._open(int(size[first]) if first > 0 else 0, int(size[last]) + 1 if last < n else _TOP)
 
     def fold(self, delta: Any) -> None:
-        """Count one block `[n]` of deltas. Thread-safe."""
+        """Take in one block `[n]` of deltas. Thread-safe."""
         if self.cutoff is not None:
             return
-        span = self.width << self.shift
-        below, chosen = (_count_numpy if is_numpy(delta) else _count_torch)(delta, self.low, span)
+        below, chosen = (_split_numpy if is_numpy(delta) else _split_torch)(delta, self.low, self.high)
         with self.lock:
             self.below += below
             self._held.append(chosen)
             self._holding += len(chosen)
-            if self._holding >= _FLUSH:
-                self._flush()
+            if self._holding > _HOLD:
+                self._count()
 
-    def _flush(self) -> None:
-        """Histogram what was put aside: a histogram for every block would cost more than the block."""
-        if self._held:
-            counts = np.bincount(np.concatenate(self._held) >> self.shift, minlength=self.width)
-            self.bins = counts if not len(self.bins) else self.bins + counts
-            self._held, self._holding = [], 0
+    def _count(self) -> None:
+        """Count what was put aside into bins."""
+        if self.bins is None:
+            while (self.high - self.low) >> self.shift > _BINS:
+                self.shift += 1
+            self.bins = np.zeros(((self.high - self.low - 1) >> self.shift) + 1, np.int64)
+        values = np.concatenate(self._held) - np.uint32(self.low)
+        self.bins += np.bincount(values >> np.uint32(self.shift), minlength=len(self.bins))
+        self._held, self._holding = [], 0
 
     def finish_pass(self) -> bool:
         """After a whole pass: True when the cutoff is known, else the next window stands ready."""
         if self.cutoff is not None:
             return True
-        self._flush()
-        inside = int(self.bins.sum())
-        if self.rank < self.below:
+        if self.bins is not None:
+            self._count()
+        inside = self._holding if self.bins is None else int(self.bins.sum())
+        wanted = self.rank - self.below
+        if wanted < 0:
             self._open(0, self.low)
-        elif self.rank >= self.below + inside:
-            self._open(self.low + (self.width << self.shift), _TOP)
+        elif wanted >= inside:
+            self._open(self.high, _TOP)
+        elif self.bins is None:
+            values = np.concatenate(self._held)
+            values.partition(wanted)
+            return self._found(int(values[wanted]))
         else:
-            bin_ = int(np.searchsorted(np.cumsum(self.bins), self.rank - self.below, side="right"))
+            bin_ = int(np.searchsorted(np.cumsum(self.bins), wanted, side="right"))
             start = self.low + (bin_ << self.shift)
             if self.shift == 0:
-                self.cutoff = float(np.uint32(start).view(np.float32))
-                self.bins = np.zeros(0, np.int64)
-                return True
+                return self._found(start)
             self._open(start, start + (1 << self.shift))
         return False
+
+    def _found(self, pattern: int) -> bool:
+        self.cutoff = float(np.uint32(pattern).view(np.float32))
+        self.bins, self._held = None, []
+        return True
 
 
 def kept_count(density: float, count: int) -> int:
@@ -132,20 +142,21 @@ def kth_magnitudes(delta: Any, density: Sequence[float]) -> tuple[float, ...]:
     return tuple(out)
 
 
-def _bits_numpy(delta: Any) -> Any:
-    return np.ascontiguousarray(magnitude(delta)).view(np.uint32)
+def _split_numpy(delta: Any, low: int, high: int) -> tuple[int, Any]:
+    """(how many patterns are below the window, those inside it)."""
+    bits = np.ascontiguousarray(magnitude(delta)).view(np.uint32)
+    inside = bits < np.uint32(high)
+    if not low:
+        return 0, bits[inside]
+    under = bits < np.uint32(low)
+    inside ^= under
+    return int(np.count_nonzero(under)), bits[inside]
 
 
-def _count_numpy(delta: Any, low: int, span: int) -> tuple[int, Any]:
-    bits = _bits_numpy(delta)
-    below = int(np.count_nonzero(bits < np.uint32(low))) if low else 0
-    bits = bits - np.uint32(low)  # what is below wraps around to the top
-    return below, bits[bits < np.uint32(span)] if span < _TOP or low else bits
-
-
-def _count_torch(delta: Any, low: int, span: int) -> tuple[int, Any]:
+def _split_torch(delta: Any, low: int, high: int) -> tuple[int, Any]:
     import torch
 
-    bits = magnitude(delta).contiguous().view(torch.int32).long() - low
-    inside = bits[(bits >= 0) & (bits < span)]
-    return int((bits < 0).sum()), inside.cpu().numpy()
+    bits = magnitude(delta).contiguous().view(torch.int32)
+    under = bits < low
+    inside = bits[(~under) & (bits <= high - 1)]
+    return int(under.sum()), inside.cpu().numpy().view(np.uint32)

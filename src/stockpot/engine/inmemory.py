@@ -31,6 +31,8 @@ def merge_dicts(
     parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Merge state dicts; see Method.__call__. Names, shapes, dtypes and device of the result are the first's (the base's)."""
+    if isinstance(models, Mapping) or not all(isinstance(m, Mapping) for m in models):
+        raise ArgumentError(f"{method.name}: expected a list of mappings from names to tensors")
     models = list(models)
     if method.space is Space.DELTA and base is None:
         raise ArgumentError(f"{method.name} works on differences from a base: give base=")
@@ -49,6 +51,8 @@ def merge_dicts(
     template = dicts[-1] if method.space is Space.DELTA else dicts[0]
     _check_names(dicts, template)
     sources = [MemorySource(d) for d in dicts]
+    for name in template:
+        _check_kinds(sources, name)
     kernel = Kernel(NumpyDevice(), group, seed, 4 * REDUCE)
     tensors = [_tensor(i, name, sources, method) for i, name in enumerate(template)]
     merged = [t for t in tensors if t.action is Action.MERGE]
@@ -104,6 +108,13 @@ def _check_names(dicts: Sequence[Mapping[str, Any]], template: Mapping[str, Any]
                 raise MismatchError(
                     f"{name!r}: {tuple(d[name].shape)} in model {i}, expected {tuple(template[name].shape)}"
                 )
+
+
+def _check_kinds(sources: Sequence[MemorySource], name: str) -> None:
+    """All float, or all of one dtype that is copied."""
+    dtypes = [source.spec(name).dtype for source in sources]
+    if any(d.is_float for d in dtypes) and not all(d.is_float for d in dtypes):
+        raise MismatchError(f"{name!r}: float in one model, not in another: {', '.join(map(str, dtypes))}")
 
 
 def _tensor(index: int, name: str, sources: Sequence[MemorySource], method: Method) -> TensorPlan:

@@ -46,9 +46,14 @@ class Record:
         return json.dumps(row, separators=(",", ":"))
 
     @classmethod
-    def decode(cls, row: list[Any]) -> Record:
+    def decode(cls, row: Any) -> Record:
+        """The inverse of encode. ValueError for anything that encode does not write."""
+        if not (isinstance(row, list) and len(row) in (5, 6) and all(type(v) is int for v in row[:3])):
+            raise ValueError("not a record")
+        if not isinstance(row[4], list) or not all(isinstance(v, str) for v in (row[3], *row[4], *row[5:])):
+            raise ValueError("not a record")
         return cls(
-            row[0], row[1], row[2], _split(row[3]), tuple(_split(d) for d in row[4]), row[5] if len(row) > 5 else None
+            row[0], row[1], row[2], _split(row[3]), tuple(map(_split, row[4])), row[5] if len(row) == 6 else None
         )
 
 
@@ -90,7 +95,7 @@ class Journal:
             for line in lines[1:-1]:
                 try:
                     record = Record.decode(json.loads(line))
-                except (ValueError, TypeError, IndexError, KeyError):
+                except (ValueError, RecursionError):
                     break
                 self.records.append(record)
                 keep += len(line) + 1
@@ -139,25 +144,26 @@ class Journal:
             self.error = e
 
     def close(self, *, commit: bool) -> None:
-        """Stop the thread; commit what is queued if asked; release the lock."""
+        """Stop the thread and commit what is queued if asked. The lock is kept until `unlock`."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        try:
-            if commit and self.error is None:
-                self.commit()
-        finally:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+        if commit and self.error is None:
+            self.commit()
         if commit and self.error is not None:
             raise self.error
+
+    def unlock(self) -> None:
+        """Close the file, and with it release the lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _first_line(line: bytes) -> str | None:
     try:
         doc = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == 1 else None
 

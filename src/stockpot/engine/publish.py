@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.errors import OutputError
 
-__all__ = ["check_out", "publish", "write_file"]
+__all__ = ["check_out", "partial_path", "publish", "write_file"]
 
 
 def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
@@ -17,15 +18,24 @@ def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
 
     Raises OutputError before anything is written.
     """
-    path = os.path.realpath(out)
+    path = os.path.abspath(out)
+    if os.path.islink(path):
+        raise OutputError(f"{out}: is a symbolic link; name the directory itself")
+    partial = partial_path(out)
     for source in inputs:
         real = os.path.realpath(source)
-        if real == path or real.startswith(path + os.sep):
-            raise OutputError(f"{out}: is or holds the input {source}; choose another OUT")
-    if os.path.isfile(path):
-        raise OutputError(f"{out}: is a file; OUT must be a directory")
-    if os.path.isdir(path) and os.listdir(path) and not overwrite:
-        raise OutputError(f"{out}: exists and is not empty; use --overwrite to replace it")
+        for place in (os.path.realpath(path), os.path.realpath(partial)):
+            if real == place or real.startswith(place + os.sep):
+                raise OutputError(f"{out}: is or holds the input {source}; choose another OUT")
+    _check_free(out, path, overwrite=overwrite)
+    try:
+        held = os.listdir(partial)
+    except FileNotFoundError:
+        held = []
+    except OSError as e:
+        raise OutputError(f"{partial}: needed for unfinished work: {e.strerror or e}") from e
+    if held and JOURNAL_NAME not in held:
+        raise OutputError(f"{partial}: needed for unfinished work, but it holds something else; move it away")
     parent = os.path.dirname(path)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -35,32 +45,53 @@ def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
         raise OutputError(f"{out}: no permission to write in {parent}")
 
 
+def _check_free(out: str, path: str, *, overwrite: bool) -> None:
+    """OUT must be absent or an empty directory, or any directory with `overwrite`."""
+    try:
+        full = bool(os.listdir(path))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise OutputError(f"{out}: is a file, or lies in one; OUT must be a directory") from None
+    except OSError as e:
+        raise OutputError(f"{out}: can't be looked into: {e.strerror or e}") from e
+    if full and not overwrite:
+        raise OutputError(f"{out}: exists and is not empty; use --overwrite to replace it")
+
+
+def partial_path(out: str) -> str:
+    """Where a merge into `out` keeps its unfinished work."""
+    return os.path.abspath(out).rstrip(os.sep) + ".partial"
+
+
 def write_file(path: str, text: str) -> None:
     """Write and flush one file."""
-    with open(path, "w", encoding="utf-8") as f:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
 
 
-def publish(partial: str, out: str) -> None:
-    """Flush the directory, drop the journal, rename it to OUT. An old OUT is replaced and then removed."""
+def publish(partial: str, out: str, *, overwrite: bool) -> None:
+    """Flush the directory, drop the journal, rename it to OUT. An old OUT is set aside, replaced, and then removed.
+
+    Whether OUT is free is looked at once more: something may have appeared there during the merge.
+    """
     target = os.path.abspath(out)
-    journal = os.path.join(partial, JOURNAL_NAME)
-    old = target + ".replaced"
+    _check_free(out, target, overwrite=overwrite)
+    old = None
     try:
         _sync_directory(partial)
-        if os.path.isdir(target) and os.listdir(target):
-            if os.path.isdir(old):
-                shutil.rmtree(old)
-            os.rename(target, old)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.isdir(target):
-            os.rmdir(target)
-        os.unlink(journal)
+            if os.listdir(target):
+                old = tempfile.mkdtemp(prefix=os.path.basename(target) + ".replaced-", dir=os.path.dirname(target))
+                os.rename(target, old)
+            else:
+                os.rmdir(target)
+        os.unlink(os.path.join(partial, JOURNAL_NAME))
         os.rename(partial, target)
         _sync_directory(os.path.dirname(target))
-        if os.path.isdir(old):
+        if old is not None:
             shutil.rmtree(old)
     except OSError as e:
         raise OutputError(f"{out}: could not be put into place: {e.strerror or e}; the result is in {partial}") from e

@@ -7,20 +7,23 @@ before `publish` renames it into place.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
+from stockpot.engine.allocator import keep_pages
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
+from stockpot.engine.publish import partial_path
 from stockpot.engine.scheduler import Job, Scheduler, Work
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import Segment, Unit
@@ -28,7 +31,7 @@ from stockpot.errors import Interrupted, OutputError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, Plan
 
-__all__ = ["Outcome", "Progress", "partial_path", "run_plan"]
+__all__ = ["Outcome", "Progress", "run_plan"]
 
 #: called from the main thread with (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -48,6 +51,12 @@ class Outcome:
     bytes_written: int = 0
     resumed_bytes: int = 0
     seconds: float = 0.0
+    journal: Journal | None = None
+
+    def release(self) -> None:
+        """Give up the lock on the partial directory, once it was published or the caller has given up."""
+        if self.journal is not None:
+            self.journal.unlock()
 
 
 class _DigestBook:
@@ -68,11 +77,6 @@ class _DigestBook:
         if len(known) == pieces:
             self.done[key] = tensor_digest(known[k] for k in range(pieces))
             del self._open[key]
-
-
-def partial_path(out: str) -> str:
-    """Where a merge into `out` keeps its unfinished work."""
-    return os.path.abspath(out).rstrip(os.sep) + ".partial"
 
 
 def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progress: Progress | None = None) -> Outcome:
@@ -98,6 +102,7 @@ class _Runner:
     # setting up and winding down
 
     def run(self, resume: bool, progress: Progress | None) -> Outcome:
+        keep_pages()
         began = time.monotonic()
         partial = self.outcome.partial
         try:
@@ -116,7 +121,7 @@ class _Runner:
             raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
         if not resumed:
             journal.records.clear()
-            _clear(partial, keep=JOURNAL_NAME)
+        _clear(partial, keep={JOURNAL_NAME, *(s.name for s in self.plan.shards if resumed)})
         finished = False
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
@@ -137,12 +142,15 @@ class _Runner:
                 elif not resumed:
                     journal.close(commit=False)
                     _clear(partial)
+                if not finished:
+                    journal.unlock()
                 for model in self.plan.inputs:
                     model.checkpoint.close()
         empty = (t.name for t in self.plan.tensors if t.spec.numel == 0)
         self.outcome.output_digests = {**self.out_book.done, **{name: tensor_digest(()) for name in empty}}
         self.outcome.input_digests = self.in_book.done
         self.outcome.seconds = time.monotonic() - began
+        self.outcome.journal = journal
         return self.outcome
 
     def _recover(self, records: Sequence[Record]) -> None:
@@ -150,6 +158,8 @@ class _Runner:
         fds: dict[int, int] = {}
         try:
             for record in records:
+                if not self._plausible(record):
+                    continue
                 t = self.plan.tensors[record.tensor]
                 grid = grid_of(t.spec.shape)
                 if t.shard not in fds:
@@ -170,6 +180,19 @@ class _Runner:
         finally:
             for fd in fds.values():
                 os.close(fd)
+
+    def _plausible(self, record: Record) -> bool:
+        """Whether a journal's record can be one of this plan's at all."""
+        if not 0 <= record.tensor < len(self.plan.tensors):
+            return False
+        t = self.plan.tensors[record.tensor]
+        count = record.last - record.first
+        return (
+            0 <= record.first < record.last <= grid_of(t.spec.shape).pieces
+            and len(record.out) == count
+            and len(record.inputs) == len(t.inputs)
+            and all(len(d) == count for d in record.inputs)
+        )
 
     def _book(self, record: Record) -> None:
         t = self.plan.tensors[record.tensor]
@@ -342,13 +365,11 @@ def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
     return held[:size]
 
 
-def _clear(directory: str, keep: str | None = None) -> None:
-    """Remove the files of an unfinished merge, and the directory unless something is kept."""
-    import shutil
-
+def _clear(directory: str, keep: Set[str] = frozenset()) -> None:
+    """Remove the files of an unfinished merge but for those to `keep`, and the directory if there are none."""
     for name in os.listdir(directory):
-        if name != keep:
-            path = os.path.join(directory, name)
+        path = os.path.join(directory, name)
+        if name not in keep or os.path.islink(path):
             shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-    if keep is None:
+    if not keep:
         os.rmdir(directory)

@@ -27,7 +27,7 @@ class ShardSink:
                 self._fds.append(fd)
                 if fresh or os.fstat(fd).st_size != shard.size:
                     _reserve(fd, shard.size)
-                    self._write(len(self._fds) - 1, [shard.header], 0)
+                self._write(len(self._fds) - 1, [shard.header], 0)  # again on resume: a crash may have taken it
         except OSError as e:
             self.close()
             raise OutputError(f"{directory}: can't be written: {e.strerror or e}") from e

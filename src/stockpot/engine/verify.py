@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,10 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import byte_buffer
-from stockpot.engine.digests import piece_digest, tensor_digest
+from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
 from stockpot.planning.grid import grid_of
 
-__all__ = ["checkpoint_digests", "compare"]
+__all__ = ["checkpoint_digests", "compare", "side_digest"]
 
 
 def checkpoint_digests(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
@@ -34,17 +35,34 @@ def checkpoint_digests(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
         return dict(pool.map(one, checkpoint.names()))
 
 
-def compare(recorded: Mapping[str, Any], checkpoint: Checkpoint, threads: int) -> list[str]:
-    """What differs from the `output` part of a lineage, in words; an empty list when nothing does."""
+def side_digest(path: str) -> str:
+    """BLAKE3 of a small file (config, tokenizer), hexadecimal."""
+    with open(path, "rb") as f:
+        return piece_digest(f.read()).hex()
+
+
+def compare(lineage: Mapping[str, Any], checkpoint: Checkpoint, threads: int) -> list[str]:
+    """What differs from a lineage, in words; an empty list when nothing does."""
     wrong = []
-    for file in recorded["files"]:
-        path = os.path.join(checkpoint.directory, file["name"])
-        if not os.path.exists(path):
-            wrong.append(f"{file['name']}: missing")
-        elif os.path.getsize(path) != file["bytes"]:
-            wrong.append(f"{file['name']}: {os.path.getsize(path)} bytes, the lineage says {file['bytes']}")
-    tensors = recorded["tensors"]
+    if lineage["format"] != 1 or lineage["digests"] != ALGORITHM:
+        return [
+            f"lineage format {lineage['format']!r} with digests {lineage['digests']!r} is not one this version knows"
+        ]
+    if hashlib.sha256(lineage["recipe"]["text"].encode()).hexdigest() != lineage["recipe"]["sha256"]:
+        wrong.append("the recipe's text in the lineage does not match its digest")
+    recorded = lineage["output"]
     actual = checkpoint_digests(checkpoint, threads)
+    files = {file["name"]: file for file in recorded["files"]}
+    headers = {os.path.basename(header.path): header for header in checkpoint.files}
+    for name, file in files.items():
+        if name not in headers:
+            wrong.append(f"{name}: missing")
+        elif headers[name].size != file["bytes"]:
+            wrong.append(f"{name}: {headers[name].size} bytes, the lineage says {file['bytes']}")
+        elif file_digest(headers[name].raw, (actual[n] for n in headers[name].entries)) != file["digest"]:
+            wrong.append(f"{name}: is not the file that was written")
+    wrong += [f"{name}: not in the lineage" for name in headers if name not in files]
+    tensors = recorded["tensors"]
     for name, entry in tensors.items():
         if name not in actual:
             wrong.append(f"{name!r}: missing")
@@ -57,4 +75,10 @@ def compare(recorded: Mapping[str, Any], checkpoint: Checkpoint, threads: int) -
         elif actual[name] != entry["digest"]:
             wrong.append(f"{name!r}: its bytes are not those that were written")
     wrong += [f"{name!r}: not in the lineage" for name in actual if name not in tensors]
+    for name, digest in lineage["output"]["side_files"].items():
+        path = os.path.join(checkpoint.directory, name)
+        if not os.path.isfile(path):
+            wrong.append(f"{name}: missing")
+        elif side_digest(path) != digest:
+            wrong.append(f"{name}: is not the file that was written")
     return wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -20,8 +21,13 @@ def normalised(weight: tuple[float, ...]) -> tuple[float, ...]:
 
 def check_weights(params: Mapping[str, Any]) -> str | None:
     """What is wrong with weights that are to be normalised, or None."""
-    if params["normalize"] and sum(params["weight"]) == 0:
-        return f"weights {list(params['weight'])} sum to zero, so they can't be normalised"
+    weight = params["weight"]
+    if not params["normalize"]:
+        return None
+    if not abs(sum(weight)) > 1e-12 * sum(map(abs, weight)):
+        return f"weights {list(weight)} sum to zero, so they can't be normalised"
+    if not math.isfinite(sum(map(abs, weight))):
+        return f"weights {list(weight)} are too large to be added up"
     return None
 
 

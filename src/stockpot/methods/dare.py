@@ -35,7 +35,7 @@ def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: b
     kept = keep_where(delta, mask)
     if not rescale:
         return kept
-    factors = norm_ratio(norms) if norms is not None else tuple(1 / d if d > 0 else 1.0 for d in density)
+    factors = norm_ratio(norms) if norms is not None else tuple(1 / d if d > 1e-30 else 1.0 for d in density)
     return kept if all(f == 1.0 for f in factors) else kept * column(factors, kept)
 
 

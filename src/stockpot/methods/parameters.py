@@ -45,7 +45,7 @@ class Real:
 
     def check(self, value: Any) -> str | None:
         """None, or what was expected."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e300:
             return "a number"
         if not self.low <= value <= self.high:
             return f"a number {self.range}"
@@ -83,7 +83,7 @@ class Choice:
     options: tuple[str, ...]
 
     def check(self, value: Any) -> str | None:
-        if value in self.options and isinstance(value, str):
+        if isinstance(value, str) and value in self.options:
             return None
         return f"one of {', '.join(self.options)}" + (nearest(value, self.options) if isinstance(value, str) else "")
 

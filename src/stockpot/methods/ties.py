@@ -74,7 +74,10 @@ def settle_close_votes(positive: Any, mass: Any, kept: Any, weight: Sequence[flo
         return
     bound = float(max(abs(float(kept.max())), abs(float(kept.min())))) * sum(abs(w) for w in weight) * 2.0**-21
     close = abs(mass) <= bound
-    close &= (kept != 0).any(0)
+    some = kept[0] != 0
+    for row in kept[1:]:
+        some |= row != 0
+    close &= some
     if is_numpy(mass):
         import numpy as np
 

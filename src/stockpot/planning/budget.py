@@ -13,11 +13,12 @@ from stockpot.specs import DType, format_size
 __all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for", "work_itemsize"]
 
 DEFAULT_LIMIT = 512 * 2**20
-_CUTOFF_WINDOW = 2**19 * 8
+#: what a cutoff in the making holds for each model (see engine.cutoffs)
+_CUTOFF_WINDOW = 2**20 * 4 * 2
 #: pieces in a block, the preferred first
 _CHOICES = (4, 2, 1)
 #: elements of all models computed at once: what stays in a core's own cache
-_IN_CACHE = 2**18
+_IN_CACHE = 2**19
 _FIXED = 16 * 2**20
 _PER_TENSOR = 4096
 #: the allocator's share: freed blocks that it keeps
@@ -66,6 +67,7 @@ def choose_budget(
 
     Raises ArgumentError, naming what would be enough, when one worker with the smallest block does not fit.
     """
+    threads = max(1, min(threads, 1024))
     most = max((len(t.operands) for t in tensors), default=1)
     windows = (threads + 2) * most * _CUTOFF_WINDOW if any(g.method.stats for g in groups) else 0
     fixed = _FIXED + _PER_TENSOR * len(tensors)
@@ -81,14 +83,14 @@ def choose_budget(
             key=lambda pair: pair[0],
             default=(0, None),
         )
-    for workers in range(max(threads, 1), 0, -1):
+    for workers in range(threads, 0, -1):
         for pieces in _CHOICES:
-            share = windows * workers // max(threads, 1)
+            share = windows * workers // threads
             peak = fixed + share + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
                 return Budget(limit, workers, pieces, chunk, peak)
     need, tensor = worst[_CHOICES[-1]]
-    total = fixed + windows // max(threads, 1) + int(need * _SLACK)
+    total = fixed + windows // threads + int(need * _SLACK)
     raise ArgumentError(
         f"--max-memory {format_size(limit)} is not enough: {tensor.name if tensor else 'the plan'!r} needs "
         f"{format_size(total)} with one worker; allow at least that"

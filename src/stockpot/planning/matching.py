@@ -12,6 +12,7 @@ from stockpot.checkpoints.tied import is_head, ties_embeddings
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.planning.plan import ModelInput, Operand
 from stockpot.recipes.schema import Recipe, Settings
+from stockpot.specs import Shape
 
 __all__ = ["Entry", "Match", "Part", "match_models", "match_slices", "primary_stack"]
 
@@ -117,7 +118,7 @@ class Matcher:
     def report_missing(self, missing: dict[int, list[str]], donor: int) -> None:
         for model, names in missing.items():
             unique = list(dict.fromkeys(names))
-            hint = nearest(unique[0], self.checkpoint(model).names())
+            hint = nearest(unique[0], self.checkpoint(model).names()) if len(unique) < 100 else ""
             self.problems.append(
                 MismatchError(
                     f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
@@ -202,10 +203,10 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
     before, after = _outside(m, first, last, donor, prefix, missing)
     inside = []
     total = 0
-    for part in parts:
+    for number, part in enumerate(parts):
         entries = part.entries
-        starts = [known[part.line, i][0] for i in range(len(entries))]
-        count = known[part.line, 0][1] - starts[0]
+        starts = [known[number, i][0] for i in range(len(entries))]
+        count = known[number, 0][1] - starts[0]
         lead = _lead(part)
         lead_donor = entries[lead].model
         by_layer = _names_by_layer(m.checkpoint(lead_donor), prefix)
@@ -231,7 +232,54 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
                 )
         total += count
     m.report_missing(missing, donor)
+    _check_slices(m, parts, prefix, known)
     return before + inside + after, total
+
+
+def _check_slices(
+    m: Matcher, parts: Sequence[Part], prefix: str, known: dict[tuple[int, int], tuple[int, int]]
+) -> None:
+    """Every source's layers must have the tensors of the first slice's, of the same shape but for experts' numbers."""
+    reference: dict[str, Shape] | None = None
+    owner = ""
+    for number, part in enumerate(parts):
+        for i, entry in enumerate(part.entries):
+            checkpoint = m.checkpoint(entry.model)
+            layers = _names_by_layer(checkpoint, prefix)
+            for layer in range(*known[number, i]):
+                shapes = {s: checkpoint.spec(f"{prefix}.{layer}.{s}").shape for s in layers.get(layer, ())}
+                if reference is None:
+                    reference, owner = shapes, f"layer {layer} of {m.inputs[entry.model].ref}"
+                odd = [
+                    s
+                    for s in sorted(set(shapes) | set(reference))
+                    if shapes.get(s) != reference.get(s) and m.included(f"{prefix}.0.{s}")
+                ]
+                if odd and not _differs_within(m, checkpoint, prefix, odd):
+                    ref = m.inputs[entry.model].ref
+                    m.problems.append(
+                        MismatchError(
+                            f"layer {layer} of {ref}: {odd[0]!r} is {_shape(shapes, odd[0])}, but "
+                            f"{_shape(reference, odd[0])} in {owner}"
+                        )
+                    )
+                    return
+
+
+def _differs_within(m: Matcher, checkpoint: Checkpoint, prefix: str, odd: Sequence[str]) -> bool:
+    """Whether the model's own layers differ in these tensors anyway (dense and sparse layers, first T5 block)."""
+    layers = _names_by_layer(checkpoint, prefix)
+    for suffix in odd:
+        found = {
+            checkpoint.spec(f"{prefix}.{n}.{suffix}").shape if suffix in names else None for n, names in layers.items()
+        }
+        if len(found) == 1:
+            return False
+    return True
+
+
+def _shape(shapes: dict[str, Shape], suffix: str) -> str:
+    return str(list(shapes[suffix])) if suffix in shapes else "absent"
 
 
 def _donor(part: Part) -> int:
@@ -289,7 +337,7 @@ def _check_ranges(m: Matcher, parts: Sequence[Part], prefix: str) -> dict[tuple[
     """The layer range of every source, {} after a problem."""
     out: dict[tuple[int, int], tuple[int, int]] = {}
     bad = len(m.problems)
-    for part, piece in zip(parts, m.recipe.slices, strict=True):
+    for number, (part, piece) in enumerate(zip(parts, m.recipe.slices, strict=True)):
         for i, (entry, source) in enumerate(zip(part.entries, piece.sources, strict=True)):
             own, layers, rivals = primary_stack(m.checkpoint(entry.model))
             start, stop = entry.layers or (0, layers)
@@ -311,8 +359,8 @@ def _check_ranges(m: Matcher, parts: Sequence[Part], prefix: str) -> dict[tuple[
                         "layer_range can't say which: use 'models' with 'rules' instead"
                     )
                 )
-            out[part.line, i] = (start, stop)
-        counts = {out[part.line, i][1] - out[part.line, i][0] for i in range(len(part.entries))}
+            out[number, i] = (start, stop)
+        counts = {out[number, i][1] - out[number, i][0] for i in range(len(part.entries))}
         if len(counts) > 1:
             m.problems.append(
                 RecipeError(f"{m.recipe.at(piece.line)}: sources of one slice differ in layers: {sorted(counts)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.checkpoints.tied import is_head
 from stockpot.errors import CheckpointError, MismatchError, RecipeError, StockpotError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.methods.statistics import Cutoff
@@ -239,7 +240,8 @@ class _Planner:
             first = self.inputs[0]
             for other in self.inputs[1:]:
                 for key in _ADAPTER_KEYS:
-                    a, b = first.checkpoint.config.get(key), other.checkpoint.config.get(key)
+                    # a key that an older PEFT did not write means the same as one that is off
+                    a, b = (m.checkpoint.config.get(key) or None for m in (first, other))
                     if a != b:
                         self.problems.append(
                             MismatchError(f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}")
@@ -365,10 +367,10 @@ class _Planner:
         operands = tuple(match.operands[i] if i >= 0 else base for i in chosen)
         picked: tuple[Operand, ...] = tuple(o for o in operands if o is not None)
         own_base = base if method.space is Space.DELTA else None
-        if not self.fits(match.name, [*picked, *([own_base] if own_base else [])]):
+        if not self.fits(match.name, [match.donor, *picked, *([own_base] if own_base else [])]):
             return None
         if not donor_spec.dtype.is_float:
-            everything = tuple(dict.fromkeys([match.donor, *picked, *([base] if base else [])]))
+            everything = tuple(dict.fromkeys([match.donor, *picked, *([own_base] if own_base else [])]))
             return TensorPlan(0, match.name, donor_spec, Action.KEEP, -1, everything, None)
         levels = Levels(
             (part.parameters, self.recipe.parameters),
@@ -429,11 +431,10 @@ class _Planner:
             spec = self.spec(other)
             a, b = self.inputs[operands[0].model].ref, self.inputs[other.model].ref
             if spec.shape != first.shape:
-                vocabulary = (
-                    " (different vocabularies? they are never cropped silently)"
-                    if len(spec.shape) == 2 and spec.shape[1:] == first.shape[1:]
-                    else ""
-                )
+                rows_only = len(spec.shape) == 2 and spec.shape[1:] == first.shape[1:]
+                vocabulary = ""
+                if rows_only and ("emb" in name or is_head(name)):
+                    vocabulary = " (different vocabularies? they are never cropped silently)"
                 self.problems.append(
                     MismatchError(f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}")
                 )

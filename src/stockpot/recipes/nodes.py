@@ -24,6 +24,7 @@ class Node:
     kind: str
     value: Any
     line: int
+    text: str = ""  # a scalar as it was written
 
     @property
     def what(self) -> str:
@@ -91,7 +92,7 @@ class _Converter:
             return Node("map", items, line)
         if isinstance(node, yaml.SequenceNode):
             return Node("list", [self.convert(child, depth + 1) for child in node.value], line)
-        return Node("scalar", self._scalar(node), line)
+        return Node("scalar", self._scalar(node), line, node.value)
 
     def merged(self, node: yaml.Node, depth: int) -> list[tuple[str, int, Node]]:
         """The items that a merge key (`<<: *common`) brings in; keys written out win over them, earlier ones over later."""
@@ -113,7 +114,7 @@ class _Converter:
         if node.tag in {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null")}:
             try:
                 return self.scalars.construct_object(node)
-            except (ValueError, yaml.YAMLError) as e:
+            except (ValueError, KeyError, IndexError, OverflowError, yaml.YAMLError) as e:
                 raise self.fail(node, f"{node.value!r} can't be read: {e}") from e
         if node.tag == "tag:yaml.org,2002:timestamp":
             return node.value

@@ -24,7 +24,7 @@ _COMING = {
 }
 _PARAMETERS = frozenset("normalize weight density t lambda scale rescale dialect int8_mask".split())
 _TOKENIZER = "building a tokenizer from several models"
-_MAX_BYTES = 16 * 2**20
+_MAX_BYTES = 2 * 2**20
 
 
 def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -34,9 +34,14 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(recipe, Mapping):
         import yaml
 
-        return parse_recipe(yaml.safe_dump(dict(recipe), sort_keys=False), "<recipe>")
+        try:
+            return parse_recipe(yaml.safe_dump(_plain(recipe), sort_keys=False), "<recipe>")
+        except yaml.YAMLError as e:
+            raise RecipeError(f"a recipe as a mapping must hold text, numbers, lists and mappings only: {e}") from e
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_recipe(recipe, "<recipe>")
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise RecipeError(f"expected a path, YAML text, a mapping or a Recipe, got {type(recipe).__name__}")
     path = os.fspath(recipe)
     try:
         if os.path.getsize(path) > _MAX_BYTES:
@@ -50,9 +55,20 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     return parse_recipe(text, path)
 
 
+def _plain(value: Any) -> Any:
+    """Paths as text, for recipes written in Python."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _similar(path: str) -> str:
     folder = os.path.dirname(path) or "."
-    return nearest(os.path.basename(path), os.listdir(folder)) if os.path.isdir(folder) else ""
+    if os.path.exists(path) or not os.path.isdir(folder) or not os.access(folder, os.R_OK):
+        return ""
+    return nearest(os.path.basename(path), os.listdir(folder))
 
 
 def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
@@ -108,7 +124,7 @@ class _Parser:
         if node.kind == "map":
             return self.model_mapping(node, where)
         if node.kind == "scalar" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-            return str(node.value)  # a directory called 2024
+            return node.text  # a directory called 2024, or 1.10
         ref = self.text_of(node, where) or ""
         if "+" in ref and not os.path.exists(ref):
             self.bad(
@@ -165,7 +181,10 @@ class _Parser:
             found = [self.condition(n, where) for n in node.value]
             return tuple(c for c in found if c is not None)
         if all(n.kind == "scalar" and _is_number(n.value) for n in node.value):
-            return tuple(float(n.value) for n in node.value)
+            if all(abs(n.value) <= 1e300 for n in node.value):
+                return tuple(float(n.value) for n in node.value)
+            self.bad(node.line, f"{where}: numbers beyond 1e300 are not taken")
+            return None
         wrong = next(n for n in node.value if n.kind != "scalar" or not _is_number(n.value))
         self.bad(
             wrong.line, f"{where}: expected a gradient of numbers or a list of filter/value entries, got {wrong.what}"

@@ -1,0 +1,135 @@
+"""Whole-process time and memory of stockpot against the copy floor and, if given, mergekit.
+
+    python benchmarks/run.py benchmarks/data/large --repeat 3
+    python benchmarks/run.py benchmarks/data/small --repeat 3 --mergekit PATH/TO/bin/mergekit-yaml
+
+Every command of a row runs once in turn (floor, stockpot, mergekit, floor, ...) after one warming read, so that all see the
+same machine; medians are printed, as a Markdown table. Memory is the largest resident set of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+METHODS = ("linear", "task_arithmetic", "slerp", "passthrough", "ties", "ties_paper", "dare_ties")
+
+
+def recipe(method: str, data: Path, experts: int) -> tuple[str, list[str]]:
+    """(YAML, names of the models that it reads)."""
+    names = [f"expert{i}" for i in range(experts)]
+    weights = [1 / experts] * experts
+    if method == "passthrough":
+        return f"merge_method: passthrough\nmodels:\n  - model: {data}/expert0\ndtype: bfloat16\n", names[:1]
+    if method == "slerp":
+        text = (
+            f"merge_method: slerp\nbase_model: {data}/base\nmodels:\n  - model: {data}/base\n  - model: {data}/expert0\n"
+            "parameters: {t: 0.4}\ndtype: bfloat16\n"
+        )
+        return text, ["base", "expert0"]
+    density = method in ("ties", "ties_paper", "dare_ties")
+    lines = [f"merge_method: {method.removesuffix('_paper')}", "dtype: bfloat16"]
+    used = names
+    if method != "linear":
+        lines.append(f"base_model: {data}/base")
+        used = ["base", *names]
+    lines.append("models:")
+    for name, weight in zip(names, weights):
+        lines.append(f"  - model: {data}/{name}")
+        lines.append(f"    parameters: {{weight: {weight}{', density: 0.5' if density else ''}}}")
+    if method == "ties_paper":
+        lines.append("parameters: {dialect: paper}")
+    return "\n".join(lines) + "\n", used
+
+
+def measured(command: list[str], timeout: float) -> tuple[float, float, int]:
+    """(seconds, MiB, exit code)."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - began > timeout:
+                process.kill()
+            time.sleep(0.005)
+    finally:
+        process.returncode = 0
+    return time.monotonic() - began, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--mergekit", help="mergekit-yaml of an environment of its own")
+    parser.add_argument("--threads", help="for stockpot")
+    parser.add_argument("--device", help="for stockpot")
+    parser.add_argument("--timeout", type=float, default=600)
+    args = parser.parse_args()
+    data = args.data.resolve()
+    empty = measured([sys.executable, "-c", "import stockpot.engine.run"], args.timeout)
+    torch = measured([sys.executable, "-c", "import torch"], args.timeout)
+    print(
+        f"import stockpot's engine: {empty[0]:.2f} s, {empty[1]:.0f} MiB; import torch: {torch[0]:.2f} s, {torch[1]:.0f} MiB\n"
+    )
+    columns = ["method", "floor s", "stockpot s", "ratio to floor", "MiB over import"]
+    if args.mergekit:
+        columns += ["mergekit s", "mergekit MiB", "times faster"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    with tempfile.TemporaryDirectory(dir=data) as scratch:
+        for method in args.methods:
+            text, used = recipe(method, data, args.experts)
+            path = Path(scratch, "recipe.yml")
+            path.write_text(text)
+            inputs = [str(f) for name in used for f in sorted((data / name).glob("*.safetensors"))]
+            size = sum(os.path.getsize(f) for f in inputs) // len(used)
+            out = Path(scratch, "out")
+            stockpot = [sys.executable, "-m", "stockpot", "merge", str(path), str(out), "--quiet"]
+            for option in ("threads", "device"):
+                if getattr(args, option):
+                    stockpot += [f"--{option}", getattr(args, option)]
+            commands = {
+                "floor": [sys.executable, str(HERE / "floor.py"), str(out), str(size), *inputs],
+                "stockpot": stockpot,
+            }
+            if args.mergekit and method != "ties_paper":
+                commands["mergekit"] = [args.mergekit, str(path), str(out), "--lazy-unpickle"]
+            results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
+            measured(commands["floor"], args.timeout)
+            for _ in range(args.repeat):
+                for name, command in commands.items():
+                    shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+                    results[name].append(measured(command, args.timeout))
+                    if results[name][-1][2]:
+                        print(f"{name} {method}: exit code {results[name][-1][2]}", file=sys.stderr)
+                    os.sync()
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+            seconds = {name: statistics.median(r[0] for r in rows) for name, rows in results.items()}
+            memory = {name: max(r[1] for r in rows) for name, rows in results.items()}
+            cells = [
+                method, f"{seconds['floor']:.2f}", f"{seconds['stockpot']:.2f}",
+                f"{seconds['stockpot'] / seconds['floor']:.2f}", f"{memory['stockpot'] - empty[1]:.0f}",
+            ]  # fmt: skip
+            if args.mergekit:
+                if "mergekit" in seconds:
+                    cells += [f"{seconds['mergekit']:.1f}", f"{memory['mergekit']:.0f}"]
+                    cells += [f"{seconds['mergekit'] / seconds['stockpot']:.1f}"]
+                else:
+                    cells += ["", "", ""]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
