@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import ArgumentError, StockpotError, VerificationError, raise_problems
+from stockpot.errors import ArgumentError, VerificationError
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from stockpot.recipes.parsing import load_recipe
@@ -206,8 +206,9 @@ def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> 
         raise VerificationError(f"{directory}: the lineage is not one that stockpot writes: {e!r}") from e
     finally:
         checkpoint.close()
-    problems: list[StockpotError] = [VerificationError(f"{os.fspath(directory)}: {w}") for w in wrong]
-    raise_problems(problems)
+    if wrong:
+        listed = "\n".join(f"  - {w}" for w in wrong)
+        raise VerificationError(f"{os.fspath(directory)}: differs from its lineage:\n{listed}")
     return lineage
 
 

@@ -25,6 +25,7 @@ from stockpot.engine.journal import Journal, Record
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
 from stockpot.engine.publish import partial_path
 from stockpot.engine.scheduler import Job, Scheduler, Work
+from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import Segment, Unit
 from stockpot.errors import Interrupted, OutputError
@@ -81,12 +82,13 @@ class _DigestBook:
 
 def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progress: Progress | None = None) -> Outcome:
     """Do everything that a plan says, into `out`.partial. Raises OutputError, ReadError, Interrupted."""
-    runner = _Runner(plan, partial_path(out), device)
-    return runner.run(resume, progress)
+    with noted_signals() as asked:
+        return _Runner(plan, partial_path(out), device, asked).run(resume, progress)
 
 
 class _Runner:
-    def __init__(self, plan: Plan, partial: str, device: Device) -> None:
+    def __init__(self, plan: Plan, partial: str, device: Device, asked_to_stop: threading.Event) -> None:
+        self.asked_to_stop = asked_to_stop
         self.plan = plan
         self.device = device
         self.outcome = Outcome(partial)
@@ -213,21 +215,19 @@ class _Runner:
             for i in range(workers)
         ]
         total = self.plan.bytes_in + self.plan.bytes_out
-        try:
+        for thread in threads:
+            thread.start()
+        while any(t.is_alive() for t in threads):
             for thread in threads:
-                thread.start()
-            while any(t.is_alive() for t in threads):
-                for thread in threads:
-                    thread.join(0.05)
-                if progress is not None:
-                    progress(min(self.bytes_done + self.outcome.resumed_bytes, total), total)
-        except KeyboardInterrupt:
-            scheduler.stop()
-            for thread in threads:
-                thread.join()
+                thread.join(0.05)
+            if self.asked_to_stop.is_set():
+                scheduler.stop()
+            elif progress is not None:
+                progress(min(self.bytes_done + self.outcome.resumed_bytes, total), total)
+        if self.asked_to_stop.is_set() and not scheduler.complete:
             raise Interrupted(
                 f"stopped; {self.outcome.partial} keeps what is done, and the same command goes on from there"
-            ) from None
+            )
         if self.errors:
             raise self.errors[0]
 

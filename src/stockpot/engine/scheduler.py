@@ -192,6 +192,11 @@ class Scheduler:
                     self._start(job)
             self._condition.notify_all()
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything was handed out and finished."""
+        return self._exhausted and not (self._active or self._ready or self._ahead or self._wide or self._wide_running)
+
     def stop(self) -> None:
         """Make every `next` return None."""
         with self._condition:

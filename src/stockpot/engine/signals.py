@@ -1,0 +1,30 @@
+"""Signals are noted and acted upon between steps: a KeyboardInterrupt anywhere would find half-made threads and files."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["noted_signals"]
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[threading.Event]:
+    """Within it SIGINT and SIGTERM set the event. Outside the main thread signals go where they went."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
