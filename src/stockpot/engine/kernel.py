@@ -15,7 +15,7 @@ from stockpot.engine.masks import MaskStream, mask_key
 from stockpot.engine.units import Segment, Unit
 from stockpot.methods.arrays import is_numpy, magnitude
 from stockpot.methods.declaration import Method, Scope, Space
-from stockpot.methods.statistics import Cutoff
+from stockpot.methods.statistics import Cutoff, Total
 from stockpot.planning.budget import work_itemsize
 from stockpot.planning.grid import REDUCE, SMALL, grid_of
 from stockpot.planning.plan import MergeGroup
@@ -108,7 +108,7 @@ class Kernel:
     ) -> None:
         """The same for one segment, which begins at element `at` of the unit's data."""
         grid = grid_of(segment.tensor.spec.shape)
-        step = max(self.chunk // REDUCE, 1) * REDUCE
+        step = REDUCE if isinstance(gathering.current, Total) else max(self.chunk // REDUCE, 1) * REDUCE
         with np.errstate(all="ignore"):
             for piece in range(segment.first, segment.last):
                 low, high = grid.bounds(piece)

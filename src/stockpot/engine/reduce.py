@@ -15,11 +15,11 @@ __all__ = ["piece_sum"]
 def piece_sum(terms: Any, total: Any = None) -> Any:
     """`[k, n] -> [k]` float64: chunks of REDUCE elements by halving, added in order to `total` (or to zeros).
 
-    A piece may come in several calls, each but the last of a multiple of REDUCE elements.
+    float64 terms are overwritten. A piece may come in several calls, each but the last of a multiple of REDUCE elements.
 
     Halving adds element i and element i + h, so it needs nothing but elementwise addition: the same on every machine.
     """
-    wide = terms.astype(np.float64) if is_numpy(terms) else terms.double()
+    wide = terms.astype(np.float64, copy=False) if is_numpy(terms) else terms.double()
     k, n = wide.shape
     total = np.zeros(k, np.float64) if total is None else total
     whole = n // REDUCE

@@ -22,8 +22,13 @@ def pair_gram(models: Any, **_: Any) -> Any:
     if is_numpy(models):
         import numpy as np
 
-        a, b = models[0].astype(np.float64), models[1].astype(np.float64)
-        return np.stack((a * a, a * b, b * b))
+        terms = np.empty((3, *models[0].shape), np.float64)
+        a, b = terms[0], terms[2]
+        a[...], b[...] = models[0], models[1]
+        np.multiply(a, b, out=terms[1])
+        np.multiply(a, a, out=a)
+        np.multiply(b, b, out=b)
+        return terms
     import torch
 
     a, b = models[0].double(), models[1].double()

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.checkpoints.tied import is_head
-from stockpot.errors import CheckpointError, MismatchError, RecipeError, StockpotError, raise_problems
+from stockpot.errors import CheckpointError, RecipeError, StockpotError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
-from stockpot.methods.statistics import Cutoff
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
+from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns
 from stockpot.planning.config import output_config
 from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
@@ -27,10 +26,6 @@ __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 _NO_RULE = Rule((), None, {}, 0)
-#: settings of a LoRA that must agree before its factors can be combined
-_ADAPTER_KEYS = (
-    "peft_type", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
-)  # fmt: skip
 
 
 def build_plan(
@@ -134,7 +129,7 @@ class _Planner:
             self.check_parameters(resolver, main, {i: m for i, m in rule_methods.items() if m}, parts)
         self.stop_if_bad()
         assert main is not None
-        self.check_kinds()
+        check_kinds(self.inputs, self.problems, self.notes)
         methods = {i: m for i, m in rule_methods.items() if m is not None}
         for part in parts:
             self.check_count(main, part)
@@ -148,14 +143,14 @@ class _Planner:
             matches = match_models(matcher, parts[0], donor)
         self.stop_if_bad()
         resolver.check_filters(all_settings(recipe), [m.name for m in matches])
-        self.check_patterns([m.name for m in matches])
+        check_patterns(recipe, [m.name for m in matches], self.problems)
         tensors = self.tensors(matches, main, methods, resolver)
         check_vocabularies(self.inputs, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
         kind = self.inputs[donor].checkpoint.kind
         placed, shards = lay_out(tensors, kind, shard_size)
         groups = tuple(resolver.groups)
-        self.check_model_wide(groups, placed)
+        check_model_wide(recipe, groups, placed, self.problems)
         self.stop_if_bad()
         written = {t.spec.dtype for t in placed if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
@@ -224,38 +219,15 @@ class _Planner:
         for i, method in rules.items():
             resolver.check_names(self.recipe.rules[i].parameters, [method], "rules.parameters", own=False)
 
-    def check_kinds(self) -> None:
-        """Adapters merge with adapters, and only where one LoRA setting holds for all."""
-        kinds = {m.checkpoint.kind for m in self.inputs}
-        if len(kinds) > 1:
-            adapters = [m.ref for m in self.inputs if m.checkpoint.kind == "adapter"]
-            others = [m.ref for m in self.inputs if m.checkpoint.kind != "adapter"]
-            self.problems.append(
-                MismatchError(
-                    f"adapters and full models can't be mixed: {', '.join(adapters)} with {', '.join(others)}"
-                )
-            )
-            return
-        if kinds == {"adapter"}:
-            first = self.inputs[0]
-            for other in self.inputs[1:]:
-                for key in _ADAPTER_KEYS:
-                    # a key that an older PEFT did not write means the same as one that is off
-                    a, b = (m.checkpoint.config.get(key) or None for m in (first, other))
-                    if a != b:
-                        self.problems.append(
-                            MismatchError(f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}")
-                        )
-            self.notes.append(
-                "adapters: A and B factors are combined apart, which is not the combination of the products B A "
-                "(their cross terms differ)"
-            )
-
     def check_count(self, method: Method, part: Part) -> None:
         n = len(self.participants(method, part, rule=False))
         low, high = method.models
         where = self.recipe.at(part.line)
-        if method.space is Space.DELTA and part.base is None:
+        if method.companions:
+            needed = ", ".join(method.companions)
+            why = f"{method.name} needs a companion checkpoint of every model ({needed}), which recipes can't name yet"
+            self.problems.append(RecipeError(f"{where}: {why}"))
+        elif method.space is Space.DELTA and part.base is None:
             self.problems.append(
                 RecipeError(f"{where}: {method.name} works on differences from a base: set base_model")
             )
@@ -268,39 +240,6 @@ class _Planner:
                     f"{where}: {method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
                 )
             )
-
-    def check_patterns(self, names: Sequence[str]) -> None:
-        for key, patterns in (("include", self.recipe.include), ("exclude", self.recipe.exclude)):
-            for pattern in patterns:
-                if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-                    self.bad(key, f"{key}: the pattern {pattern!r} matches no tensor, such as {names[0]!r}")
-        for rule in self.recipe.rules:
-            for pattern in rule.patterns:
-                if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-                    self.problems.append(
-                        RecipeError(f"{self.recipe.at(rule.line)}: rules: the pattern {pattern!r} matches no tensor")
-                    )
-
-    def check_model_wide(self, groups: Sequence[MergeGroup], tensors: Sequence[TensorPlan]) -> None:
-        """A cutoff over the whole model needs one set of parameters for the whole model."""
-        wide: dict[str, set[int]] = {}
-        for t in tensors:
-            if t.action is Action.MERGE:
-                group = groups[t.group]
-                if any(s.scope_for(group.params) == "model" for s in group.method.active_stats(group.params)):
-                    wide.setdefault(group.method.name, set()).add(t.group)
-        for name, found in wide.items():
-            densities = {
-                groups[g].params[s.param] for g in found for s in groups[g].method.stats if isinstance(s, Cutoff)
-            }
-            operands = {tuple(o.position for o in t.operands) for t in tensors if t.group in found}
-            if len(densities) > 1:
-                self.bad(
-                    "merge_method", f"{name}: one cutoff over the whole model needs one density for all tensors, "
-                    f"got {len(densities)} different ones",
-                )  # fmt: skip
-            if len(operands) > 1:
-                self.bad("merge_method", f"{name}: a cutoff over the whole model can't span slices of different models")
 
     # tensors
 
@@ -367,11 +306,12 @@ class _Planner:
         operands = tuple(match.operands[i] if i >= 0 else base for i in chosen)
         picked: tuple[Operand, ...] = tuple(o for o in operands if o is not None)
         own_base = base if method.space is Space.DELTA else None
-        if not self.fits(match.name, [match.donor, *picked, *([own_base] if own_base else [])]):
+        everything = [match.donor, *picked, *([own_base] if own_base else [])]
+        if not check_fit(match.name, everything, self.inputs, self.problems):
             return None
         if not donor_spec.dtype.is_float:
-            everything = tuple(dict.fromkeys([match.donor, *picked, *([own_base] if own_base else [])]))
-            return TensorPlan(0, match.name, donor_spec, Action.KEEP, -1, everything, None)
+            kept = tuple(dict.fromkeys(everything))
+            return TensorPlan(0, match.name, donor_spec, Action.KEEP, -1, kept, None)
         levels = Levels(
             (part.parameters, self.recipe.parameters),
             tuple(part.entries[i].parameters if i >= 0 else {} for i in chosen),
@@ -424,25 +364,6 @@ class _Planner:
             wide = max(found, key=lambda d: d.itemsize)
             return DType.F32 if wide.itemsize == 2 else wide  # bfloat16 with float16
         return spec.dtype
-
-    def fits(self, name: str, operands: Sequence[Operand]) -> bool:
-        first = self.spec(operands[0])
-        for other in operands[1:]:
-            spec = self.spec(other)
-            a, b = self.inputs[operands[0].model].ref, self.inputs[other.model].ref
-            if spec.shape != first.shape:
-                rows_only = len(spec.shape) == 2 and spec.shape[1:] == first.shape[1:]
-                vocabulary = ""
-                if rows_only and ("emb" in name or is_head(name)):
-                    vocabulary = " (different vocabularies? they are never cropped silently)"
-                self.problems.append(
-                    MismatchError(f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}")
-                )
-                return False
-            if spec.dtype.is_float != first.dtype.is_float:
-                self.problems.append(MismatchError(f"{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"))
-                return False
-        return True
 
     # config and files
 

@@ -1,0 +1,108 @@
+"""What can be wrong between models, and between a recipe and its models, beyond a single key."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from stockpot.checkpoints.tied import is_head
+from stockpot.errors import MismatchError, RecipeError, StockpotError
+from stockpot.methods.statistics import Cutoff
+from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
+from stockpot.recipes.schema import Recipe
+
+__all__ = ["check_fit", "check_kinds", "check_model_wide", "check_patterns"]
+
+#: settings of a LoRA that must agree before its factors can be combined
+_ADAPTER_KEYS = (
+    "peft_type", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
+)  # fmt: skip
+
+
+def check_kinds(inputs: Sequence[ModelInput], problems: list[StockpotError], notes: list[str]) -> None:
+    """Adapters merge with adapters, and only where one LoRA setting holds for all."""
+    kinds = {m.checkpoint.kind for m in inputs}
+    if len(kinds) > 1:
+        adapters = [m.ref for m in inputs if m.checkpoint.kind == "adapter"]
+        others = [m.ref for m in inputs if m.checkpoint.kind != "adapter"]
+        problems.append(
+            MismatchError(f"adapters and full models can't be mixed: {', '.join(adapters)} with {', '.join(others)}")
+        )
+        return
+    if kinds == {"adapter"}:
+        first = inputs[0]
+        for other in inputs[1:]:
+            for key in _ADAPTER_KEYS:
+                # a key that an older PEFT did not write means the same as one that is off
+                a, b = (m.checkpoint.config.get(key) or None for m in (first, other))
+                if a != b:
+                    problems.append(
+                        MismatchError(f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}")
+                    )
+        notes.append(
+            "adapters: A and B factors are combined apart, which is not the combination of the products B A "
+            "(their cross terms differ)"
+        )
+
+
+def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[StockpotError]) -> None:
+    """Patterns that match nothing are mistakes."""
+    for key, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+                why = f"{key}: the pattern {pattern!r} matches no tensor, such as {names[0]!r}"
+                problems.append(_at(recipe, key, why))
+    for rule in recipe.rules:
+        for pattern in rule.patterns:
+            if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+                problems.append(
+                    RecipeError(f"{recipe.at(rule.line)}: rules: the pattern {pattern!r} matches no tensor")
+                )
+
+
+def check_fit(
+    name: str, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError]
+) -> bool:
+    """Whether an output tensor's inputs have one shape and kind."""
+    first = inputs[operands[0].model].checkpoint.spec(operands[0].name)
+    for other in operands[1:]:
+        spec = inputs[other.model].checkpoint.spec(other.name)
+        a, b = inputs[operands[0].model].ref, inputs[other.model].ref
+        if spec.shape != first.shape:
+            rows_only = len(spec.shape) == 2 and spec.shape[1:] == first.shape[1:]
+            vocabulary = ""
+            if rows_only and ("emb" in name or is_head(name)):
+                vocabulary = " (different vocabularies? they are never cropped silently)"
+            problems.append(
+                MismatchError(f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}")
+            )
+            return False
+        if spec.dtype.is_float != first.dtype.is_float:
+            problems.append(MismatchError(f"{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"))
+            return False
+    return True
+
+
+def check_model_wide(
+    recipe: Recipe, groups: Sequence[MergeGroup], tensors: Sequence[TensorPlan], problems: list[StockpotError]
+) -> None:
+    """A cutoff over the whole model needs one set of parameters for the whole model."""
+    wide: dict[str, set[int]] = {}
+    for t in tensors:
+        if t.action is Action.MERGE:
+            group = groups[t.group]
+            if any(s.scope_for(group.params) == "model" for s in group.method.active_stats(group.params)):
+                wide.setdefault(group.method.name, set()).add(t.group)
+    for name, found in wide.items():
+        densities = {groups[g].params[s.param] for g in found for s in groups[g].method.stats if isinstance(s, Cutoff)}
+        operands = {tuple(o.position for o in t.operands) for t in tensors if t.group in found}
+        if len(densities) > 1:
+            why = f"needs one density for all tensors, got {len(densities)} different ones"
+            problems.append(_at(recipe, "merge_method", f"{name}: one cutoff over the whole model {why}"))
+        if len(operands) > 1:
+            why = "a cutoff over the whole model can't span slices of different models"
+            problems.append(_at(recipe, "merge_method", f"{name}: {why}"))
+
+
+def _at(recipe: Recipe, key: str, why: str) -> RecipeError:
+    return RecipeError(f"{recipe.at(recipe.lines.get(key, 1))}: {why}")
