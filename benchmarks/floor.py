@@ -21,6 +21,8 @@ def main() -> None:
     view = memoryview(buffer)
     while size > 0:
         size -= os.write(fd, view[: min(BLOCK, size)])
+    if os.environ.get("FLUSH"):
+        os.fsync(fd)
     os.close(fd)
 
 
