@@ -3,8 +3,8 @@
     python benchmarks/run.py benchmarks/data/large --repeat 3
     python benchmarks/run.py benchmarks/data/small --repeat 3 --mergekit PATH/TO/bin/mergekit-yaml
 
-Every command of a row runs once in turn (floor, stockpot, flushed floor, mergekit, floor, ...) after one warming read, so that all see the
-same machine; medians are printed, as a Markdown table. Memory is the largest resident set of the process.
+Every command of a row runs once in turn (floor, stockpot, flushed floor, mergekit, floor, ...) after one warming read, so
+that all see the same machine; medians are printed, as a Markdown table. Memory is the largest resident set of the process.
 """
 
 from __future__ import annotations

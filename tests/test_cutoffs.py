@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stockpot.engine.cutoffs import Selection, kth_magnitudes
+from stockpot.engine.kernel import sample_runs
 
 
 def select(values: np.ndarray, keep: int, sample: np.ndarray | None = None, block: int = 1000) -> tuple[float, int]:
@@ -69,6 +70,19 @@ def test_against_sorting(values: list[float], data: st.DataObject) -> None:
     (direct,) = kth_magnitudes(array[None], [keep / len(values)])
     if int(keep / len(values) * len(values)) == keep:
         assert direct == cutoff
+
+
+@pytest.mark.parametrize("n", [1, 511, 2048, 2049, 5000, 10**6])
+@pytest.mark.parametrize("samples", [1, 512, 2**16])
+def test_sample_runs_lie_within_the_tensor(n: int, samples: int) -> None:
+    runs = sample_runs(n, samples)
+    assert runs
+    assert all(0 <= start < stop <= n for start, stop in runs)
+
+
+def test_too_much_inside_the_window_is_counted_instead() -> None:
+    values = np.random.default_rng(2).standard_normal(3 * 2**20).astype(np.float32)
+    assert select(values, 2**20, block=2**18)[0] == expected(values, 2**20)
 
 
 def test_float64_and_torch_agree_with_float32() -> None:

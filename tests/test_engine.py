@@ -20,7 +20,7 @@ from safetensors import safe_open
 import stockpot
 from stockpot import Options
 from stockpot.errors import ArgumentError, OutputError, VerificationError
-from stockpot.methods import Cutoff, Mask, PerModel, Real, Scope, Space, Total, method
+from stockpot.methods import Cutoff, Mask, PerModel, Real, Scope, Space, Total, dare_ties, method, ties
 from stockpot.methods.arrays import magnitude
 from stockpot.methods.declaration import _REGISTRY
 
@@ -95,9 +95,22 @@ def test_bytes_do_not_depend_on_threads_or_budget(wide_family: Path, tmp_path: P
     stockpot.verify(tmp_path / "out0")
 
 
-def test_disk_and_memory_give_the_same_bits(wide_family: Path, tmp_path: Path) -> None:
-    from stockpot.methods import dare_ties, ties
+def test_a_cutoff_over_many_tensors(tmp_path: Path) -> None:
+    """So many tensors that each has but a small share of the sample."""
+    shapes = {f"model.layers.{i}.w.weight": (300, 300) for i in range(120)}
+    generator = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    states = {"base": base, "a": perturbed(base, 1, 0.1), "b": perturbed(base, 2, 0.1), "c": perturbed(base, 3, 0.1)}
+    for name, state in states.items():
+        write_model(tmp_path / name, state)
+    stockpot.merge(text_of("ties paper", tmp_path), tmp_path / "out")
+    experts = [states[n] for n in "abc"]
+    memory = ties(experts, base=base, weight=[0.5, 0.3, 0.2], density=0.4, dialect="paper")
+    for name, value in load(tmp_path / "out").items():
+        assert torch.equal(value, memory[name])
 
+
+def test_disk_and_memory_give_the_same_bits(wide_family: Path, tmp_path: Path) -> None:
     states = {name: load(wide_family / name) for name in ("base", "a", "b", "c")}
     experts = [states[n] for n in "abc"]
     for merge, name in ((ties, "ties paper"), (dare_ties, "dare_ties mergekit")):

@@ -231,7 +231,7 @@ def sample_runs(n: int, samples: int = 2**16, run: int = 2048) -> list[tuple[int
     """Short runs spread evenly over n elements, `samples` elements in all."""
     if n <= run:
         return [(0, n)]
-    count = min(samples // run, n // run)
+    count = max(min(samples // run, n // run), 1)
     return [(start, start + run) for start in ((n - run) * i // max(count - 1, 1) for i in range(count))]
 
 
