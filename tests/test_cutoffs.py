@@ -82,7 +82,8 @@ def test_sample_runs_lie_within_the_tensor(n: int, samples: int) -> None:
 
 def test_too_much_inside_the_window_is_counted_instead() -> None:
     values = np.random.default_rng(2).standard_normal(3 * 2**20).astype(np.float32)
-    assert select(values, 2**20, block=2**18)[0] == expected(values, 2**20)
+    for block in (2**18, 2**20, 2**20 + 1):  # one of them counts exactly at the end of the pass
+        assert select(values, 2**20, block=block)[0] == expected(values, 2**20)
 
 
 def test_float64_and_torch_agree_with_float32() -> None:

@@ -90,6 +90,8 @@ class Selection:
             while (self.high - self.low) >> self.shift > _BINS:
                 self.shift += 1
             self.bins = np.zeros(((self.high - self.low - 1) >> self.shift) + 1, np.int64)
+        if not self._held:
+            return
         values = np.concatenate(self._held) - np.uint32(self.low)
         self.bins += np.bincount(values >> np.uint32(self.shift), minlength=len(self.bins))
         self._held, self._holding = [], 0
