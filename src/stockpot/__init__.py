@@ -4,6 +4,7 @@
     stockpot.merge("recipe.yml", "out")            # or a dict, or YAML text
     stockpot.plan("recipe.yml").notes              # what would happen, from headers alone
     stockpot.open_checkpoint("model").names()
+    stockpot.soup("output_dir", "soup", stockpot.SoupSpec(last=10, by="loss", penalty=0.7))
     stockpot.methods.ties([a, b], base=c, density=0.2)     # state dicts in memory
 
 Importing it imports neither torch nor transformers nor numpy; names are loaded when first used.
@@ -18,11 +19,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from stockpot import methods
-    from stockpot.api import MergeResult, Options, inspect, merge, plan, verify
+    from stockpot.api import MergeResult, Options, inspect, merge, plan, soup, soup_recipe, verify
     from stockpot.checkpoints import Checkpoint, open_checkpoint
     from stockpot.errors import StockpotError
     from stockpot.planning import Plan
     from stockpot.recipes import Recipe, load_recipe
+    from stockpot.runs import Run, Snapshot, Soup, SoupSpec, metric_weights, open_run, parse_name, resolve_soup
 
 _WHERE = {
     "Checkpoint": "stockpot.checkpoints",
@@ -30,13 +32,23 @@ _WHERE = {
     "Options": "stockpot.api",
     "Plan": "stockpot.planning",
     "Recipe": "stockpot.recipes",
+    "Run": "stockpot.runs",
+    "Snapshot": "stockpot.runs",
+    "Soup": "stockpot.runs",
+    "SoupSpec": "stockpot.runs",
     "StockpotError": "stockpot.errors",
     "inspect": "stockpot.api",
     "load_recipe": "stockpot.recipes",
     "merge": "stockpot.api",
     "methods": "stockpot.methods",
+    "metric_weights": "stockpot.runs",
     "open_checkpoint": "stockpot.checkpoints",
+    "open_run": "stockpot.runs",
+    "parse_name": "stockpot.runs",
     "plan": "stockpot.api",
+    "resolve_soup": "stockpot.runs",
+    "soup": "stockpot.api",
+    "soup_recipe": "stockpot.api",
     "verify": "stockpot.api",
 }
 
@@ -46,14 +58,24 @@ __all__ = [
     "Options",
     "Plan",
     "Recipe",
+    "Run",
+    "Snapshot",
+    "Soup",
+    "SoupSpec",
     "StockpotError",
     "__version__",
     "inspect",
     "load_recipe",
     "merge",
     "methods",
+    "metric_weights",
     "open_checkpoint",
+    "open_run",
+    "parse_name",
     "plan",
+    "resolve_soup",
+    "soup",
+    "soup_recipe",
     "verify",
 ]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import ArgumentError, VerificationError
+from stockpot.errors import ArgumentError, ProblemsError, StockpotError, VerificationError
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from stockpot.recipes.parsing import load_recipe
 from stockpot.recipes.schema import Recipe
+from stockpot.runs import Run, Soup, SoupSpec, open_run, resolve_soup, resolve_windows
 from stockpot.specs import format_size, parse_size
 
 if TYPE_CHECKING:
     from stockpot.engine.run import Progress
 
-__all__ = ["MergeResult", "Options", "inspect", "merge", "plan", "verify"]
+__all__ = ["MergeResult", "Options", "inspect", "merge", "open_run", "plan", "soup", "soup_recipe", "verify"]
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -68,6 +70,16 @@ class MergeResult:
     bytes_written: int = 0
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def soup(self) -> Mapping[str, Any] | None:
+        """Name, snapshots and weights, where a run was merged."""
+        return self.lineage.get("soup")
+
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """How adapters were averaged, and the relative error against the exact average of their products."""
+        return self.lineage.get("adapter")
 
 
 def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
@@ -127,7 +139,8 @@ def merge_planned(
     check_side_files(planned)
     outcome = run_plan(planned, target, device, resume=resume, progress=progress)
     try:
-        lineage = write_side_files(planned, outcome, options.__dict__ | {"budget": planned.budget.__dict__})
+        facts = options.__dict__ | {"budget": planned.budget.__dict__}
+        lineage = write_side_files(planned, outcome, facts, adapter=adapter_report(planned))
         publish(outcome.partial, target, overwrite=overwrite)
     finally:
         outcome.release()
@@ -140,6 +153,106 @@ def merge_planned(
         tuple(outcome.warnings),
         planned.notes,
     )
+
+
+def adapter_report(planned: Plan) -> dict[str, Any] | None:
+    """The relative error of averaging adapters, where it is known how to measure it."""
+    from stockpot.adapters import ProductAdapter, factors_report, product_report, read_adapter
+
+    first = planned.inputs[0].checkpoint
+    if isinstance(first, ProductAdapter):
+        return product_report(first)
+    if planned.soup is None or planned.kind != "adapter" or planned.recipe.merge_method != "linear":
+        return None
+    if first.config.get("peft_type") != "LORA" or first.config.get("target_parameters"):
+        return None
+    by_path = {m.checkpoint.path: m.checkpoint for m in planned.inputs}
+    adapters = [read_adapter(by_path[os.path.realpath(i.snapshot.path)]) for i in planned.soup.ingredients]
+    if any(a.is_dora for a in adapters):
+        return None
+    weights = [i.weight for i in planned.soup.ingredients]
+    total = sum(weights)
+    return factors_report(adapters, [w / total for w in weights] if total else weights)
+
+
+def soup_recipe(
+    run: Run | str | os.PathLike[str],
+    spec: SoupSpec | None = None,
+    *,
+    adapter: str | None = None,
+    rank: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """The recipe of a soup, as a mapping: what `soup` merges, and a start for one of another method."""
+    opened = run if isinstance(run, Run) else open_run(run)
+    options: dict[str, Any] = {"path": opened.path}
+    if opened.pattern is not None:
+        options["snapshots"] = opened.pattern
+    if opened.metrics_file is not None:
+        options["metrics"] = opened.metrics_file
+    for key, value in (spec or SoupSpec()).given().items():
+        options[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    recipe: dict[str, Any] = {"merge_method": "linear", "run": options}
+    if adapter is not None or rank is not None or base is not None:
+        recipe["adapter"] = {"mode": adapter or "factors"}
+        recipe["adapter"] |= {"rank": rank} if rank is not None else {}
+        recipe["adapter"] |= {"base": os.fspath(base)} if base is not None else {}
+    return recipe
+
+
+def soup(
+    run: Run | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    spec: SoupSpec | None = None,
+    *,
+    adapter: str | None = None,
+    rank: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Average snapshots of a training run into the directory `out`; spec says which and how (runs.SoupSpec).
+
+    run      a directory, or what open_run gave
+    adapter  how LoRA adapters are averaged: "factors" (A and B apart, the default, as in arXiv 2504.18580), "product"
+             (exactly: stacked factors, or recompressed to `rank`), "fused" (written into `base`, by default the model
+             that adapter_config.json names)
+
+    Returns a MergeResult with `soup` and `adapter`. Raises StockpotError; nothing is then left at `out`.
+    """
+    recipe = soup_recipe(run, spec, adapter=adapter, rank=rank, base=base)
+    planned = plan_soup(recipe, options)
+    return merge_planned(planned, out, options or Options(), overwrite=overwrite, progress=progress)
+
+
+def plan_soup(recipe: Mapping[str, Any], options: Options | None = None) -> Plan:
+    """The plan of a recipe that soup_recipe made: its errors don't speak of lines that the user never wrote."""
+    try:
+        return plan(recipe, options)
+    except ProblemsError as e:
+        raise ProblemsError([_without_lines(p) for p in e.problems]) from e
+    except StockpotError as e:
+        raise _without_lines(e) from e
+
+
+def _without_lines(error: StockpotError) -> StockpotError:
+    return type(error)(re.sub(r"^<recipe>:\d+: (run: )?", "", str(error)))
+
+
+def window_recipe(run: Run, made: Soup) -> dict[str, Any]:
+    """The recipe of one window of LAWA: its snapshots by step, equally weighted."""
+    steps = tuple(i.snapshot.step for i in made.ingredients)
+    return soup_recipe(run, SoupSpec(steps=steps))
+
+
+def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, overwrite: bool) -> None:
+    """Whether every window's directory can be made, before the first is. Raises OutputError."""
+    from stockpot.engine.publish import check_out
+
+    paths = [s.path for s in run.snapshots]
+    for step, _ in windows:
+        check_out(os.path.join(out, f"checkpoint-{step}"), overwrite=overwrite, inputs=paths)
 
 
 def check_space(planned: Plan, out: str) -> None:
@@ -212,4 +325,5 @@ def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> 
     return lineage
 
 
+__all__ += ["Run", "Soup", "SoupSpec", "resolve_soup", "resolve_windows"]
 __all__ += ["Checkpoint", "merge_planned", "open_checkpoint"]

@@ -15,12 +15,14 @@ from typing import Any
 import stockpot
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint, read_json
-from stockpot.engine.digests import ALGORITHM, file_digest
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.publish import write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest
 from stockpot.errors import CheckpointError, OutputError, VerificationError
+from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, ModelInput, Plan
 
 __all__ = ["NAME", "check_side_files", "read_lineage", "write_side_files"]
@@ -47,12 +49,16 @@ def check_side_files(plan: Plan) -> None:
             raise CheckpointError(f"{source}: is to be copied, but can't be read: {e.strerror or e}") from e
 
 
-def write_side_files(plan: Plan, outcome: Outcome, options: Mapping[str, Any]) -> dict[str, Any]:
+def write_side_files(
+    plan: Plan, outcome: Outcome, options: Mapping[str, Any], *, adapter: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything but the tensors into the partial directory. The lineage comes last. Returns the lineage."""
     try:
         written = _copy_and_write(plan, outcome.partial)
         digests = {name: side_digest(os.path.join(outcome.partial, name)) for name in written}
         lineage = make_lineage(plan, outcome, options, digests)
+        if adapter is not None:
+            lineage["adapter"] = dict(adapter)
         write_file(os.path.join(outcome.partial, NAME), readable(lineage))
     except OSError as e:
         raise OutputError(f"{outcome.partial}: writing beside the tensors failed: {e.strerror or e}") from e
@@ -158,6 +164,7 @@ def make_lineage(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "recipe": {"file": plan.recipe.origin, "sha256": plan.recipe.digest, "text": plan.recipe.text},
         "seed": plan.seed,
+        **({"soup": plan.soup.to_dict()} if plan.soup else {}),
         "options": dict(options),
         "groups": [{"method": g.method.name, "parameters": g.public_params()} for g in plan.groups],
         "digests": ALGORITHM,
@@ -215,12 +222,45 @@ def readable(lineage: Mapping[str, Any]) -> str:
 
 
 def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:
-    """Files of one input. A file's digest covers its header and those tensors that took part: `tensors_read` counts them."""
+    """Files of one input. A file's digest covers its header and those tensors that took part: `tensors_read` counts them.
+
+    A checkpoint that was computed while it was read lists the checkpoints that it came from under `parts`.
+    """
+    checkpoint = model.checkpoint
+    row: dict[str, Any] = {
+        "model": model.ref,
+        "path": checkpoint.path,
+        "donor_of_config": model.index == plan.donor,
+    }
+    if checkpoint.parts:
+        row["parts"] = [{"path": p.path, "files": _files(p, _part_digests(p, outcome))} for p in checkpoint.parts]
+        return row
+    read = {name: digest for (index, name), digest in outcome.input_digests.items() if index == model.index}
+    return row | {"files": _files(checkpoint, read)}
+
+
+def _part_digests(part: Checkpoint, outcome: Outcome) -> dict[str, str]:
+    """Of every tensor of a part: as it was read, or read now where a resumed merge had no need of it."""
+    known = dict(outcome.part_digests.get(part.path, {}))
+    for name in part.names():
+        if name not in known:
+            spec = part.spec(name)
+            grid = grid_of(spec.shape)
+            pieces = []
+            for k in range(grid.pieces):
+                start, stop = grid.bounds(k)
+                raw = bytearray((stop - start) * spec.dtype.itemsize)
+                part.read([ReadRequest(name, start, stop)], memoryview(raw))
+                pieces.append(piece_digest(raw))
+            known[name] = tensor_digest(pieces)
+    part.close()
+    return known
+
+
+def _files(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[dict[str, Any]]:
     files = []
-    for header in model.checkpoint.files:
-        read = [
-            outcome.input_digests[model.index, n] for n in header.entries if (model.index, n) in outcome.input_digests
-        ]
+    for header in checkpoint.files:
+        read = [digests[n] for n in header.entries if n in digests]
         files.append(
             {
                 "name": os.path.basename(header.path),
@@ -230,12 +270,7 @@ def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:
                 "tensors_read": len(read),
             }
         )
-    return {
-        "model": model.ref,
-        "path": model.checkpoint.path,
-        "donor_of_config": model.index == plan.donor,
-        "files": files,
-    }
+    return files
 
 
 def _versions() -> dict[str, str]:

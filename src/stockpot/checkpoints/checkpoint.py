@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,16 +34,27 @@ class Checkpoint:
     kind: str
     config: Mapping[str, Any]
     files: tuple[Header, ...]
+    _specs: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
     _where: dict[str, tuple[int, Entry]] = field(default_factory=dict, repr=False)
     _fds: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    #: called with (request, its bytes) after each read: how what is read inside a computed checkpoint gets its digests
+    observers: list[Callable[[ReadRequest, memoryview[Any]], None]] = field(
+        default_factory=list, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for index, header in enumerate(self.files):
             for name, entry in header.entries.items():
                 self._where[name] = (index, entry)
+                self._specs[name] = entry.spec
 
     # what it holds
+
+    @property
+    def parts(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that this one is computed from; empty for one that lies on disk."""
+        return ()
 
     @property
     def directory(self) -> str:
@@ -52,20 +63,20 @@ class Checkpoint:
 
     def names(self) -> Iterable[str]:
         """Every stored tensor, in storage order."""
-        return self._where.keys()
+        return self._specs.keys()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._specs
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._specs)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._specs)
 
     def spec(self, name: str) -> TensorSpec:
         """dtype and shape; KeyError when there is no such tensor."""
-        return self._where[name][1].spec
+        return self._specs[name]
 
     def location(self, name: str) -> tuple[Header, Entry]:
         """The file that holds a tensor and the byte range there."""
@@ -76,30 +87,30 @@ class Checkpoint:
     def parameters(self) -> int:
         """Elements of all tensors, tied copies counted once."""
         tied = self.tied()
-        return sum(e.spec.numel for n, (_, e) in self._where.items() if n not in tied)
+        return sum(spec.numel for n, spec in self._specs.items() if n not in tied)
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data as stored."""
-        return sum(e.spec.nbytes for _, e in self._where.values())
+        return sum(spec.nbytes for spec in self._specs.values())
 
     # what its names mean
 
     def layers(self) -> LayerMap:
         """The stacks of layers that the names show."""
-        return map_layers(self._where)
+        return map_layers(self._specs)
 
     def tied(self) -> dict[str, str]:
         """Stored tensors that the config declares to be another one: name -> the name that counts."""
-        return tied_duplicates({n: e.spec for n, (_, e) in self._where.items()}, self.config)
+        return tied_duplicates(self._specs, self.config)
 
     def resolve(self, name: str) -> str | None:
         """The stored tensor that `name` means: itself, or the embedding an absent tied head stands for."""
-        if name in self._where:
+        if name in self._specs:
             return name
         if not is_head(name):
             return None
-        return head_alias(name, {n: e.spec for n, (_, e) in self._where.items()}, self.config)
+        return head_alias(name, self._specs, self.config)
 
     # reading
 
@@ -150,6 +161,12 @@ class Checkpoint:
                     )
                 start += n
                 position += n
+        position = 0
+        for r in requests if self.observers else ():
+            size = (r.stop - r.start) * self.spec(r.name).dtype.itemsize
+            for observer in self.observers:
+                observer(r, buffer[position : position + size])
+            position += size
 
     def will_read(self, request: ReadRequest) -> None:
         """Ask the kernel to start reading a range."""

@@ -9,25 +9,30 @@ from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.header import Header, read_header
+from stockpot.checkpoints.torchzip import read_torch_file
 from stockpot.errors import CheckpointError
 
-__all__ = ["open_checkpoint", "read_json"]
+__all__ = ["TORCH_ENDINGS", "open_checkpoint", "read_json"]
+
+TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
 _MAX_JSON = 64 * 2**20
 _INDEX = ".safetensors.index.json"
 
 
 def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face model directory, a PEFT adapter directory or one `.safetensors` file.
+    """Open a Hugging Face model directory, a PEFT adapter directory, one `.safetensors` file or one of torch's zip files.
 
     Only headers and JSON files are read. Raises CheckpointError that names what was found instead.
     """
     text = os.fspath(ref)
     path = os.path.abspath(os.path.expanduser(text))
     if os.path.isfile(path):
+        if path.endswith(TORCH_ENDINGS):
+            return Checkpoint(text, path, "model", {}, (read_torch_file(path).header,))
         if not path.endswith(".safetensors"):
             raise CheckpointError(
-                f"{text}: only .safetensors files can be opened; convert others with safetensors.torch.save_file"
+                f"{text}: only .safetensors files and torch's zip files ({', '.join(TORCH_ENDINGS)}) can be opened"
             )
         config = _config(os.path.join(os.path.dirname(path), "config.json"))
         return _checked(Checkpoint(text, path, "model", config, (read_header(path),)))
@@ -57,14 +62,16 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 def _open_adapter(text: str, path: str) -> Checkpoint:
     weights = os.path.join(path, "adapter_model.safetensors")
+    config = read_json(os.path.join(path, "adapter_config.json"))
+    pickled = os.path.join(path, "adapter_model.bin")
+    if not os.path.exists(weights) and os.path.exists(pickled):
+        return Checkpoint(text, path, "adapter", config, (read_torch_file(pickled).header,))
     if not os.path.exists(weights):
         other = [f for f in sorted(os.listdir(path)) if f.startswith("adapter_model")]
         found = f"found {', '.join(other)}" if other else "found no adapter_model file"
         raise CheckpointError(
-            f"{text}: a PEFT adapter without adapter_model.safetensors ({found}); save it again with "
-            "safe_serialization=True"
+            f"{text}: a PEFT adapter without adapter_model.safetensors ({found}); an interrupted save?"
         )
-    config = read_json(os.path.join(path, "adapter_config.json"))
     return Checkpoint(text, path, "adapter", config, (read_header(weights),))
 
 
@@ -87,6 +94,8 @@ def _model_files(text: str, path: str) -> tuple[Header, ...]:
             f"{text}: {len(single)} safetensors files but no index ({single[0]}, ...); an interrupted download or save? "
             "Name one file, or restore model.safetensors.index.json"
         )
+    if "pytorch_model.bin" in listing:
+        return (read_torch_file(os.path.join(path, "pytorch_model.bin")).header,)
     raise CheckpointError(_no_weights(text, listing))
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Optional
 import typer
 
 from stockpot.cli.boundary import boundary
+from stockpot.cli.options import AsJson, Device, MaxMemory, Overwrite, Quiet, Seed, ShardSize, Threads
+from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
 
@@ -26,12 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
-Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
-MaxMemory = Annotated[str, typer.Option(help="Memory for the merge, over what the interpreter itself takes.")]
-ShardSize = Annotated[str, typer.Option(help="Most bytes of tensor data in one file.")]
-Seed = Annotated[int, typer.Option(help="Seed of random masks; always recorded.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+app.add_typer(run_app)
+app.command()(soup)
 
 
 def _version(value: bool) -> None:
@@ -61,12 +59,12 @@ def merge(
     max_memory: MaxMemory = "512MiB",
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
     ] = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge as RECIPE says and publish the result at OUT.
 

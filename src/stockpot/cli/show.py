@@ -14,14 +14,26 @@ if TYPE_CHECKING:
     from stockpot.api import MergeResult
     from stockpot.planning.plan import Plan
 
-__all__ = ["show_checkpoint", "show_merge", "show_method", "show_methods", "show_notes", "show_plan", "show_verified"]
+__all__ = [
+    "print_json",
+    "print_table",
+    "show_checkpoint",
+    "show_merge",
+    "show_method",
+    "show_methods",
+    "show_notes",
+    "show_plan",
+    "show_verified",
+]
 
 
-def _print_json(doc: Any) -> None:
+def print_json(doc: Any) -> None:
+    """One JSON document on stdout."""
     print(json.dumps(doc, indent=2, ensure_ascii=False))
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A plain table; columns whose name begins with # hold numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -46,7 +58,7 @@ def show_merge(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "path": result.path,
                 "seconds": round(result.seconds, 3),
@@ -79,9 +91,9 @@ def _parameters(params: Mapping[str, Any]) -> str:
 
 def show_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
-        _print_json(plan.to_dict())
+        print_json(plan.to_dict())
         return
-    _table(
+    print_table(
         "models",
         ("model", "#tensors", "#bytes", ""),
         (
@@ -97,7 +109,7 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     print()
     rows = plan.group_rows()
     shown = rows if len(rows) <= 40 else rows[:40]
-    _table(
+    print_table(
         "tensors",
         ("method", "parameters", "#tensors", "#elements", "#read", "#passes", "#written", "such as"),
         (
@@ -128,7 +140,7 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
 
 def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        _print_json(info)
+        print_json(info)
         return
     architecture = f", {info['architecture']}" if info["architecture"] else ""
     print(f"{info['path']}: {info['kind']}{architecture}")
@@ -143,13 +155,13 @@ def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
     for name, target in info["tied"].items():
         print(f"  tied: {name} = {target}")
     print()
-    _table("", ("tensor", "dtype", "shape"), ((n, t["dtype"], t["shape"]) for n, t in info["tensors"].items()))
+    print_table("", ("tensor", "dtype", "shape"), ((n, t["dtype"], t["shape"]) for n, t in info["tensors"].items()))
 
 
 def show_verified(out: str, lineage: Mapping[str, Any], *, as_json: bool) -> None:
     tensors = lineage["output"]["tensors"]
     if as_json:
-        _print_json({"path": out, "verified": True, "tensors": len(tensors), "created": lineage.get("created")})
+        print_json({"path": out, "verified": True, "tensors": len(tensors), "created": lineage.get("created")})
     else:
         print(f"{out}: {len(tensors)} tensors are what was written on {lineage.get('created')}")
 
@@ -194,9 +206,9 @@ def show_methods(*, as_json: bool) -> None:
 
     found = methods().values()
     if as_json:
-        _print_json([_method_row(m) for m in found])
+        print_json([_method_row(m) for m in found])
         return
-    _table("", ("method", "works on", "what it does"), ((m.name, m.space.value, m.summary) for m in found))
+    print_table("", ("method", "works on", "what it does"), ((m.name, m.space.value, m.summary) for m in found))
 
 
 def show_method(name: str, *, as_json: bool) -> None:
@@ -204,7 +216,7 @@ def show_method(name: str, *, as_json: bool) -> None:
 
     method = get_method(name)
     if as_json:
-        _print_json(_method_row(method))
+        print_json(_method_row(method))
         return
     low, high = method.models
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
@@ -213,7 +225,7 @@ def show_method(name: str, *, as_json: bool) -> None:
     if method.cite:
         print(f"source: {method.cite}")
     print()
-    _table(
+    print_table(
         "",
         ("parameter", "value", "for each model", "default"),
         (

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
 from stockpot.engine.devices import Device, byte_buffer
@@ -42,11 +43,14 @@ _JOB_SAMPLES = 2**17
 
 @dataclass
 class Outcome:
-    """What a run produced. Digests are hexadecimal; input digests are by (model, tensor)."""
+    """What a run produced. Digests are hexadecimal; input digests are by (model, tensor), those of the parts of computed
+    checkpoints by path and tensor.
+    """
 
     partial: str
     output_digests: dict[str, str] = field(default_factory=dict)
     input_digests: dict[tuple[int, str], str] = field(default_factory=dict)
+    part_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_written: int = 0
@@ -125,6 +129,7 @@ class _Runner:
             journal.records.clear()
         _clear(partial, keep={JOURNAL_NAME, *(s.name for s in self.plan.shards if resumed)})
         finished = False
+        part_books = self._observe_parts()
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
             if resumed:
@@ -151,9 +156,19 @@ class _Runner:
         empty = (t.name for t in self.plan.tensors if t.spec.numel == 0)
         self.outcome.output_digests = {**self.out_book.done, **{name: tensor_digest(()) for name in empty}}
         self.outcome.input_digests = self.in_book.done
+        self.outcome.part_digests = {path: book.done for path, book in part_books.items()}
         self.outcome.seconds = time.monotonic() - began
         self.outcome.journal = journal
         return self.outcome
+
+    def _observe_parts(self) -> dict[str, _DigestBook]:
+        """Hash what is read inside computed checkpoints: whole pieces as they come by."""
+        books: dict[str, _DigestBook] = {}
+        for model in self.plan.inputs:
+            for part in model.checkpoint.parts:
+                book = books.setdefault(part.path, _DigestBook())
+                part.observers[:] = [_observer(part, book, self.lock)]
+        return books
 
     def _recover(self, records: Sequence[Record]) -> None:
         """Take over what a journal vouches for, after checking that the bytes are really there."""
@@ -355,6 +370,28 @@ class _Runner:
             records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, warning))
             at += s.stop - s.start
         return records
+
+
+def _observer(
+    part: Checkpoint, book: _DigestBook, lock: threading.Lock
+) -> Callable[[ReadRequest, memoryview[Any]], None]:
+    """Books the digests of the pieces that a read covers whole."""
+
+    def observe(request: ReadRequest, raw: memoryview[Any]) -> None:
+        spec = part.spec(request.name)
+        grid = grid_of(spec.shape)
+        first = next((k for k in range(grid.pieces) if grid.bounds(k)[0] >= request.start), grid.pieces)
+        last = first
+        digests = []
+        while last < grid.pieces and grid.bounds(last)[1] <= request.stop:
+            low, high = (x - request.start for x in grid.bounds(last))
+            digests.append(piece_digest(raw[low * spec.dtype.itemsize : high * spec.dtype.itemsize]))
+            last += 1
+        if digests:
+            with lock:
+                book.add(request.name, grid.pieces, first, digests)
+
+    return observe
 
 
 def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:

@@ -19,8 +19,10 @@ _ADAPTER_KEYS = (
 )  # fmt: skip
 
 
-def check_kinds(inputs: Sequence[ModelInput], problems: list[StockpotError], notes: list[str]) -> None:
-    """Adapters merge with adapters, and only where one LoRA setting holds for all."""
+def check_kinds(
+    inputs: Sequence[ModelInput], problems: list[StockpotError], notes: list[str], *, said: bool = False
+) -> None:
+    """Adapters merge with adapters, and only where one LoRA setting holds for all. said: the user chose the factors."""
     kinds = {m.checkpoint.kind for m in inputs}
     if len(kinds) > 1:
         adapters = [m.ref for m in inputs if m.checkpoint.kind == "adapter"]
@@ -39,9 +41,11 @@ def check_kinds(inputs: Sequence[ModelInput], problems: list[StockpotError], not
                     problems.append(
                         MismatchError(f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}")
                     )
+        if said or len(inputs) == 1:
+            return
         notes.append(
             "adapters: A and B factors are combined apart, which is not the combination of the products B A "
-            "(their cross terms differ)"
+            "(their cross terms differ); 'adapter: product' averages the products"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.methods.declaration import Method, Space
 from stockpot.recipes.schema import Recipe
+from stockpot.runs import Soup
 from stockpot.specs import DType, TensorSpec
 
 __all__ = ["Action", "Budget", "MergeGroup", "ModelInput", "Operand", "Plan", "Shard", "TensorPlan"]
@@ -125,6 +126,7 @@ class Plan:
     budget: Budget
     notes: tuple[str, ...] = ()
     written_dtype: DType | None = None
+    soup: Soup | None = None
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -164,6 +166,8 @@ class Plan:
                 digest.update(header.raw)
                 digest.update(f"{header.path} {header.size} {header.mtime_ns}\n".encode())
             digest.update(json.dumps(dict(model.checkpoint.config), sort_keys=True, default=str).encode())
+        if self.soup is not None:
+            digest.update(json.dumps(self.soup.to_dict(), sort_keys=True).encode())
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
         return digest.hexdigest()
@@ -200,6 +204,7 @@ class Plan:
             },
             "seed": self.seed,
             "notes": list(self.notes),
+            **({"soup": self.soup.to_dict()} if self.soup else {}),
         }
 
     def group_rows(self) -> list[dict[str, Any]]:

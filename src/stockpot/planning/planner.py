@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import CheckpointError, RecipeError, StockpotError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
@@ -18,8 +19,10 @@ from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
 from stockpot.planning.parameters import Levels, ParameterResolver, all_settings
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, Plan, TensorPlan
+from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.vocabulary import check_vocabularies
 from stockpot.recipes.schema import Recipe, Rule
+from stockpot.runs import Soup
 from stockpot.specs import BY_LABEL, DType, TensorSpec
 
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
@@ -59,6 +62,8 @@ class _Planner:
     inputs: list[ModelInput] = field(default_factory=list)
     by_path: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    computed: dict[str, Checkpoint] = field(default_factory=dict)
+    soup: Soup | None = None
 
     def stop_if_bad(self) -> None:
         raise_problems(self.problems)
@@ -70,7 +75,10 @@ class _Planner:
 
     def open(self, ref: str, line: int) -> int:
         """The index of a model, opened once however often it is named; -1 after a problem."""
-        path = self.locate(ref)
+        if ref in self.computed and ref not in self.by_path:
+            self.by_path[ref] = len(self.inputs)
+            self.inputs.append(ModelInput(len(self.inputs), ref, self.computed[ref]))
+        path = ref if ref in self.computed else self.locate(ref)
         if path in self.failed:
             return -1
         if path in self.by_path:
@@ -119,7 +127,17 @@ class _Planner:
 
     # the plan
 
+    def expand(self) -> None:
+        """Replace `run:` and `adapter:` by the models that they stand for."""
+        if self.recipe.run is not None:
+            expansion = expand_run(self.recipe, self.locate)
+            self.recipe, self.soup = expansion.recipe, expansion.soup
+            self.notes += [*expansion.warnings, *expansion.soup.notes]
+        self.recipe, self.computed, _ = compute_adapters(self.recipe, self.locate)
+
     def plan(self, shard_size: int, max_memory: int, threads: int, seed: int) -> Plan:
+        asked = self.recipe
+        self.expand()
         recipe = self.recipe
         main, rule_methods = self.methods_in_use()
         base = self.open(recipe.base_model, recipe.lines["base_model"]) if recipe.base_model else None
@@ -129,7 +147,7 @@ class _Planner:
             self.check_parameters(resolver, main, {i: m for i, m in rule_methods.items() if m}, parts)
         self.stop_if_bad()
         assert main is not None
-        check_kinds(self.inputs, self.problems, self.notes)
+        check_kinds(self.inputs, self.problems, self.notes, said=recipe.run is not None or recipe.adapter is not None)
         methods = {i: m for i, m in rule_methods.items() if m is not None}
         for part in parts:
             self.check_count(main, part)
@@ -155,7 +173,7 @@ class _Planner:
         written = {t.spec.dtype for t in placed if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
         return Plan(
-            recipe=recipe,
+            recipe=asked,
             inputs=tuple(self.inputs),
             donor=donor,
             tokenizer_donor=self.tokenizer_donor(donor),
@@ -168,6 +186,7 @@ class _Planner:
             budget=choose_budget(placed, self.inputs, groups, max_memory, threads),
             notes=tuple(self.notes),
             written_dtype=dtype,
+            soup=self.soup,
         )
 
     def parts(self, base: int | None) -> list[Part]:

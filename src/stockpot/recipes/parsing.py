@@ -8,21 +8,27 @@ from typing import Any
 
 from stockpot.errors import ArgumentError, RecipeError, StockpotError, nearest, raise_problems
 from stockpot.recipes.nodes import Node, parse_yaml
-from stockpot.recipes.schema import ModelEntry, Recipe, Rule, Settings, Slice, Source
+from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Settings, Slice, Source
 from stockpot.recipes.values import Condition, Setting, Value
 from stockpot.specs import parse_dtype
 
-__all__ = ["load_recipe", "parse_recipe"]
+__all__ = ["RUN_OPTIONS", "load_recipe", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
-    "tokenizer chat_template modules"
+    "tokenizer chat_template modules run adapter"
 ).split()
 _COMING = {
     "modules": "merging sub-modules by separate recipes",
     "chat_template": "choosing or writing a chat template",
 }
 _PARAMETERS = frozenset("normalize weight density t lambda scale rescale dialect int8_mask".split())
+#: the options of a `run:` besides its files: the fields of runs.SoupSpec
+RUN_OPTIONS = (
+    "last every start steps best include_final scheme by objective penalty power smooth decay decay_per weights normalize"
+).split()
+_RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", *RUN_OPTIONS]
+_ADAPTER_MODES = ("factors", "product", "fused")
 _TOKENIZER = "building a tokenizer from several models"
 _MAX_BYTES = 2 * 2**20
 
@@ -219,8 +225,8 @@ class _Parser:
             method = self.text_of(top["merge_method"], "merge_method") or ""
         else:
             self.bad(node.line, "merge_method is missing")
-        if ("models" in top) + ("slices" in top) != 1 and "modules" not in top:
-            self.bad(node.line, "expected exactly one of 'models' and 'slices'")
+        if ("models" in top) + ("slices" in top) + ("run" in top) != 1 and "modules" not in top:
+            self.bad(node.line, "expected exactly one of 'models', 'slices' and 'run'")
         base = self.model(top["base_model"], "base_model") if "base_model" in top else None
         return Recipe(
             text=self.text,
@@ -237,6 +243,8 @@ class _Parser:
             rules=self.each(top, "rules", self.rule),
             mergekit_compat=self.compat(top),
             tokenizer_from=self.tokenizer(top),
+            run=self.run(top["run"]) if "run" in top else None,
+            adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
             lines={key: line for key, line, _ in node.value},
         )
 
@@ -298,6 +306,57 @@ class _Parser:
             node.line,
         )
 
+    def run(self, node: Node) -> RunChoice:
+        if node.kind == "scalar":
+            return RunChoice(self.model(node, "run"), {}, node.line)
+        parts = self.mapping(node, "run", _RUN_KEYS)
+        if "path" not in parts:
+            self.bad(node.line, "run: needs 'path', the directory of a training run")
+        parts = {k: n for k, n in parts.items() if n.kind != "scalar" or n.value is not None}
+        texts = {k: self.model(parts[k], f"run.{k}") for k in ("path", "name", "snapshots", "metrics") if k in parts}
+        base = None
+        if "base" in parts:
+            base = parts["base"].value
+            if base not in ("first", "last") and type(base) is not int:
+                self.bad(parts["base"].line, f"run.base: expected first, last or a step, got {parts['base'].what}")
+        options = {k: _plain_value(parts[k]) for k in RUN_OPTIONS if k in parts}
+        if isinstance(options.get("steps"), list):
+            options["steps"] = tuple(options["steps"])
+        return RunChoice(
+            texts.get("path", ""),
+            options,
+            node.line,
+            texts.get("name"),
+            texts.get("snapshots"),
+            texts.get("metrics"),
+            base,
+        )
+
+    def adapter(self, node: Node) -> AdapterChoice:
+        parts = {"mode": node}
+        if node.kind == "map":
+            parts = self.mapping(node, "adapter", ["mode", "rank", "base"])
+        mode = self.text_of(parts["mode"], "adapter.mode") if "mode" in parts else None
+        if mode not in _ADAPTER_MODES:
+            got = repr(mode) if mode else "nothing"
+            self.bad(
+                node.line,
+                f"adapter: expected one of {', '.join(_ADAPTER_MODES)}, got {got}{nearest(mode or '', _ADAPTER_MODES)}",
+            )
+        rank = parts["rank"].value if "rank" in parts else None
+        if rank is not None and (type(rank) is not int or rank < 1):
+            self.bad(
+                parts["rank"].line, f"adapter.rank: expected a whole number of at least 1, got {parts['rank'].what}"
+            )
+        elif rank is not None and mode != "product":
+            self.bad(parts["rank"].line, f"adapter.rank has no effect with {mode}; it recompresses a product")
+        base = self.model(parts["base"], "adapter.base") if "base" in parts else None
+        if base is not None and mode != "fused":
+            self.bad(
+                parts["base"].line, f"adapter.base has no effect with {mode}; it names the model that fused writes into"
+            )
+        return AdapterChoice(mode or "", node.line, rank, base)
+
     def dtype(self, top: dict[str, Node], key: str) -> str | None:
         if key not in top:
             return None
@@ -337,6 +396,13 @@ class _Parser:
                 node.line, f"{where}: union: {_TOKENIZER} is a coming feature of stockpot; 'base' copies the base's"
             )
         return ref
+
+
+def _plain_value(node: Node) -> Any:
+    """A node as plain data: what is checked later, where its meaning is known."""
+    if node.kind == "map":
+        return {key: _plain_value(child) for key, _, child in node.value}
+    return [_plain_value(child) for child in node.value] if node.kind == "list" else node.value
 
 
 def _is_number(value: Any) -> bool:

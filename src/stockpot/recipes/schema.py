@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from stockpot.recipes.values import Setting
 
-__all__ = ["ModelEntry", "Recipe", "Rule", "Settings", "Slice", "Source"]
+__all__ = ["AdapterChoice", "ModelEntry", "Recipe", "Rule", "RunChoice", "Settings", "Slice", "Source"]
 
 Settings = Mapping[str, Setting]
 
@@ -53,6 +54,32 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class RunChoice:
+    """`run:` a training run that stands for its models. `options` choose and weight snapshots (runs.SoupSpec's fields).
+
+    base   first or last (of the chosen snapshots) or a step: the snapshot that is the base model
+    """
+
+    path: str
+    options: Mapping[str, Any]
+    line: int
+    name: str | None = None
+    snapshots: str | None = None
+    metrics: str | None = None
+    base: str | int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """`adapter:` how adapters are averaged: factors apart, their products, or fused into `base`."""
+
+    mode: str
+    line: int
+    rank: int | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A parsed recipe. `text` is verbatim; `origin` is its file, or `<recipe>`; `lines` are those of top-level keys."""
 
@@ -70,6 +97,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     mergekit_compat: bool = False
     tokenizer_from: str | None = None
+    run: RunChoice | None = None
+    adapter: AdapterChoice | None = None
     lines: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,45 @@
+"""Raw bytes of a checkpoint <-> numpy arrays, and factors loaded whole with the digests of what was read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.specs import DType, TensorSpec
+
+__all__ = ["decoded", "encoded", "load_tensor"]
+
+_DTYPES: dict[DType, Any] = {
+    DType.F64: np.float64,
+    DType.F32: np.float32,
+    DType.F16: np.float16,
+    DType.BF16: ml_dtypes.bfloat16,
+    DType.F8_E4M3: ml_dtypes.float8_e4m3fn,
+    DType.F8_E5M2: ml_dtypes.float8_e5m2,
+}
+
+Array = np.ndarray[Any, Any]
+
+
+def decoded(raw: Any, dtype: DType) -> Array:
+    """Bytes -> float32, or float64 for float64."""
+    array: Array = np.frombuffer(raw, _DTYPES[dtype])
+    return array if dtype is DType.F64 else array.astype(np.float32)
+
+
+def encoded(values: Array, dtype: DType) -> Array:
+    """Values -> bytes, rounded once, to nearest even."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(values.astype(_DTYPES[dtype], copy=False)).reshape(-1).view(np.uint8)
+
+
+def load_tensor(checkpoint: Checkpoint, name: str) -> Array:
+    """A whole tensor, float32 or float64, of its own shape."""
+    spec: TensorSpec = checkpoint.spec(name)
+    raw = np.empty(spec.nbytes, np.uint8)
+    checkpoint.read([ReadRequest(name, 0, spec.numel)], raw.data)
+    return decoded(raw, spec.dtype).reshape(spec.shape)

@@ -1,0 +1,73 @@
+"""A checkpoint that is computed while it is read: what product adapters and fused models share."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.specs import TensorSpec
+
+__all__ = ["DerivedCheckpoint", "ModuleCache"]
+
+_KEPT_MODULES = 8
+
+
+class ModuleCache:
+    """The last few modules that were computed, each computed once however many threads ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: OrderedDict[str, tuple[threading.Lock, list[Any]]] = OrderedDict()
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        with self._lock:
+            entry = self._values.get(key)
+            if entry is None:
+                entry = self._values[key] = (threading.Lock(), [])
+                while len(self._values) > _KEPT_MODULES:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(key)
+        own, held = entry
+        with own:
+            if not held:
+                held.append(compute())
+            return held[0]
+
+
+@dataclass(frozen=True)
+class DerivedCheckpoint(Checkpoint):
+    """Names and specs of its own; the bytes are computed from `sources`. `files` are those of the sources."""
+
+    sources: tuple[Checkpoint, ...] = ()
+    specs: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
+    cache: ModuleCache = field(default_factory=ModuleCache, repr=False)
+
+    def __post_init__(self) -> None:
+        self._specs.update(self.specs)
+
+    @property
+    def parts(self) -> tuple[Checkpoint, ...]:
+        return self.sources
+
+    def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        """Fill `out` with the bytes of elements start..stop of a tensor."""
+        raise NotImplementedError
+
+    def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
+        position = 0
+        for r in requests:
+            size = (r.stop - r.start) * self.spec(r.name).dtype.itemsize
+            self.computed(r.name, r.start, r.stop, buffer[position : position + size])
+            position += size
+
+    def will_read(self, request: ReadRequest) -> None:
+        pass
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()

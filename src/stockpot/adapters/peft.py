@@ -1,0 +1,120 @@
+"""What the tensors of a PEFT LoRA adapter are: factors with their scales, and plain tensors beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.errors import CheckpointError
+
+__all__ = ["Adapter", "LowRank", "read_adapter"]
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's factors: delta = scale * B A, of the base's tensor `<module>.weight`.
+
+    a, b        names of A `[rank, in, ...]` and B `[out, rank, ...]`
+    transposed  the delta is (B A)^T: embeddings, and Conv1D layers (fan_in_fan_out)
+    bias        name of B's bias `[out]` (lora_bias), or None
+    """
+
+    module: str
+    a: str
+    b: str
+    rank: int
+    scale: float
+    transposed: bool = False
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`modules` by name without PEFT's prefix; `plain` are full tensors: modules_to_save, biases, magnitudes."""
+
+    checkpoint: Checkpoint
+    modules: Mapping[str, LowRank]
+    plain: tuple[str, ...]
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether magnitudes make the delta depend on the base's weights."""
+        return bool(self.checkpoint.config.get("use_dora")) or any("lora_magnitude_vector" in n for n in self.plain)
+
+
+def read_adapter(checkpoint: Checkpoint) -> Adapter:
+    """Find out what a PEFT adapter's tensors are. Raises CheckpointError where they are no LoRA's."""
+    config = checkpoint.config
+    kind = config.get("peft_type")
+    if checkpoint.kind != "adapter":
+        raise CheckpointError(f"{checkpoint.ref}: a full model; expected a LoRA adapter")
+    if kind != "LORA":
+        raise CheckpointError(f"{checkpoint.ref}: peft_type {kind!r}: products are known for LORA adapters only")
+    if config.get("target_parameters"):
+        raise CheckpointError(f"{checkpoint.ref}: target_parameters: products of expert parameters are not supported")
+    found: dict[str, dict[str, str]] = {}
+    plain = []
+    for name in checkpoint.names():
+        m = _FACTOR.fullmatch(name)
+        if m:
+            found.setdefault(m[1], {})[m[2]] = name
+        else:
+            plain.append(name)
+    modules = {}
+    for prefix, parts in found.items():
+        low_rank = _low_rank(checkpoint, prefix, parts)
+        modules[low_rank.module] = low_rank
+    if not modules:
+        raise CheckpointError(f"{checkpoint.ref}: a LoRA adapter without lora_A and lora_B tensors")
+    return Adapter(checkpoint, modules, tuple(plain))
+
+
+def _low_rank(checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str]) -> LowRank:
+    module = prefix.removeprefix(PREFIX)
+    embedding = "lora_embedding_A" in parts
+    a = parts.get("lora_embedding_A" if embedding else "lora_A.weight")
+    b = parts.get("lora_embedding_B" if embedding else "lora_B.weight")
+    if a is None or b is None:
+        raise CheckpointError(
+            f"{checkpoint.ref}: {module}: one of its two factors is missing ({', '.join(parts.values())})"
+        )
+    shape_a, shape_b = checkpoint.spec(a).shape, checkpoint.spec(b).shape
+    if len(shape_a) < 2 or len(shape_b) < 2 or shape_a[0] != shape_b[1]:
+        raise CheckpointError(
+            f"{checkpoint.ref}: {module}: factors of {list(shape_a)} and {list(shape_b)} don't multiply"
+        )
+    if any(d != 1 for d in shape_b[2:]):
+        raise CheckpointError(f"{checkpoint.ref}: {module}: B of {list(shape_b)} is not a 1x1 convolution")
+    rank = shape_a[0]
+    config = checkpoint.config
+    r = _patterned(checkpoint, "rank_pattern", module, config.get("r", rank))
+    alpha = _patterned(checkpoint, "alpha_pattern", module, config.get("lora_alpha", rank))
+    if r != rank:
+        raise CheckpointError(f"{checkpoint.ref}: {module}: factors of rank {rank}, adapter_config.json says {r}")
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    return LowRank(module, a, b, rank, float(scale), transposed, parts.get("lora_B.bias"))
+
+
+def _patterned(checkpoint: Checkpoint, key: str, module: str, default: Any) -> float:
+    """PEFT's rule: the first pattern that matches the end of the module's name."""
+    value = default
+    patterns = checkpoint.config.get(key) or {}
+    if isinstance(patterns, dict):
+        for pattern, own in patterns.items():
+            try:
+                matches = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error as e:
+                raise CheckpointError(f"{checkpoint.ref}: {key}: {pattern!r} is not a pattern: {e}") from e
+            if matches:
+                value = own
+                break
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{checkpoint.ref}: adapter_config.json: {key} of {module} is {value!r}, not a number")
+    return value

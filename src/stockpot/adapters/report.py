@@ -1,0 +1,55 @@
+"""What averaging factors apart costs against averaging the products, measured without forming a product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stockpot.adapters.peft import Adapter
+from stockpot.adapters.product import ProductAdapter
+
+__all__ = ["factors_report", "product_report"]
+
+
+def factors_report(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Any]:
+    """Relative Frobenius error of B A (averaged apart) against the average of the products, of each module and of all.
+
+    weights sum to one. Adapters have the same modules, ranks and scales. Reads every factor once.
+    """
+    from stockpot.adapters.algebra import mean_error
+    from stockpot.adapters.arrays import load_tensor
+
+    pairs: dict[str, tuple[float, float]] = {}
+    for module in adapters[0].modules:
+        factors = []
+        for weight, adapter in zip(weights, adapters, strict=True):
+            m = adapter.modules[module]
+            a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
+            factors.append((weight, m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
+        pairs[module] = mean_error(factors)
+    return _report("factors", pairs)
+
+
+def product_report(product: ProductAdapter) -> dict[str, Any]:
+    """Relative error of each module of a product that was recompressed to a rank; zero for one that was stacked."""
+    if product.rank is None:
+        return _report("product", {})
+    for module in product.adapters[0].modules:
+        if module not in product.errors:  # a resumed merge had no need of it
+            product.computed_module(module)
+    pairs = {module: product.errors[module] for module in product.adapters[0].modules}
+    return _report("product", pairs) | {"rank": product.rank}
+
+
+def _report(mode: str, pairs: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    errors = {module: lost / whole if whole else 0.0 for module, (lost, whole) in pairs.items()}
+    worst = max(errors, key=errors.__getitem__, default=None)
+    lost, whole = (math.sqrt(math.fsum(pair[i] ** 2 for pair in pairs.values())) for i in (0, 1))
+    return {
+        "mode": mode,
+        "relative_error": lost / whole if whole else 0.0,
+        "worst_module": worst,
+        "worst_error": errors[worst] if worst is not None else 0.0,
+        "modules": errors,
+    }

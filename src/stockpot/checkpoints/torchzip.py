@@ -1,0 +1,223 @@
+"""PyTorch's zip files (`.ckpt`, `.pt`, `.bin`): tensors' descriptions read from the pickle without running any of it.
+
+The pickle's opcodes are followed by a reader that knows how tensors and plain containers are written and puts an inert
+stand-in where the file names any other class or function: nothing is imported, nothing is called. Storages lie
+uncompressed in the zip and are read positionally like those of safetensors.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stockpot.checkpoints.header import Entry, Header
+from stockpot.errors import CheckpointError
+from stockpot.specs import DType, TensorSpec
+
+__all__ = ["TorchFile", "read_torch_file"]
+
+_MAX_PICKLE = 256 * 2**20
+_STORAGES = {
+    "DoubleStorage": DType.F64, "FloatStorage": DType.F32, "HalfStorage": DType.F16, "BFloat16Storage": DType.BF16,
+    "Float8_e4m3fnStorage": DType.F8_E4M3, "Float8_e5m2Storage": DType.F8_E5M2, "LongStorage": DType.I64,
+    "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8, "ByteStorage": DType.U8,
+    "BoolStorage": DType.BOOL,
+}  # fmt: skip
+#: keys under which trainers keep the model's tensors
+_STATES = ("state_dict", "model_state_dict", "model", "module")
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """`header` describes the model's tensors; `scalars` are the file's plain values (`global_step`, `epoch`...)."""
+
+    header: Header
+    scalars: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: DType | None
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Inert:
+    """What stands for anything that the reader does not know: takes every call, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def add(self, item: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
+    if not isinstance(storage, _Storage):
+        return _Inert()
+    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+_KNOWN = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        return type("Inert", (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str):
+            dtype = pid[1] if isinstance(pid[1], DType) else None
+            return _Storage(pid[2], dtype, pid[4] if isinstance(pid[4], int) else -1)
+        return _Inert()
+
+
+def read_torch_file(path: str) -> TorchFile:
+    """Read the descriptions of a zip file's tensors. Raises CheckpointError; executes nothing."""
+    try:
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            if f.read(4)[:2] != b"PK":
+                raise CheckpointError(
+                    f"{path}: not a zip file: either damaged, or saved by a torch older than 1.6; load it there and save "
+                    "it again"
+                )
+            places, pickled, root = _members(path, f)
+    except OSError as e:
+        raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
+    try:
+        document = _Reader(io.BytesIO(pickled)).load()
+    except Exception as e:  # whatever a damaged pickle leads to
+        raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a mapping from names to tensors, got {type(document).__name__}")
+    tensors = dict(_tensors(document))
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}")
+    entries = {name: _entry(path, name, tensor, places, root) for name, tensor in tensors.items()}
+    scalars = {
+        k: v for k, v in document.items() if isinstance(k, str) and isinstance(v, (int, float, str)) and v is not True
+    }
+    return TorchFile(Header(path, stat.st_size, stat.st_mtime_ns, 0, entries, {}, pickled), scalars)
+
+
+def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes, str]:
+    """({member: byte range}, the pickle, the archive's folder)."""
+    try:
+        archive = zipfile.ZipFile(f)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+        raise CheckpointError(f"{path}: not a readable zip file: {e}; an interrupted save?") from e
+    with archive:
+        found = [i for i in archive.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
+        if len(found) != 1:
+            raise CheckpointError(f"{path}: a zip file, but not one that torch.save writes (no data.pkl)")
+        if found[0].file_size > _MAX_PICKLE:
+            raise CheckpointError(f"{path}: its pickle of {found[0].file_size} bytes is too large")
+        root = found[0].filename[: -len("data.pkl")]
+        places = {}
+        for info in archive.infolist():
+            if info.filename.startswith(root + "data/"):
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save never does")
+                places[info.filename[len(root + "data/") :]] = _place(path, f, info)
+        try:
+            if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder").strip() != b"little":
+                raise CheckpointError(f"{path}: written on a big-endian machine, which is not supported")
+            return places, archive.read(found[0]), root
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
+            raise CheckpointError(f"{path}: its pickle can't be taken out of the zip file: {e}") from e
+
+
+def _place(path: str, f: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """The byte range of a stored member: its local header says where the data begins."""
+    f.seek(info.header_offset)
+    head = f.read(30)
+    if len(head) != 30 or head[:4] != b"PK\x03\x04":
+        raise CheckpointError(f"{path}: {info.filename}: its entry is damaged")
+    name, extra = struct.unpack("<HH", head[26:30])
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > os.fstat(f.fileno()).st_size:
+        raise CheckpointError(f"{path}: {info.filename} runs past the end of the file")
+    return start, start + info.file_size
+
+
+def _tensors(document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
+    """The model's tensors: those of the document, or of its `state_dict` and the like."""
+    for key in _STATES:
+        inner = document.get(key)
+        if isinstance(inner, dict) and any(isinstance(v, _Tensor) for v in inner.values()):
+            document = inner
+            break
+    for name, value in document.items():
+        if isinstance(name, str) and isinstance(value, _Tensor):
+            yield name, value
+
+
+def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], root: str) -> Entry:
+    def bad(why: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name!r}: {why}")
+
+    dtype = tensor.storage.dtype
+    if dtype is None:
+        raise bad("its dtype is not supported")
+    numbers = (tensor.offset, *tensor.shape, *tensor.stride)
+    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers) or len(tensor.shape) != len(tensor.stride):
+        raise bad("its shape, stride or offset makes no sense")
+    if tensor.storage.key not in places:
+        raise bad(f"its storage {tensor.storage.key!r} is not in the file")
+    spec = TensorSpec(dtype, tensor.shape)
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride)):
+        if size > 1 and stride != expected and spec.numel:
+            raise bad("is not contiguous; save it with .contiguous()")
+        expected *= size
+    start, stop = places[tensor.storage.key]
+    first = start + tensor.offset * dtype.itemsize
+    if first + spec.nbytes > stop:
+        raise bad("runs past the end of its storage")
+    return Entry(spec, first, first + spec.nbytes)

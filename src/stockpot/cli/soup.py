@@ -1,0 +1,221 @@
+"""`stockpot run show` and `stockpot soup`: training runs on the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stockpot.cli.boundary import boundary
+from stockpot.cli.options import AsJson, Device, MaxMemory, Overwrite, Quiet, ShardSize, Threads
+
+if TYPE_CHECKING:
+    from stockpot import api
+    from stockpot.runs import SoupSpec
+
+__all__ = ["run_app", "soup"]
+
+run_app = typer.Typer(name="run", help="Look at training runs.", no_args_is_help=True, rich_markup_mode=None)
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a training run (output_dir).")]
+Snapshots = Annotated[
+    str | None,
+    typer.Option(metavar="PATTERN", help="Where snapshots lie in any other layout: 'ckpt_{step}.safetensors'."),
+]
+Metrics = Annotated[str | None, typer.Option(metavar="FILE", help="Metrics by step, .csv or .jsonl.")]
+Smooth = Annotated[int, typer.Option(metavar="N", help="Mean of the last N logged values.")]
+
+
+@run_app.callback()
+def _group() -> None:
+    """Look at training runs."""
+
+
+@run_app.command()
+@boundary
+def show(
+    run: Run, snapshots: Snapshots = None, metrics: Metrics = None, smooth: Smooth = 1, as_json: AsJson = False
+) -> None:
+    """Show the snapshots of RUN with the metrics that were logged for them."""
+    from stockpot.cli.show_run import show_run
+    from stockpot.runs import open_run
+
+    show_run(open_run(run, snapshots=snapshots, metrics=metrics), smooth=smooth, as_json=as_json)
+
+
+@boundary
+def soup(
+    run: Run,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="Directory to create.")] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(help="The last K snapshots, the final checkpoint not among them [default: 10].", metavar="K"),
+    ] = None,
+    every: Annotated[int, typer.Option(metavar="M", help="Every M-th of them, counting back from the newest.")] = 1,
+    start: Annotated[
+        int | None, typer.Option(help="All snapshots from this step on, in place of --last.", metavar="STEP")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="These snapshots, in place of --last: 100,200,300.", metavar="STEPS")
+    ] = None,
+    best: Annotated[int | None, typer.Option(help="Of these, the best N by the metric of --by.", metavar="N")] = None,
+    include_final: Annotated[
+        bool, typer.Option("--include-final", help="The final checkpoint may be chosen too.")
+    ] = False,
+    scheme: Annotated[
+        str | None, typer.Option(help="uniform, metric, linear, 1-sqrt, ema, lawa, swa, weights; often implied.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Weight by a logged metric, or by 'step' (arXiv 2504.18580).", metavar="METRIC")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="Whether a low or a high metric is better: min or max; known for the usual names."),
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="p: below 1 favours snapshots that rank better [default: 1].", metavar="P")
+    ] = None,
+    power: Annotated[float, typer.Option(metavar="Q", help="q: how steeply the penalty grows with rank.")] = 1.2,
+    smooth: Smooth = 1,
+    decay: Annotated[
+        float | None, typer.Option(help="Exponential moving average with this decay.", metavar="D")
+    ] = None,
+    decay_per: Annotated[str, typer.Option(help="What the decay counts: snapshot or step.")] = "snapshot",
+    weights: Annotated[
+        str | None, typer.Option(help="Weights by step: a .json object, or a .csv with step,weight.", metavar="FILE")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide given weights by their sum.")] = False,
+    name: Annotated[str | None, typer.Option(help="All of the above from a name such as last_10_loss_pf-0_7.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA: factors (A and B apart; default), product (exact), fused (into the base).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="With --adapter product: recompress to this rank.", metavar="R")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="With --adapter fused: the base model; by default the one that adapter_config.json names."),
+    ] = None,
+    snapshots: Snapshots = None,
+    metrics: Metrics = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the weights, merge nothing.")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    max_memory: MaxMemory = "512MiB",
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Average snapshots of RUN, weighted by what training logged, and publish the result at OUT.
+
+    stockpot soup output_dir soup --last 10 --by loss --penalty 0.7
+    """
+    from stockpot import api
+    from stockpot.errors import ArgumentError
+    from stockpot.runs import SoupSpec, open_run, parse_name
+
+    given: dict[str, Any] = {
+        "last": last, "every": every, "start": start, "steps": _steps(steps), "best": best, "include_final": include_final,
+        "scheme": scheme, "by": by, "objective": objective, "penalty": penalty, "power": power, "smooth": smooth,
+        "decay": decay, "decay_per": decay_per, "weights": _weights(weights), "normalize": normalize,
+    }  # fmt: skip
+    spec = SoupSpec(**given)
+    if name is not None:
+        if spec.given():
+            raise ArgumentError(f"--name says it all: {', '.join(spec.given())} can't be given beside it")
+        spec = parse_name(name)
+    if out is None and not dry_run:
+        raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
+    opened = open_run(run, snapshots=snapshots, metrics=metrics)
+    options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size)
+    if spec.kind == "lawa":
+        _windows(opened, spec, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet)
+        return
+    recipe = api.soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
+    _one(recipe, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet)
+
+
+def _one(
+    recipe: dict[str, Any],
+    out: str,
+    options: api.Options,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from stockpot import api
+    from stockpot.cli.progress import progress_bar
+    from stockpot.cli.show import print_json, show_notes
+    from stockpot.cli.show_run import show_soup, show_soup_result
+
+    planned = api.plan_soup(recipe, options)
+    assert planned.soup is not None
+    show_notes(planned.notes, quiet=quiet or as_json)
+    if dry_run:
+        if as_json:
+            print_json(planned.soup.to_dict())
+        else:
+            show_soup(planned.soup)
+        return
+    if not (as_json or quiet):
+        show_soup(planned.soup)
+    with progress_bar(enabled=not (quiet or as_json)) as progress:
+        result = api.merge_planned(planned, out, options, overwrite=overwrite, progress=progress)
+    show_soup_result(result, as_json=as_json, quiet=quiet)
+
+
+def _windows(
+    run: Any,
+    spec: SoupSpec,
+    out: str,
+    options: api.Options,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """LAWA: one soup a window, each in OUT/checkpoint-<newest step>, so that OUT is a run again."""
+    import os
+
+    from stockpot import api
+    from stockpot.cli.show import print_json
+    from stockpot.cli.show_run import show_soup
+
+    windows = api.resolve_windows(run, spec)
+    if not dry_run:
+        api.check_windows(run, windows, out, overwrite=overwrite)
+    documents = []
+    for step, made in windows:
+        document = made.to_dict()
+        if not dry_run:
+            recipe = api.window_recipe(run, made)
+            result = api.merge(recipe, os.path.join(out, f"checkpoint-{step}"), options, overwrite=overwrite)
+            document["path"] = result.path
+        documents.append(document)
+        if not (as_json or quiet):
+            show_soup(made)
+    if as_json:
+        print_json({"name": windows[-1][1].name.rpartition("_")[0], "windows": documents})
+
+
+def _steps(text: str | None) -> tuple[int, ...] | None:
+    from stockpot.errors import ArgumentError
+
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    except ValueError:
+        raise ArgumentError(
+            f"--steps: expected whole numbers with commas between, such as 100,200, got {text!r}"
+        ) from None
+
+
+def _weights(path: str | None) -> dict[int, float] | None:
+    from stockpot.runs.files import read_weights
+
+    return None if path is None else read_weights(path)

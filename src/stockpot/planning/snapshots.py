@@ -1,0 +1,176 @@
+"""`run:` and `adapter:` of a recipe: snapshots in place of models, and checkpoints computed from adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stockpot.adapters import fuse, product_adapter, read_adapter
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.errors import ArgumentError, RecipeError, StockpotError
+from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, RunChoice
+from stockpot.recipes.values import Setting
+from stockpot.runs import Soup, SoupSpec, open_run, parse_name, resolve_soup
+from stockpot.specs import BY_LABEL
+
+__all__ = ["Expansion", "compute_adapters", "expand_run"]
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A recipe whose `run:` was replaced by models, and the soup that they are."""
+
+    recipe: Recipe
+    soup: Soup
+    warnings: tuple[str, ...]
+
+
+def expand_run(recipe: Recipe, locate: Callable[[str], str]) -> Expansion:
+    """Snapshots as `models`, with their weights where any weighting was asked for. Raises StockpotError."""
+    choice = recipe.run
+    assert choice is not None
+    where = recipe.at(choice.line)
+    try:
+        return _expanded(recipe, choice, locate)
+    except ArgumentError as e:
+        raise RecipeError(f"{where}: run: {e}") from e
+    except StockpotError as e:
+        raise type(e)(f"{where}: run: {e}") from e
+
+
+def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -> Expansion:
+    run = open_run(
+        locate(choice.path), snapshots=choice.snapshots, metrics=locate(choice.metrics) if choice.metrics else None
+    )
+    spec = _spec(choice)
+    soup = resolve_soup(run, spec)
+    weighted = recipe.merge_method == "linear" or spec.kind != "uniform"
+    base = recipe.base_model
+    if choice.base is not None:
+        if base is not None:
+            raise ArgumentError("base and base_model are both given: choose one")
+        ends = {"first": soup.ingredients[0].snapshot, "last": soup.ingredients[-1].snapshot}
+        base = (ends[choice.base] if isinstance(choice.base, str) else run.at(choice.base)).path
+    models = []
+    for i in soup.ingredients:
+        settings = {"weight": Setting(i.weight, choice.line)} if weighted and i.snapshot.path != base else {}
+        models.append(ModelEntry(i.snapshot.path, settings, choice.line))
+    lines = {**recipe.lines, "models": choice.line}
+    if base is not None:
+        lines.setdefault("base_model", choice.line)
+    expanded = replace(recipe, models=tuple(models), base_model=base, lines=lines)
+    if recipe.merge_method == "linear" and "normalize" not in recipe.parameters:
+        # the weights are what they are: given ones need not sum to one to the last bit
+        expanded = replace(expanded, parameters={**recipe.parameters, "normalize": Setting(False, choice.line)})
+    return Expansion(expanded, soup, run.warnings)
+
+
+def _spec(choice: RunChoice) -> SoupSpec:
+    options: dict[str, Any] = dict(choice.options)
+    if choice.name is None:
+        return SoupSpec(**options)
+    if options:
+        raise ArgumentError(f"name says it all: {', '.join(options)} can't be given beside it")
+    return parse_name(choice.name)
+
+
+def compute_adapters(
+    recipe: Recipe, locate: Callable[[str], str]
+) -> tuple[Recipe, dict[str, Checkpoint], Checkpoint | None]:
+    """`adapter: product` and `fused`: (the recipe over computed checkpoints, these by reference, the base of `fused`)."""
+    choice = recipe.adapter
+    if choice is None or choice.mode == "factors":
+        return recipe, {}, None
+    where = recipe.at(choice.line)
+    if recipe.slices:
+        raise RecipeError(f"{where}: adapter: {choice.mode} goes with models or run, not with slices")
+    try:
+        return _computed(recipe, choice, locate)
+    except ArgumentError as e:
+        raise RecipeError(f"{where}: {e}") from e
+    except StockpotError as e:
+        raise type(e)(f"{where}: {e}") from e
+
+
+def _computed(
+    recipe: Recipe, choice: AdapterChoice, locate: Callable[[str], str]
+) -> tuple[Recipe, dict[str, Checkpoint], Checkpoint | None]:
+    adapters = [read_adapter(open_checkpoint(locate(e.ref))) for e in recipe.models]
+    wanted = recipe.out_dtype or recipe.dtype
+    dtype = BY_LABEL[wanted] if wanted else None
+    one: dict[str, Any] = {"merge_method": "passthrough", "parameters": {}, "base_model": None}
+    if recipe.merge_method == "linear":
+        if recipe.base_model is not None:
+            raise RecipeError("adapter: linear over adapters takes no base_model (fused: adapter.base)")
+        weights = _scalar_weights(recipe)
+        if choice.mode == "product":
+            product = product_adapter(adapters, weights, rank=choice.rank, dtype=dtype)
+            return _single(recipe, product, one), {product.ref: product}, None
+        base = _base(choice, adapters[-1].checkpoint, locate)
+        fused = fuse(base, adapters, weights, dtype=dtype, ref=f"{base.ref} with {len(adapters)} adapters")
+        return _single(recipe, fused, one), {fused.ref: fused}, base
+    if choice.mode == "product":
+        raise RecipeError("adapter: product is an average, so it goes with linear; fused goes with every method")
+    base = _base(choice, adapters[-1].checkpoint, locate)
+    made: dict[str, Checkpoint] = {}
+    models = []
+    for entry, adapter in zip(recipe.models, adapters, strict=True):
+        fused = fuse(base, [adapter], [1.0], dtype=BY_LABEL["F32"], ref=f"{base.ref}+{entry.ref}")
+        made[fused.ref] = fused
+        models.append(replace(entry, ref=fused.ref))
+    own = recipe.base_model
+    if own is not None:
+        same = [
+            m.ref for m, e in zip(models, recipe.models) if os.path.realpath(e.ref) == os.path.realpath(locate(own))
+        ]
+        own = same[0] if same else own
+    stored = next((s.dtype for s in (base.spec(n) for n in base.names()) if s.dtype.is_float), None)
+    return replace(
+        recipe,
+        models=tuple(models),
+        base_model=own or base.path,
+        out_dtype=wanted or (stored.label if stored else None),
+        lines={**recipe.lines, "base_model": recipe.lines.get("base_model", choice.line)},
+    ), made, base  # fmt: skip
+
+
+def _single(recipe: Recipe, made: Checkpoint, changes: dict[str, Any]) -> Recipe:
+    entry = ModelEntry(made.ref, {}, recipe.models[0].line)
+    return replace(recipe, models=(entry,), **changes)
+
+
+def _scalar_weights(recipe: Recipe) -> list[float]:
+    """The weights of `linear`, one number a model; normalised unless the recipe says otherwise."""
+    common = recipe.parameters.get("weight")
+    weights = []
+    for entry in recipe.models:
+        setting = entry.parameters.get("weight", common)
+        value = 1.0 if setting is None else setting.value
+        if isinstance(value, (bool, str, tuple)):
+            raise RecipeError("adapter: weights must be single numbers here, not gradients or filters")
+        weights.append(float(value))
+    for name in {*recipe.parameters, *(k for e in recipe.models for k in e.parameters)} - {"weight", "normalize"}:
+        raise RecipeError(f"adapter: linear has no parameter {name!r}")
+    normalize = recipe.parameters.get("normalize")
+    if normalize is not None and normalize.value is False:
+        return weights
+    total = sum(weights)
+    if total == 0:
+        raise RecipeError("adapter: the weights sum to 0")
+    return [w / total for w in weights]
+
+
+def _base(choice: AdapterChoice, adapter: Checkpoint, locate: Callable[[str], str]) -> Checkpoint:
+    """The model that adapters are fused into: the recipe's, else the one that adapter_config.json names."""
+    if choice.base is not None:
+        return open_checkpoint(locate(choice.base))
+    named = adapter.config.get("base_model_name_or_path")
+    if isinstance(named, str) and os.path.isdir(locate(named)):
+        return open_checkpoint(locate(named))
+    raise RecipeError(
+        f"adapter: fused needs the base model; adapter_config.json of {adapter.ref} names {named!r}, which is not a local "
+        "directory: give adapter.base (--base)"
+    )

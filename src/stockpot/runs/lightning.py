@@ -1,0 +1,96 @@
+"""Runs of PyTorch Lightning: `.ckpt` files of ModelCheckpoint, `metrics.csv` of CSVLogger."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from stockpot.checkpoints.torchzip import read_torch_file
+from stockpot.errors import CheckpointError
+from stockpot.runs.metrics import MetricLog, read_metrics_file
+from stockpot.runs.run import Run, Snapshot
+from stockpot.runs.transformers import off_interval
+
+__all__ = ["read_run"]
+
+_STEP = re.compile(r"step=(\d+)")
+_VERSION = re.compile(r"version_(\d+)")
+
+
+def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
+    """The run in a directory with .ckpt files, here, in checkpoints/ or in the newest lightning_logs/version_N/."""
+    warnings: list[str] = []
+    for folder in _folders(root, listing, warnings):
+        files = sorted(n for n in os.listdir(folder) if n.endswith(".ckpt"))
+        if files:
+            shots = _snapshots(folder, files, warnings)
+            return Run(text, "lightning", tuple(shots), _metrics(folder), warnings=tuple(warnings))
+    return None
+
+
+def _folders(root: str, listing: Sequence[str], warnings: list[str]) -> list[str]:
+    places = [root, os.path.join(root, "checkpoints")]
+    for logs in (root, os.path.join(root, "lightning_logs")):
+        if not os.path.isdir(logs):
+            continue
+        versions = sorted((int(m[1]), n) for n in os.listdir(logs) if (m := _VERSION.fullmatch(n)))
+        with_files = [n for _, n in versions if os.path.isdir(os.path.join(logs, n, "checkpoints"))]
+        if len(with_files) > 1:
+            warnings.append(f"{logs} holds {len(with_files)} versions; {with_files[-1]}, the newest, is read")
+        places += [os.path.join(logs, n, "checkpoints") for n in reversed(with_files)]
+    return [p for p in places if os.path.isdir(p)]
+
+
+def _snapshots(folder: str, files: Sequence[str], warnings: list[str]) -> list[Snapshot]:
+    by_step: dict[int, Snapshot] = {}
+    unread = []
+    for name in sorted(files, key=lambda n: n.startswith("last")):
+        path = os.path.join(folder, name)
+        step, fault = _step(path, name)
+        if step < 0:
+            unread.append(f"{name}: {fault}")
+            continue
+        is_last = name.startswith("last")
+        if step in by_step:
+            if not is_last:
+                warnings.append(f"{name} is of step {step} like {os.path.basename(by_step[step].path)}, which is used")
+            continue
+        by_step[step] = Snapshot(step, path, "", final=is_last)
+    warnings += [f"{u}; left out" for u in unread]
+    ordered = [by_step[s] for s in sorted(by_step)]
+    if not any(s.final for s in ordered):
+        end = off_interval([s.step for s in ordered])
+        ordered = [Snapshot(s.step, s.path, "", final=s.step == end) for s in ordered]
+    return ordered
+
+
+def _step(path: str, name: str) -> tuple[int, str]:
+    """`global_step` of the file, else the step in its name."""
+    in_name = _STEP.search(name)
+    try:
+        step = read_torch_file(path).scalars.get("global_step")
+        if isinstance(step, int) and step >= 0:
+            return step, ""
+        fault = "names no step"
+    except CheckpointError as e:
+        fault = str(e).removeprefix(path + ": ")
+    return (int(in_name[1]), "") if in_name else (-1, fault)
+
+
+def _metrics(folder: str) -> MetricLog:
+    """metrics.csv beside the checkpoints or in the folder of the same version."""
+    parents = [folder, os.path.dirname(folder), *_newest_logs(folder), *_newest_logs(os.path.dirname(folder))]
+    for place in parents:
+        path = os.path.join(place, "metrics.csv")
+        if os.path.isfile(path):
+            return read_metrics_file(path)
+    return MetricLog()
+
+
+def _newest_logs(folder: str) -> list[str]:
+    logs = os.path.join(folder, "lightning_logs")
+    if not os.path.isdir(logs):
+        return []
+    versions = sorted(((int(m[1]), n) for n in os.listdir(logs) if (m := _VERSION.fullmatch(n))), reverse=True)
+    return [os.path.join(logs, n) for _, n in versions]

@@ -1,0 +1,183 @@
+"""What to average: a SoupSpec says which snapshots and how they are weighted. Checked here, resolved in `soup.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stockpot.errors import ArgumentError, nearest
+from stockpot.runs.weighting import DEFAULT_POWER, check_penalty
+
+__all__ = ["DEFAULT_LAST", "SCHEMES", "SoupSpec"]
+
+#: the default for `last`, or all regular snapshots where a run has fewer
+DEFAULT_LAST = 10
+SCHEMES = ("uniform", "metric", "linear", "1-sqrt", "ema", "lawa", "swa", "weights")
+
+
+@dataclass(frozen=True)
+class SoupSpec:
+    """Which snapshots of a run, and how they are weighted.
+
+    Which: the `last` K regular snapshots (10 by default, fewer where the run has fewer), every `every`-th of them counting
+    back from the newest; or all from step `start` on; or those of `steps`; of these the `best` N by the metric `by`.
+    `include_final` adds the checkpoint saved at the end of training to what can be chosen.
+
+    How: `scheme`, which need not be given where another option implies it:
+    uniform   1/k each
+    metric    metrics-weighted (arXiv 2504.18580): `by`, `objective` "min" or "max", `penalty` p, `power` q, `smooth` N
+    linear, 1-sqrt   the decay of a learning rate (arXiv 2507.17634)
+    ema       exponential moving average: `decay` per "snapshot" or "step" (`decay_per`)
+    lawa      a uniform average of each window of `last` snapshots along the run (arXiv 2209.14981)
+    swa       uniform over everything from `start` on (arXiv 1803.05407)
+    weights   `weights`, from step to weight; `normalize` divides them by their sum
+    """
+
+    last: int | None = None
+    every: int = 1
+    start: int | None = None
+    steps: tuple[int, ...] | None = None
+    best: int | None = None
+    include_final: bool = False
+    scheme: str | None = None
+    by: str | None = None
+    objective: str | None = None
+    penalty: float | None = None
+    power: float = DEFAULT_POWER
+    smooth: int = 1
+    decay: float | None = None
+    decay_per: str = "snapshot"
+    weights: Mapping[int, float] | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("last", "every", "best"):
+            _whole(name, getattr(self, name), 1)
+        _whole("smooth", self.smooth, 0)
+        if self.smooth == 0:  # as logged
+            object.__setattr__(self, "smooth", 1)
+        _whole("start", self.start, 0)
+        if self.steps is not None:
+            object.__setattr__(self, "steps", _steps(self.steps))
+        for name in ("penalty", "power", "decay"):
+            _real(name, getattr(self, name))
+        for name in ("include_final", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        check_penalty(1.0 if self.penalty is None else self.penalty, self.power)
+        self._check_words()
+        self._check_combinations()
+
+    @property
+    def kind(self) -> str:
+        """The scheme that is meant."""
+        if self.scheme is not None:
+            return self.scheme
+        if self.weights is not None:
+            return "weights"
+        if self.decay is not None:
+            return "ema"
+        if self.by is not None and (self.best is None or self.penalty is not None):
+            return "metric"
+        return "uniform"
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def _check_words(self) -> None:
+        for name, known in (("scheme", SCHEMES), ("objective", ("min", "max")), ("decay_per", ("snapshot", "step"))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                hint = nearest(value, known) if isinstance(value, str) else ""
+                raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {value!r}{hint}")
+        if self.by is not None and (not isinstance(self.by, str) or not self.by.strip()):
+            raise ArgumentError(f"by: expected the name of a metric, got {self.by!r}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _weights(self.weights))
+
+    def _check_combinations(self) -> None:
+        kind = self.kind
+        ways = [n for n in ("last", "start", "steps") if getattr(self, n) is not None]
+        if self.weights is not None:
+            ways.append("weights")
+        if len(ways) > 1 and not (kind == "weights" and ways == ["steps", "weights"]):
+            raise ArgumentError(f"give only one of {' and '.join(ways)}: each chooses snapshots by itself")
+        if self.every != 1 and (self.steps is not None or self.weights is not None):
+            raise ArgumentError("every counts back from the newest snapshot; it can't go with steps or weights")
+        if kind == "weights" and self.weights is None:
+            raise ArgumentError("scheme weights needs weights, from step to weight")
+        if kind != "weights" and self.weights is not None:
+            raise ArgumentError(f"weights are given, so scheme can't be {kind}")
+        if kind == "ema" and self.decay is None:
+            raise ArgumentError("scheme ema needs decay, a number from 0 to 1")
+        if kind == "ema" and self.decay is not None and not 0 <= self.decay <= 1:
+            raise ArgumentError(f"decay: expected a number from 0 to 1, got {self.decay!r}")
+        if kind == "metric" and self.by is None:
+            raise ArgumentError("scheme metric needs by, the name of a metric")
+        if kind == "lawa" and (self.steps is not None or self.start is not None or self.best is not None):
+            raise ArgumentError("lawa takes windows of last snapshots; steps, start and best don't go with it")
+        if self.best is not None and self.by is None:
+            raise ArgumentError("best needs by, the metric that says which are best")
+        unused = {
+            "by": kind == "metric" or self.best is not None,
+            "objective": kind == "metric" or self.best is not None,
+            "smooth": kind == "metric" or self.best is not None,
+            "penalty": kind == "metric",
+            "power": kind == "metric",
+            "decay": kind == "ema",
+            "decay_per": kind == "ema",
+            "normalize": kind == "weights",
+        }
+        given = self.given()
+        for name, used in unused.items():
+            if name in given and not used:
+                raise ArgumentError(f"{name} has no effect on {kind} weights: remove it{_meant(name, kind)}")
+
+
+def _meant(name: str, kind: str) -> str:
+    if name in ("objective", "penalty", "power", "smooth") and kind == "uniform":
+        return ", or name the metric with by"
+    return ""
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise ArgumentError(f"{name}: expected a whole number of at least {low}, got {value!r}")
+
+
+def _real(name: str, value: Any) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    ):
+        raise ArgumentError(f"{name}: expected a number, got {value!r}")
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    steps = (value,) if isinstance(value, int) else tuple(value)
+    if not steps:
+        raise ArgumentError("steps: expected at least one step")
+    for step in steps:
+        _whole("steps", step, 0)
+    if len(set(steps)) != len(steps):
+        raise ArgumentError(f"steps: {next(s for s in steps if steps.count(s) > 1)} is given twice")
+    return tuple(sorted(steps))
+
+
+def _weights(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping) or not value:
+        raise ArgumentError("weights: expected a mapping from steps to weights")
+    out: dict[int, float] = {}
+    for step, weight in value.items():
+        try:
+            key = int(step)
+        except (TypeError, ValueError):
+            raise ArgumentError(f"weights: expected a step, got {step!r}") from None
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ArgumentError(f"weights: the weight of step {key} must be a number, got {weight!r}")
+        if key in out:
+            raise ArgumentError(f"weights: step {key} is given twice")
+        out[key] = float(weight)
+    return dict(sorted(out.items()))

@@ -1,0 +1,40 @@
+"""Scalars of TensorBoard event files, where nothing else holds metrics. Needs the `tensorboard` package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+from stockpot.runs.metrics import MetricLog
+
+__all__ = ["read_events"]
+
+_MOST_FILES = 64
+
+
+def read_events(root: str) -> MetricLog | None:
+    """Every scalar of the event files below a directory; None where there are none, or tensorboard is missing."""
+    folders = [
+        folder
+        for folder, _, names in os.walk(root)
+        if any(n.startswith("events.out.tfevents") for n in names)
+    ][:_MOST_FILES]  # fmt: skip
+    if not folders:
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        return MetricLog({}, "there are TensorBoard event files: install tensorboard to read them")
+    accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    series: dict[str, dict[int, float]] = {}
+    for folder in sorted(folders, key=os.path.getmtime):
+        events = accumulator.EventAccumulator(folder, size_guidance={accumulator.SCALARS: 0, accumulator.TENSORS: 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            for e in events.Scalars(tag):
+                series.setdefault(tag.removeprefix("train/"), {})[e.step] = e.value
+        for tag in events.Tags()["tensors"]:
+            for e in events.Tensors(tag):
+                if e.tensor_proto.float_val:
+                    series.setdefault(tag.removeprefix("train/"), {})[e.step] = e.tensor_proto.float_val[0]
+    return MetricLog({name: tuple(sorted(points.items())) for name, points in series.items()}, "TensorBoard")
