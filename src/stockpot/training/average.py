@@ -1,0 +1,141 @@
+"""The last k snapshots of a model's trainable parameters, and their weighted average. Knows no trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stockpot.errors import ArgumentError
+from stockpot.runs import SoupSpec
+from stockpot.runs.metrics import MetricLog, known_objective
+from stockpot.runs.weighting import decay_weights, ema_weights, metric_weights, uniform
+
+__all__ = ["Held", "SnapshotAverage", "checked_spec", "swapped", "trainable"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Held:
+    """One snapshot in memory. `tensors` are copies on the CPU, in the dtype that the model trains in."""
+
+    step: int
+    tensors: Tensors
+    metric: float | None = None
+
+
+def trainable(model: torch.nn.Module) -> Tensors:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checked_spec(spec: SoupSpec | None) -> SoupSpec:
+    """A spec that makes sense while training. Raises ArgumentError."""
+    spec = spec or SoupSpec(last=10, by="loss", penalty=0.7)
+    if spec.kind not in ("uniform", "metric", "linear", "1-sqrt", "ema"):
+        raise ArgumentError(f"while training, snapshots can't be weighted by {spec.kind}")
+    odd: list[str] = [n for n in ("start", "steps", "best", "include_final") if n in spec.given()]
+    if odd or spec.every != 1:
+        raise ArgumentError(
+            f"{(odd or ['every'])[0]} chooses among saved snapshots; while training the last ones are kept"
+        )
+    if spec.kind == "metric" and spec.objective is None and known_objective(str(spec.by)) is None:
+        raise ArgumentError(f"whether a low or a high {spec.by!r} is better can't be told: give objective min or max")
+    return spec
+
+
+class SnapshotAverage:
+    """Keeps the last `spec.last` snapshots and averages them as `spec` says.
+
+    Memory: `last` copies of the trainable parameters on the CPU.
+    """
+
+    def __init__(self, spec: SoupSpec | None = None) -> None:
+        self.spec = checked_spec(spec)
+        self.held: list[Held] = []
+
+    @property
+    def size(self) -> int:
+        """How many snapshots are kept at most."""
+        return self.spec.last or 10
+
+    def add(self, step: int, model: torch.nn.Module, metric: float | None = None) -> None:
+        """Copy the trainable parameters. A step that is held already is replaced."""
+        tensors = {name: p.detach().to("cpu", copy=True) for name, p in trainable(model).items()}
+        self.put(Held(step, tensors, metric))
+
+    def put(self, snapshot: Held) -> None:
+        """Take a snapshot in; the oldest beyond the size is dropped."""
+        self.held = [h for h in self.held if h.step != snapshot.step]
+        self.held.append(snapshot)
+        self.held.sort(key=lambda h: h.step)
+        del self.held[: max(len(self.held) - self.size, 0)]
+
+    def fill_metrics(self, log: MetricLog) -> None:
+        """Give each snapshot its metric from a log, where there is one by now."""
+        if self.spec.by is None:
+            return
+        for h in self.held:
+            with contextlib.suppress(ArgumentError):
+                h.metric = log.value_at(self.spec.by, h.step, self.spec.smooth).value
+
+    def weights(self) -> dict[int, float]:
+        """Weight by step, of the snapshots that can be weighted: empty while there is none."""
+        usable = self.held
+        kind = self.spec.kind
+        if kind == "metric":
+            objective = self.spec.objective or known_objective(str(self.spec.by)) or "min"
+            usable = [
+                h for h in usable if h.metric is not None and (h.metric > 0 or (h.metric == 0 and objective == "max"))
+            ]
+        if not usable:
+            return {}
+        steps = [h.step for h in usable]
+        if kind == "metric":
+            penalty = 1.0 if self.spec.penalty is None else self.spec.penalty
+            found = metric_weights([h.metric or 0.0 for h in usable], objective, penalty, self.spec.power)
+        elif kind == "ema":
+            found = ema_weights(steps, self.spec.decay or 0.0, self.spec.decay_per)
+        elif kind == "uniform":
+            found = uniform(len(steps))
+        else:
+            found = decay_weights(len(steps), kind)
+        return dict(zip(steps, found, strict=True))
+
+    def average(self) -> Tensors | None:
+        """The weighted average, accumulated in float32, in the snapshots' dtype; None while nothing can be weighted."""
+        weights = self.weights()
+        if not weights:
+            return None
+        out: Tensors = {}
+        for h in self.held:
+            if h.step not in weights:
+                continue
+            for name, tensor in h.tensors.items():
+                if name in out:
+                    out[name].add_(tensor.to(out[name].dtype), alpha=weights[h.step])
+                else:
+                    wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+                    out[name] = tensor.to(wide) * weights[h.step]
+        like = self.held[-1].tensors
+        return {name: tensor.to(like[name].dtype) for name, tensor in out.items() if name in like}
+
+
+@contextlib.contextmanager
+def swapped(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+    """The model with these values in its parameters; its own come back at the end, to the bit."""
+    parameters = {name: p for name, p in model.named_parameters() if name in tensors}
+    own = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(tensors[name])
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(own[name])

@@ -1,0 +1,188 @@
+"""A callback for transformers' Trainer (and TRL's, which are Trainers)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from stockpot.runs import SoupSpec
+from stockpot.runs.metrics import log_from_rows
+from stockpot.training.average import Held, SnapshotAverage, swapped
+
+__all__ = ["MergingCallback"]
+
+#: in a checkpoint's folder: the average, loadable like the checkpoint itself, and the snapshots for a resumed run
+MERGED = "merged"
+SNAPSHOTS = "merged_snapshots"
+
+
+class MergingCallback(TrainerCallback):
+    """Keeps the metrics-weighted average (arXiv 2504.18580) of the last k snapshots beside the model that trains.
+
+    spec      how many and how weighted; by default the last 10 by training loss with penalty 0.7
+    every     steps between snapshots; by default `save_steps`, or `logging_steps` where saving is not by steps
+    evaluate  False; True: the mean loss over the Trainer's evaluation set at each evaluation (or all that
+              `Trainer.evaluate` measures, once `callback.trainer = trainer` was set); or a function from model to metrics
+    save      write the average into `checkpoint-N/merged` with each checkpoint: an adapter that PEFT loads, or a model
+
+    Results of evaluation stand in the log history as `eval_merged_*`. The callback resumes with the Trainer: snapshots
+    are kept as files inside each checkpoint (hard links to those of the one before where the disk has them).
+    """
+
+    def __init__(
+        self,
+        spec: SoupSpec | None = None,
+        *,
+        every: int | None = None,
+        evaluate: bool | Callable[[Any], Mapping[str, float]] = False,
+        save: bool = True,
+    ) -> None:
+        self.snapshots = SnapshotAverage(spec)
+        self.every = every
+        self.evaluate = evaluate
+        self.save = save
+        self.trainer: Any = None
+        self._evaluating = False
+        self._files: dict[int, str] = {}
+
+    # the Trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "MergingCallback keeps whole parameters; FSDP and DeepSpeed shard them, which is not supported"
+            )
+        if state.global_step:
+            self._resume(args, state)
+        else:
+            self.snapshots.held.clear()
+            self._files.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if model is not None and state.global_step % self._interval(args) == 0:
+            self.snapshots.add(state.global_step, model)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.evaluate or self._evaluating or model is None:
+            return
+        average = self._average(state)
+        if average is None:
+            return
+        self._evaluating = True
+        was_training = model.training
+        try:
+            with swapped(model, average):
+                found = self._measure(model, kwargs.get("eval_dataloader"))
+        finally:
+            model.train(was_training)
+            self._evaluating = False
+        if found:
+            state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if not state.is_world_process_zero or model is None or not os.path.isdir(folder):
+            return
+        average = self._average(state)
+        if self.save and average is not None:
+            self._write_average(model, average, os.path.join(folder, MERGED))
+        self._write_snapshots(os.path.join(folder, SNAPSHOTS))
+
+    # what they do
+
+    def _interval(self, args: Any) -> int:
+        if self.every is not None:
+            return self.every
+        by_steps = str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps"
+        steps = args.save_steps if by_steps else args.logging_steps
+        return max(int(steps), 1)
+
+    def _average(self, state: Any) -> dict[str, torch.Tensor] | None:
+        self.snapshots.fill_metrics(log_from_rows(state.log_history, "log_history"))
+        return self.snapshots.average()
+
+    def _measure(self, model: Any, loader: Any) -> dict[str, float]:
+        if callable(self.evaluate):
+            return {f"eval_merged_{k.removeprefix('eval_')}": float(v) for k, v in self.evaluate(model).items()}
+        if self.trainer is not None:
+            self.trainer.evaluate(metric_key_prefix="eval_merged")  # it logs by itself
+            return {}
+        if loader is None:
+            return {}
+        model.eval()
+        total = count = 0.0
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            for batch in loader:
+                moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+                size = len(next(iter(moved.values())))
+                total += float(model(**moved).loss) * size
+                count += size
+        return {"eval_merged_loss": total / count} if count else {}
+
+    def _write_average(self, model: Any, average: Mapping[str, torch.Tensor], folder: str) -> None:
+        with swapped(model, average):
+            model.save_pretrained(folder)
+        record = {
+            "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in self.snapshots.spec.given().items()},
+            "snapshots": [
+                {"step": h.step, "metric": h.metric, "weight": self.snapshots.weights().get(h.step)}
+                for h in self.snapshots.held
+            ],
+        }
+        with open(os.path.join(folder, "stockpot_merging.json"), "w", encoding="utf-8") as f:
+            json.dump(record, f, indent=1)
+
+    def _write_snapshots(self, folder: str) -> None:
+        os.makedirs(folder, exist_ok=True)
+        for h in self.snapshots.held:
+            path = os.path.join(folder, f"{h.step}.safetensors")
+            known = self._files.get(h.step)
+            if known is None or not _linked(known, path):
+                save_file({n: t.contiguous() for n, t in h.tensors.items()}, path)
+            self._files[h.step] = path
+        self._files = {h.step: self._files[h.step] for h in self.snapshots.held}
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """The snapshots of the checkpoint that training goes on from."""
+        places = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
+        if isinstance(args.resume_from_checkpoint, str) and args.resume_from_checkpoint:
+            places.insert(0, args.resume_from_checkpoint)
+        self.snapshots.held.clear()
+        self._files.clear()
+        for place in places:
+            folder = os.path.join(place, SNAPSHOTS)
+            if not os.path.isdir(folder):
+                continue
+            for name in os.listdir(folder):
+                step, ending = os.path.splitext(name)
+                if ending == ".safetensors" and step.isdigit() and int(step) <= state.global_step:
+                    path = os.path.join(folder, name)
+                    self.snapshots.put(Held(int(step), load_file(path)))
+                    self._files[int(step)] = path
+            return
+        warnings.warn(
+            f"{places[-1]} holds no {SNAPSHOTS}: the average begins anew at step {state.global_step}", stacklevel=2
+        )
+
+
+def _linked(source: str, target: str) -> bool:
+    """A hard link, or a copy where the disk has no links; False where the source is gone."""
+    if os.path.exists(target):
+        os.unlink(target)
+    try:
+        os.link(source, target)
+    except OSError:
+        try:
+            shutil.copyfile(source, target)
+        except OSError:
+            return False
+    return True
