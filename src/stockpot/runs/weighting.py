@@ -124,14 +124,6 @@ def effective_count(weights: Sequence[float]) -> float:
 
 
 def _normalised(raw: Sequence[float]) -> list[float]:
-    """Divided by their sum; the largest takes what rounding leaves, so that the sum is one to the last bit or so."""
+    """Divided by their exactly rounded sum: the weights' own sum is one within 2^-53, and equal ones stay equal."""
     total = math.fsum(raw)
-    out = [w / total for w in raw]
-    if min(out) == max(out):
-        return out
-    for _ in range(4):
-        rest = 1.0 - math.fsum(out)
-        if rest == 0:
-            break
-        out[max(range(len(out)), key=out.__getitem__)] += rest
-    return out
+    return [w / total for w in raw]
