@@ -51,3 +51,33 @@ def recipe(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers in float32, saved by transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    path = tmp_path_factory.mktemp("tiny") / "llama"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA fine-tune by transformers' Trainer: 26 steps, snapshots every 4 and at the end, the final adapter on top."""
+    from helpers import train_lora
+
+    return train_lora(tiny_llama, tmp_path_factory.mktemp("lora") / "output_dir", steps=26, save_steps=4)
+
+
+@pytest.fixture(scope="session")
+def full_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full fine-tune by transformers' Trainer: 12 steps, snapshots every 4."""
+    from helpers import train_lora
+
+    return train_lora(tiny_llama, tmp_path_factory.mktemp("full") / "output_dir", steps=12, save_steps=4, lora=None)

@@ -129,3 +129,56 @@ def cli(*args: object, cwd: Path | None = None, timeout: float = 120) -> subproc
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "stockpot", *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+# training runs
+
+
+def tokens(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows of a language that can be learnt a little: each token is the one before plus a small number."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        start = torch.randint(0, 64, (1,), generator=generator)
+        row = (start + torch.randint(1, 3, (16,), generator=generator).cumsum(0)) % 64
+        rows.append({"input_ids": row, "labels": row})
+    return rows
+
+
+def train_lora(
+    base: Path, out: Path, *, steps: int, save_steps: int, lora: Mapping[str, Any] | None = {}, callbacks: Any = (), **more: Any
+) -> Path:  # fmt: skip
+    """A run of transformers' Trainer as users leave it: checkpoints, the final model on top, the state."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+    set_seed(0)
+    resume = more.pop("resume", None)
+    model = LlamaForCausalLM.from_pretrained(base)
+    if lora is not None:
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **lora}
+        model = get_peft_model(model, LoraConfig(**options))
+    arguments = {
+        "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1e-2, "save_steps": save_steps,
+        "per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True, "max_steps": steps,
+        "logging_strategy": "steps", **more,
+    }  # fmt: skip
+    trainer = Trainer(
+        model, TrainingArguments(str(out), **arguments), train_dataset=tokens(64), eval_dataset=tokens(8, seed=1),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    return out
+
+
+def tiny_tokenizer() -> Any:
+    """64 words, one a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(64)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w1", pad_token="w2", unk_token="w0")

@@ -81,7 +81,7 @@ def test_weights_in_general(values: list[float], p: float, q: float, scale: floa
     assert metric_weights([v * scale for v in values], "min", p, q) == pytest.approx(weights, abs=1e-9)
     best = values.index(min(values))
     assert weights[best] == max(weights)
-    if len(set(values)) == len(values) and q**len(values) < 1e3:
+    if len(set(values)) == len(values) and q ** len(values) < 1e3:
         assert weights == pytest.approx(phi_min(tuple(values), p, q), abs=1e-12)
 
 
@@ -206,9 +206,7 @@ def test_what_a_name_means() -> None:
 def test_any_name_parses_back(
     last: int, every: int, by: str, penalty: float, power: float, smooth: int, final: bool
 ) -> None:
-    spec = SoupSpec(
-        last=last, every=every, by=by, penalty=penalty, power=power, smooth=smooth, include_final=final
-    )
+    spec = SoupSpec(last=last, every=every, by=by, penalty=penalty, power=power, smooth=smooth, include_final=final)
     assert parse_name(soup_name(spec, last)) == spec
 
 

@@ -126,15 +126,11 @@ def merge_planned(
 ) -> MergeResult:
     """Run a plan that was made already; see merge."""
     from stockpot.engine.devices import open_device
-    from stockpot.engine.publish import check_out, publish
+    from stockpot.engine.publish import publish
     from stockpot.engine.run import run_plan
     from stockpot.lineage import check_side_files, write_side_files
 
-    target = os.fspath(out)
-    if not isinstance(target, str) or not target or "\0" in target:
-        raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
-    check_out(target, overwrite=overwrite, inputs=[m.checkpoint.path for m in planned.inputs])
-    check_space(planned, target)
+    target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
     check_side_files(planned)
     outcome = run_plan(planned, target, device, resume=resume, progress=progress)
@@ -153,6 +149,19 @@ def merge_planned(
         tuple(outcome.warnings),
         planned.notes,
     )
+
+
+def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool) -> str:
+    """OUT as text, if a merge can go there: free, writable, no input, large enough. Raises ArgumentError, OutputError."""
+    from stockpot.engine.publish import check_out
+
+    target = os.fspath(out)
+    if not isinstance(target, str) or not target or "\0" in target:
+        raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
+    parts = [part.path for m in planned.inputs for part in m.checkpoint.parts]
+    check_out(target, overwrite=overwrite, inputs=[*(m.checkpoint.path for m in planned.inputs), *parts])
+    check_space(planned, target)
+    return target
 
 
 def adapter_report(planned: Plan) -> dict[str, Any] | None:

@@ -121,7 +121,8 @@ def fuse(
     replaced = {}
     for name in first.plain:
         shape = first.checkpoint.spec(name).shape
-        replaced[_target(base, first, name.removeprefix(PREFIX), shape)] = name
+        plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # so PEFT calls the layer that it wraps
+        replaced[_target(base, first, plain, shape)] = name
     return FusedModel(
         ref or base.ref,
         base.path,

@@ -55,7 +55,7 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     if checkpoint.kind != "adapter":
         raise CheckpointError(f"{checkpoint.ref}: a full model; expected a LoRA adapter")
     if kind != "LORA":
-        raise CheckpointError(f"{checkpoint.ref}: peft_type {kind!r}: products are known for LORA adapters only")
+        raise CheckpointError(f"{checkpoint.ref}: peft_type {kind!r}: products are known for LoRA adapters only")
     if config.get("target_parameters"):
         raise CheckpointError(f"{checkpoint.ref}: target_parameters: products of expert parameters are not supported")
     found: dict[str, dict[str, str]] = {}

@@ -160,6 +160,7 @@ def _one(
         else:
             show_soup(planned.soup)
         return
+    api.check_target(planned, out, overwrite=overwrite)
     if not (as_json or quiet):
         show_soup(planned.soup)
     with progress_bar(enabled=not (quiet or as_json)) as progress:

@@ -1,0 +1,346 @@
+"""Low-rank algebra against PEFT: scales, patterns, kinds of layers, and what can't be averaged as products."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stockpot
+from stockpot.adapters import factors_report, product_adapter, read_adapter
+from stockpot.adapters.algebra import mean_error, product_norm, stacked, truncated
+from stockpot.checkpoints import open_checkpoint
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError
+
+from helpers import cli
+
+WEIGHTS = (0.2, 0.5, 0.3)
+
+
+class Net(torch.nn.Module):
+    """Every kind of layer that LoRA adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(20, 12)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(12, 12) for _ in range(12)])
+        self.wide = torch.nn.Linear(12, 30)
+        self.conv = torch.nn.Conv2d(1, 6, 3, padding=1)
+        self.head = torch.nn.Linear(6 * 30, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x).mean(1)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        h = self.wide(h)
+        return self.head(self.conv(h[:, None, None, :]).flatten(1))
+
+
+def inputs() -> torch.Tensor:
+    return torch.randint(0, 20, (6, 4), generator=torch.Generator().manual_seed(3))
+
+
+def snapshots(
+    model: Any, folder: Path, options: Mapping[str, Any], count: int = 3, dtype: torch.dtype = torch.float32
+) -> list[Path]:
+    """`count` adapters with random factors, saved by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    paths = []
+    for i in range(count):
+        torch.manual_seed(100)
+        peft = get_peft_model(model(), LoraConfig(**options)).to(dtype)
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for name, p in peft.named_parameters():
+                if p.requires_grad:
+                    p.add_((torch.randn(p.shape, generator=generator) * 0.2).to(dtype))
+                assert name
+        path = folder / f"checkpoint-{i + 1}"
+        peft.save_pretrained(str(path), save_embedding_layers=False)
+        paths.append(path)
+    return paths
+
+
+def base_net() -> Net:
+    torch.manual_seed(7)
+    return Net()
+
+
+def dense(model: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The full weights that PEFT makes of base and adapter."""
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model(), str(path)).double().merge_and_unload()
+    return dict(merged.state_dict())
+
+
+def oracle(model: Any, paths: list[Path]) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for weight, path in zip(WEIGHTS, paths):
+        for name, tensor in dense(model, path).items():
+            total[name] = total.get(name, 0) + weight * tensor.double()
+    return total
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"r": 3, "lora_alpha": 6, "target_modules": ["wide", "layers.1", "layers.11"]},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["wide", "layers.2"]},
+    "patterns": {
+        "r": 4, "lora_alpha": 8, "target_modules": r".*layers\.\d+|wide",
+        "rank_pattern": {"layers.1": 2, r"layers\.(4|5)": 6}, "alpha_pattern": {"layers.11": 3, "wide": 1},
+    },
+    "embedding": {"r": 3, "lora_alpha": 5, "target_modules": ["embed", "wide"]},
+    "convolution": {"r": 3, "lora_alpha": 5, "target_modules": ["conv", "layers.0"]},
+    "saved modules": {"r": 2, "target_modules": ["wide"], "modules_to_save": ["head"]},
+    "biases": {"r": 2, "target_modules": ["wide", "layers.3"], "bias": "all"},
+    "biases of lora": {"r": 2, "target_modules": ["wide", "layers.3"], "bias": "lora_only"},
+    "bias on B": {"r": 2, "lora_alpha": 3, "target_modules": ["wide"], "lora_bias": True},
+}  # fmt: skip
+
+
+def make(paths: list[Path], out: Path, **adapter: Any) -> stockpot.MergeResult:
+    models = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(paths, WEIGHTS)]
+    return stockpot.merge({"merge_method": "linear", "models": models, "adapter": adapter}, out)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_product_is_the_average_of_the_full_weights(case: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    paths = snapshots(base_net, tmp_path, CASES[case])
+    make(paths, tmp_path / "out", mode="product")
+    exact = oracle(base_net, paths)
+    merged = PeftModel.from_pretrained(base_net(), str(tmp_path / "out"))
+    result = merged(inputs())
+    found = merged.double().merge_and_unload().state_dict()
+    assert set(found) == set(exact)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor.double(), exact[name], atol=2e-6), name
+    net = base_net()
+    net.load_state_dict({k: v.float() for k, v in exact.items()})
+    assert torch.allclose(result, net(inputs()), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "bias on B"])
+def test_fused_is_the_average_of_the_full_weights(case: str, tmp_path: Path) -> None:
+    paths = snapshots(base_net, tmp_path, CASES[case])
+    (tmp_path / "base").mkdir()
+    save_file(base_net().state_dict(), tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text('{"model_type": "net"}')
+    make(paths, tmp_path / "out", mode="fused", base=str(tmp_path / "base"))
+    exact = oracle(base_net, paths)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert set(found) == set(exact)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor.double(), exact[name], atol=2e-6), name
+    lineage = stockpot.verify(tmp_path / "out")
+    assert [len(part["files"]) for part in lineage["inputs"][0]["parts"]] == [1, 1, 1, 1]
+    assert all(f["tensors_read"] == f["tensors"] for p in lineage["inputs"][0]["parts"] for f in p["files"])
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9, 50])
+def test_recompressed(rank: int, tmp_path: Path) -> None:
+    """The best approximation of that rank, and its error as reported."""
+    from peft import PeftModel
+
+    paths = snapshots(base_net, tmp_path, CASES["linear"])
+    result = make(paths, tmp_path / "out", mode="product", rank=rank)
+    exact = oracle(base_net, paths)
+    found = PeftModel.from_pretrained(base_net(), str(tmp_path / "out")).double().merge_and_unload().state_dict()
+    own = base_net().double().state_dict()
+    assert result.adapter is not None
+    lost = whole = 0.0
+    for module, error in result.adapter["modules"].items():
+        delta = exact[f"{module}.weight"] - own[f"{module}.weight"]
+        values = torch.linalg.svdvals(delta)
+        best = float(values[rank:].norm())
+        off = float((found[f"{module}.weight"] - exact[f"{module}.weight"]).norm())
+        assert off == pytest.approx(best, abs=2e-5)
+        assert error == pytest.approx(best / float(values.norm()), abs=1e-6)
+        lost, whole = lost + best**2, whole + float(values.norm()) ** 2
+    assert result.adapter["relative_error"] == pytest.approx((lost / whole) ** 0.5, abs=1e-6)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == min(rank, 9)
+
+
+def test_gpt2_conv1d(tmp_path: Path) -> None:
+    """fan_in_fan_out: the weight is stored transposed."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "base"
+    )
+
+    def model() -> Any:
+        return GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+
+    options = {"r": 3, "lora_alpha": 5, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    paths = snapshots(model, tmp_path, options)
+    exact = oracle(model, paths)
+    for mode in ("product", "fused"):
+        make(paths, tmp_path / mode, mode=mode, **({"base": str(tmp_path / "base")} if mode == "fused" else {}))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "fused").state_dict()
+    assert all(torch.allclose(merged[n].double(), exact[n], atol=2e-6) for n in exact)
+    from peft import PeftModel
+
+    product = PeftModel.from_pretrained(model(), str(tmp_path / "product")).double().merge_and_unload().state_dict()
+    assert all(torch.allclose(product[n], exact[n], atol=2e-6) for n in exact)
+
+
+def test_bfloat16_adapters(tmp_path: Path) -> None:
+    paths = snapshots(lambda: base_net().bfloat16(), tmp_path, CASES["linear"], dtype=torch.bfloat16)
+    make(paths, tmp_path / "out", mode="product")
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    name = "base_model.model.wide.lora_A.weight"
+    parts = [load_file(p / "adapter_model.safetensors")[name] for p in paths]
+    assert torch.equal(tensors[name], torch.cat(parts))
+
+
+def test_adapters_of_different_ranks_add_up(tmp_path: Path) -> None:
+    paths = []
+    for i, rank in enumerate((2, 3, 5)):
+        options = {"r": rank, "lora_alpha": 4, "target_modules": ["wide", "layers.1"]}
+        paths += snapshots(base_net, tmp_path / str(i), options, count=1)
+    make(paths, tmp_path / "out", mode="product")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 10
+    exact = oracle(base_net, paths)
+    found = dense(base_net, tmp_path / "out")
+    assert all(torch.allclose(found[n], exact[n], atol=2e-6) for n in exact)
+
+
+def test_dora_is_averaged_as_factors_only(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    paths = snapshots(base_net, tmp_path, {"r": 2, "target_modules": ["wide"], "use_dora": True})
+    for mode in ({"mode": "product"}, {"mode": "fused", "base": str(paths[0])}):
+        with pytest.raises(MismatchError, match=r"DoRA adapter.*average it as factors"):
+            make(paths, tmp_path / "out", **mode)
+    make(paths, tmp_path / "out", mode="factors")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    parts = [load_file(p / "adapter_model.safetensors") for p in paths]
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, sum(w * p[name] for w, p in zip(WEIGHTS, parts)), atol=1e-6)
+    assert torch.isfinite(PeftModel.from_pretrained(base_net(), str(tmp_path / "out"))(inputs())).all()
+
+
+def test_reported_error_of_factors(tmp_path: Path) -> None:
+    paths = snapshots(base_net, tmp_path, CASES["linear"])
+    adapters = [read_adapter(open_checkpoint(p)) for p in paths]
+    report = factors_report(adapters, WEIGHTS)
+    make(paths, tmp_path / "out", mode="factors")
+    exact, found, own = oracle(base_net, paths), dense(base_net, tmp_path / "out"), base_net().double().state_dict()
+    lost = whole = 0.0
+    for module, error in report["modules"].items():
+        name = f"{module}.weight"
+        off, size = float((found[name] - exact[name]).norm()), float((exact[name] - own[name]).norm())
+        assert error == pytest.approx(off / size, rel=1e-4)
+        lost, whole = lost + off**2, whole + size**2
+    assert report["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert report["worst_error"] == max(report["modules"].values())
+    same = factors_report([adapters[0]] * 3, WEIGHTS)
+    assert same["relative_error"] < 1e-6
+
+
+def test_algebra() -> None:
+    rng = np.random.default_rng(0)
+    factors = [(c, rng.normal(size=(r, 7)), rng.normal(size=(9, r))) for c, r in ((0.5, 2), (-1.5, 3), (2.0, 1))]
+    dense = sum(c * b @ a for c, a, b in factors)
+    a, b = stacked(factors)
+    assert np.allclose(b @ a, dense)
+    assert product_norm(a, b) == pytest.approx(np.linalg.norm(dense))
+    for rank in (1, 4, 6, 8):
+        low_a, low_b, lost, whole = truncated(a, b, rank)
+        assert low_a.shape == (rank, 7)
+        values = np.linalg.svd(dense, compute_uv=False)
+        assert np.linalg.norm(low_b @ low_a - dense) == pytest.approx(np.linalg.norm(values[rank:]), abs=1e-9)
+        assert lost == pytest.approx(np.linalg.norm(values[rank:]), abs=1e-9)
+        assert whole == pytest.approx(np.linalg.norm(dense))
+    zero = truncated(np.zeros((2, 5)), np.zeros((4, 2)), 2)
+    assert np.isfinite(zero[0]).all()
+    pairs = [(w, 2.0, rng.normal(size=(3, 7)), rng.normal(size=(9, 3))) for w in WEIGHTS]
+    exact = sum(w * s * b @ a for w, s, a, b in pairs)
+    apart = 2.0 * sum(w * b for w, _, _, b in pairs) @ sum(w * a for w, _, a, _ in pairs)
+    off, whole = mean_error(pairs)
+    assert off == pytest.approx(np.linalg.norm(exact - apart))
+    assert whole == pytest.approx(np.linalg.norm(exact))
+
+
+def test_what_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    one = snapshots(base_net, tmp_path / "a", CASES["linear"], count=2)
+    other = snapshots(base_net, tmp_path / "b", {"r": 3, "target_modules": ["wide"]}, count=1)
+    adapters = [read_adapter(open_checkpoint(p)) for p in (*one, *other)]
+    with pytest.raises(MismatchError, match=r"adapt different modules: layers.1, layers.11"):
+        product_adapter([adapters[0], adapters[2]], [0.5, 0.5])
+    with pytest.raises(ArgumentError, match="rank: expected"):
+        product_adapter(adapters[:2], [0.5, 0.5], rank=0)
+    with pytest.raises(MismatchError, match=r"adapts 'layers.1.weight', which .* does not have"):
+        make(one, tmp_path / "out", mode="fused", base=str(tiny_llama))
+    with pytest.raises(stockpot.StockpotError, match=r"fused needs the base model.*give adapter.base"):
+        make(one, tmp_path / "out", mode="fused")
+    config = json.loads((one[0] / "adapter_config.json").read_text())
+    for change, said in [
+        ({"r": 7}, "factors of rank 3, adapter_config.json says 7"),
+        ({"peft_type": "IA3"}, "known for LoRA adapters only"),
+        ({"lora_alpha": "x"}, "not a number"),
+        ({"rank_pattern": {"(": 3}}, "is not a pattern"),
+    ]:
+        copy = tmp_path / "copy"
+        shutil.copytree(one[0], copy)
+        (copy / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=said):
+            read_adapter(open_checkpoint(copy))
+        shutil.rmtree(copy)
+    tensors = load_file(one[0] / "adapter_model.safetensors")
+    del tensors["base_model.model.wide.lora_B.weight"]
+    save_file(tensors, one[0] / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="one of its two factors is missing"):
+        read_adapter(open_checkpoint(one[0]))
+
+
+def test_tied_weights_are_not_fused(tmp_path: Path) -> None:
+    """A change of a tied embedding would change its twin."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def model() -> Any:
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base")
+
+    for target in ("embed_tokens", "lm_head"):
+        paths = snapshots(model, tmp_path / target, {"r": 2, "target_modules": [target]})
+        with pytest.raises(MismatchError, match="tie"):
+            make(paths, tmp_path / "out", mode="fused", base=str(tmp_path / "base"))
+
+
+def test_fused_is_the_same_for_any_threads_and_memory(lora_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    outs = []
+    for threads, memory in (("1", "64MiB"), ("2", "512MiB")):
+        out = tmp_path / threads
+        done = cli("soup", lora_run, out, "--adapter", "fused", "--base", tiny_llama, "--threads", threads,
+                   "--max-memory", memory)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outs.append((out / "model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+
+
+def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
+    """Digests of the parts cover every tensor, in a fresh merge and when nothing was left to read."""
+    first = stockpot.soup(lora_run, tmp_path / "a", adapter="product")
+    parts = first.lineage["inputs"][0]["parts"]
+    assert len(parts) == 6
+    factors = stockpot.soup(lora_run, tmp_path / "b")
+    assert [p["files"][0]["digest"] for p in parts] == [i["files"][0]["digest"] for i in factors.lineage["inputs"]]

@@ -1,0 +1,369 @@
+"""Opening runs that real trainers wrote, and runs that went wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stockpot
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError
+from stockpot.runs import SoupSpec, open_run, resolve_soup, resolve_windows
+from stockpot.runs.metrics import log_from_rows
+
+from helpers import cli
+
+
+@pytest.fixture
+def run(lora_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(lora_run, tmp_path / "run"))
+
+
+def steps(found: list[stockpot.Snapshot] | tuple[stockpot.Snapshot, ...]) -> list[int]:
+    return [s.step for s in found]
+
+
+def test_trainer_run(lora_run: Path) -> None:
+    run = open_run(lora_run)
+    assert (run.layout, run.warnings, run.broken) == ("transformers", (), ())
+    assert steps(run.snapshots) == [4, 8, 12, 16, 20, 24, 26]
+    assert {s.kind for s in run.snapshots} == {"adapter"}
+    assert run.final is not None
+    assert run.final.step == 26
+    assert run.last_merging is not None
+    assert run.last_merging.step == 24
+    assert {"loss", "eval_loss", "learning_rate", "epoch", "grad_norm"} <= set(run.metrics.names())
+    assert not any("runtime" in n or "per_second" in n for n in run.metrics.names())
+    logged = {
+        row["step"]: row["loss"]
+        for row in json.loads((lora_run / "trainer_state.json").read_text())["log_history"]
+        if "loss" in row
+    }
+    assert run.metrics.value_at("loss", 12).value == logged[12]
+    assert run.metrics.value_at("loss", 12).rule == "logged at step 12"
+    smooth = run.metrics.value_at("loss", 12, smooth=3)
+    assert smooth.value == pytest.approx((logged[8] + logged[10] + logged[12]) / 3)
+    assert smooth.rule == "mean of 3 values logged at steps 8 to 12"
+    assert run.metrics.value_at("eval_loss", 23).rule == "logged at step 20, the last before 23"
+    assert run.metrics.value_at("step", 20).value == 20
+
+
+def test_full_fine_tune(full_run: Path) -> None:
+    run = open_run(full_run)
+    assert {s.kind for s in run.snapshots} == {"model"}
+    assert steps(run.snapshots) == [4, 8, 12]
+
+
+def test_the_newest_state_wins(run: Path) -> None:
+    state = json.loads((run / "trainer_state.json").read_text())
+    state["log_history"].append({"step": 24, "loss": 123.0})
+    state["global_step"] = 99
+    (run / "checkpoint-8/trainer_state.json").write_text(json.dumps(state | {"global_step": 8, "log_history": []}))
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    assert open_run(run).metrics.value_at("loss", 24).value == 123.0
+
+
+def test_without_any_state_it_is_still_a_run_of_steps(run: Path) -> None:
+    for state in run.rglob("trainer_state.json"):
+        state.unlink()
+    found = open_run(run)
+    assert steps(found.regular) == [4, 8, 12, 16, 20, 24, 26]
+    assert "its step is not known" in found.warnings[0]
+    assert found.metrics.names() == []
+    assert resolve_soup(found, SoupSpec(last=3)).name == "last_3_unweighted"
+    with pytest.raises(ArgumentError, match="no metric 'loss': nothing was logged"):
+        resolve_soup(found, SoupSpec(last=3, by="loss"))
+    (run / "adapter_model.safetensors").unlink()
+    assert open_run(run).final is not None  # off the regular interval
+
+
+def test_a_run_that_goes_on_has_no_final_checkpoint(run: Path) -> None:
+    (run / "trainer_state.json").unlink()
+    shutil.rmtree(run / "checkpoint-26")
+    found = open_run(run)
+    assert found.final is None
+    assert found.last_merging is not None
+    assert found.last_merging.step == 24
+
+
+def test_final_model_at_the_top_only(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint-26")
+    found = open_run(run)
+    assert found.final is not None
+    assert (found.final.step, found.final.path) == (26, str(run))
+    taken = resolve_soup(found, SoupSpec(last=2, include_final=True))
+    assert [i.snapshot.step for i in taken.ingredients] == [24, 26]
+
+
+@pytest.mark.parametrize("how", ["truncated", "no weights", "no config", "empty"])
+def test_half_written_checkpoint(run: Path, how: str) -> None:
+    folder = run / "checkpoint-20"
+    if how == "truncated":
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "no weights":
+        (folder / "adapter_model.safetensors").unlink()
+    elif how == "no config":
+        (folder / "adapter_config.json").write_text("{")
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    found = open_run(run)
+    assert steps(found.snapshots) == [4, 8, 12, 16, 24, 26]
+    assert steps(found.broken) == [20]
+    assert "step 20 is left out: half-written or damaged" in found.warnings[0]
+    assert [i.snapshot.step for i in resolve_soup(found, SoupSpec(last=3)).ingredients] == [12, 16, 24]
+    with pytest.raises(CheckpointError, match="step 20 can't be used"):
+        resolve_soup(found, SoupSpec(steps=(16, 20)))
+    result = cli("soup", run, run.parent / "out", "--steps", "16,20")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "step 20 can't be used" in result.stderr
+    result = cli("soup", run, run.parent / "out", "--last", "3", "--json")
+    assert result.returncode == 0
+    assert any("step 20" in note for note in json.loads(result.stdout)["notes"])
+
+
+def test_state_cut_short(run: Path) -> None:
+    """The newest that can be read is used, and only for the steps that it covers."""
+    (run / "trainer_state.json").write_text((run / "trainer_state.json").read_text()[:200])
+    for step in (24, 26):
+        path = run / f"checkpoint-{step}/trainer_state.json"
+        path.write_text(path.read_text()[:300])
+    found = open_run(run)
+    assert len(found.warnings) == 3
+    assert "cut short?" in found.warnings[0]
+    assert found.metrics.value_at("loss", 20).rule == "logged at step 20"
+    with pytest.raises(
+        ArgumentError, match=r"of step 24 is not known: trainer_state.json can't be used .* ends at step 20"
+    ):
+        found.metrics.value_at("loss", 24)
+    assert "ends at step 20" in cli("soup", run, "--dry-run", "--last", "4", "--by", "loss").stderr
+
+
+def test_losses_that_are_not_numbers(run: Path) -> None:
+    state = json.loads((run / "trainer_state.json").read_text())
+    for row in state["log_history"]:
+        if row["step"] == 20 and "loss" in row:
+            row["loss"] = float("nan")
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    assert "NaN" in (run / "trainer_state.json").read_text()
+    result = cli("soup", run, "--dry-run", "--last", "4", "--by", "loss")
+    assert result.returncode == 2
+    assert "'loss' of step 20 is not a number: nan at step 20" in result.stderr
+    assert cli("run", "show", run).returncode == 0
+    shown = json.loads(cli("run", "show", run, "--json").stdout)
+    assert next(s for s in shown["snapshots"] if s["step"] == 20)["metrics"]["loss"]["value"] is None
+
+
+def test_nothing_there(tmp_path: Path, lora_run: Path) -> None:
+    for path, said in [
+        (tmp_path, "no snapshots of a training run.*found nothing"),
+        (tmp_path / "absent", "no such directory"),
+        (lora_run / "trainer_state.json", "is a file"),
+        (lora_run / "checkpoint-4", "no snapshots of a training run.*adapter_config.json"),
+    ]:
+        with pytest.raises(CheckpointError, match=said):
+            open_run(path)
+
+
+def test_only_broken_or_one_checkpoint(run: Path) -> None:
+    for folder in run.glob("checkpoint-*"):
+        if folder.name != "checkpoint-8":
+            shutil.rmtree(folder)
+    (run / "adapter_model.safetensors").unlink()
+    (run / "trainer_state.json").unlink()
+    assert resolve_soup(open_run(run), SoupSpec()).to_dict()["snapshots"][0]["weight"] == 1.0
+    with pytest.raises(ArgumentError, match="the last 2 snapshots were asked for, which needs 2; the run has 1"):
+        resolve_soup(open_run(run), SoupSpec(last=2))
+    (run / "checkpoint-8/adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no usable snapshot: step 8: half-written"):
+        resolve_soup(open_run(run), SoupSpec())
+
+
+def test_adapters_and_models_do_not_mix(run: Path, full_run: Path) -> None:
+    shutil.rmtree(run / "checkpoint-24")
+    shutil.copytree(full_run / "checkpoint-4", run / "checkpoint-24")
+    found = open_run(run)
+    assert [s.kind for s in found.snapshots[-2:]] == ["model", "adapter"]
+    with pytest.raises(MismatchError, match="step 20 is an adapter and step 24 a full model"):
+        resolve_soup(found, SoupSpec(last=2))
+    assert cli("soup", run, run.parent / "out", "--last", "2").returncode == 3
+
+
+@pytest.mark.parametrize("change", ["rank", "modules"])
+def test_snapshots_of_different_ranks_or_modules(run: Path, change: str) -> None:
+    folder = run / "checkpoint-20"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if change == "rank":
+        tensors = {k: (v[:2] if "lora_A" in k else v[:, :2]).contiguous() for k, v in tensors.items()}
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2, "lora_alpha": 4}))
+    else:
+        tensors = {k: v for k, v in tensors.items() if "layers.1" not in k}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    for options in ([], ["--adapter", "product"]):
+        result = cli("soup", run, run.parent / "out", "--last", "3", *options)
+        if change == "rank" and options:
+            assert result.returncode == 0, result.stderr  # products of different ranks add up
+            continue
+        assert (result.returncode, result.stdout) == (3, ""), result.stderr
+        assert "layers.1" in result.stderr or "lora_alpha" in result.stderr or "is [" in result.stderr
+        assert not (run.parent / "out").exists()
+
+
+def test_choosing(lora_run: Path) -> None:
+    run = open_run(lora_run)
+
+    def chosen(**options: object) -> list[int]:
+        return [i.snapshot.step for i in resolve_soup(run, SoupSpec(**options)).ingredients]  # type: ignore[arg-type]
+
+    assert chosen() == [4, 8, 12, 16, 20, 24]
+    assert chosen(last=3) == [16, 20, 24]
+    assert chosen(last=3, every=2) == [8, 16, 24]
+    assert chosen(last=3, include_final=True) == [20, 24, 26]
+    assert chosen(every=2) == [8, 16, 24]
+    assert chosen(steps=(26, 4)) == [4, 26]
+    assert chosen(start=15) == [16, 20, 24]
+    assert chosen(start=4, every=3) == [12, 24]
+    assert chosen(scheme="swa") == [4, 8, 12, 16, 20, 24]
+    assert chosen(last=6, best=2, by="step") == [20, 24]
+    assert chosen(last=6, best=2, by="step", objective="min") == [4, 8]
+    for options, said in [
+        (
+            {"last": 7},
+            "the last 7 snapshots were asked for, which needs 7; the run has 6 besides the final one of step 26",
+        ),
+        ({"last": 4, "every": 2}, "needs 7; the run has 6"),
+        ({"steps": (5,)}, "no snapshot of step 5; the nearest are 4, 8"),
+        ({"start": 100}, "no regular snapshot from step 100 on"),
+        ({"last": 3, "by": "los"}, "no metric 'los' was logged; there are .*did you mean 'loss'"),
+        ({"last": 3, "by": "grad_norm"}, "give objective min or max"),
+        ({"last": 2, "best": 3, "by": "loss"}, "the best 3 were asked for, among 2"),
+        ({"weights": {4: 0.5, 8: 0.6}}, "sum to 1.1, not 1"),
+        ({"weights": {4: 0.5, 9: 0.5}}, "no snapshot of step 9"),
+        ({"last": 3, "by": "loss", "smooth": 99}, "smooth asks for 99"),
+    ]:
+        with pytest.raises(ArgumentError, match=said):
+            resolve_soup(run, SoupSpec(**options))  # type: ignore[arg-type]
+
+
+def test_windows(lora_run: Path) -> None:
+    windows = resolve_windows(open_run(lora_run), SoupSpec(scheme="lawa", last=3))
+    assert [step for step, _ in windows] == [12, 16, 20, 24]
+    assert [i.snapshot.step for i in windows[0][1].ingredients] == [4, 8, 12]
+    assert windows[0][1].name == "last_3_lawa_12"
+    with pytest.raises(ArgumentError, match="the last 9 snapshots"):
+        resolve_windows(open_run(lora_run), SoupSpec(scheme="lawa", last=9))
+
+
+def test_metric_weights_of_a_run(lora_run: Path) -> None:
+    run = open_run(lora_run)
+    soup = resolve_soup(run, SoupSpec(last=4, by="loss", penalty=0.7))
+    losses = [run.metrics.value_at("loss", s).value for s in (12, 16, 20, 24)]
+    assert [i.weight for i in soup.ingredients] == stockpot.metric_weights(losses, "min", 0.7, 1.2)
+    assert soup.name == "last_4_loss_pf-0_7"
+    noted = resolve_soup(run, SoupSpec(last=4, by="loss", penalty=1.05))
+    assert "favours the snapshots that rank worse" in noted.notes[0]
+
+
+# other layouts
+
+
+def test_pattern_and_metrics_files(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = tmp_path / "run" / f"s{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((4,), float(step))}, folder / "w.safetensors")
+    (tmp_path / "m.csv").write_text("step, val_loss ,note\n10,0.5,a\n20,,b\n25,0.3,\n30,0.4,x\n")
+    (tmp_path / "m.jsonl").write_text('{"step": 10, "val_loss": 0.5}\n\n{"step": 30, "val_loss": 0.4}\n')
+    run = open_run(tmp_path / "run", snapshots="s{step}/w.safetensors", metrics=tmp_path / "m.csv")
+    assert run.layout == "pattern"
+    assert [(s.step, s.kind) for s in run.snapshots] == [(10, "model"), (20, "model"), (30, "model")]
+    assert run.metrics.value_at("val_loss", 20).value == 0.5
+    other = open_run(tmp_path / "run", snapshots="s{step}", metrics=tmp_path / "m.jsonl")
+    assert other.metrics.value_at("val_loss", 30).value == 0.4
+    result = cli("soup", tmp_path / "run", tmp_path / "out", "--snapshots", "s{step}/w.safetensors", "--metrics",
+                 tmp_path / "m.csv", "--by", "val_loss")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    weights = stockpot.metric_weights([0.5, 0.5, 0.4], "min")
+    merged = load_file(tmp_path / "out/model.safetensors")["w"]
+    assert torch.allclose(merged, torch.full((4,), sum(w * s for w, s in zip(weights, (10, 20, 30)))))
+    for pattern, said in [("s", "with {step} once"), ("../s{step}", "relative"), ("t{step}", "nothing matches")]:
+        with pytest.raises((ArgumentError, CheckpointError), match=said):
+            open_run(tmp_path / "run", snapshots=pattern)
+    for name, text, said in [
+        ("a.csv", "epoch,loss\n1,2\n", "column 'step'"),
+        ("b.jsonl", "[1]\n", "expected an object"),
+        ("c.jsonl", "{", "not valid JSON"),
+        ("d.csv", "step,loss\n1,x\n", "no numbers"),
+    ]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            open_run(tmp_path / "run", snapshots="s{step}", metrics=tmp_path / name)
+
+
+def test_torchtune(tmp_path: Path) -> None:
+    """The layout that torchtune's checkpointer and DiskLogger write."""
+    for epoch in range(3):
+        folder = tmp_path / f"epoch_{epoch}"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({"w": torch.full((4,), float(epoch))}, folder / "model-00001-of-00001.safetensors")
+    lines = [f"Step {s} | loss:{3 - s / 10} lr:2e-05 tokens_per_second_per_gpu:100\n" for s in range(1, 7)]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/log_1700000000.txt").write_text("".join(lines))
+    run = open_run(tmp_path)
+    assert (run.layout, steps(run.snapshots), run.epochs_as_steps) == ("torchtune", [0, 1, 2], True)
+    assert [run.metrics.value_at("loss", e).value for e in range(3)] == pytest.approx([2.8, 2.6, 2.4])
+    with (tmp_path / "logs/log_1700000000.txt").open("a") as f:
+        f.write("Step 7 | loss:1.0\n")
+    assert "does not divide into the 3 epochs" in open_run(tmp_path).warnings[0]
+    for epoch in range(3):
+        (tmp_path / f"epoch_{epoch}").rename(tmp_path / f"step_{2 * epoch + 2}")
+    by_step = open_run(tmp_path)
+    assert steps(by_step.snapshots) == [2, 4, 6]
+    assert by_step.metrics.value_at("loss", 4).value == pytest.approx(2.6)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    with tensorboard.SummaryWriter(str(tmp_path / "runs/a")) as writer:
+        for step in range(1, 11):
+            writer.add_scalar("train/loss", 1 / step, step)
+    run = open_run(tmp_path)
+    assert run.metrics.value_at("loss", 10).value == pytest.approx(0.1)
+
+
+def test_log_from_rows_takes_what_is_a_number() -> None:
+    log = log_from_rows(
+        [{"step": 1, "loss": "2.5", "name": "x", "flag": True}, {"loss": 1.0}, {"step": 1, "loss": 2.0}], "test"
+    )
+    assert log.series == {"loss": ((1, 2.0),)}
+
+
+# showing
+
+
+def test_show(lora_run: Path) -> None:
+    shown = cli("run", "show", lora_run)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "7 snapshots (adapters)" in shown.stdout
+    assert any(bar in shown.stdout for bar in "▁▂▃▄▅▆▇█")
+    lines = shown.stdout.splitlines()
+    assert any(line.split()[:1] == ["26"] and "final checkpoint" in line for line in lines)
+    assert any(line.split()[:1] == ["24"] and "last merging checkpoint" in line for line in lines)
+    data = json.loads(cli("run", "show", lora_run, "--json").stdout)
+    assert (data["final"], data["last_merging"], len(data["snapshots"])) == (26, 24, 7)
+    assert data["snapshots"][0]["metrics"]["loss"]["rule"] == "logged at step 4"
+    missing = cli("run", "show", lora_run / "nowhere")
+    assert (missing.returncode, missing.stdout) == (3, "")
