@@ -20,9 +20,11 @@ LEVELS = [
     {"errors"},
     {"specs"},
     {"checkpoints", "methods", "recipes"},
+    {"adapters", "runs"},
     {"planning"},
     {"engine"},
     {"lineage"},
+    {"training"},
     {"api"},
     {"cli"},
 ]

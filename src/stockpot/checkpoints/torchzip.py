@@ -30,6 +30,11 @@ _STORAGES = {
     "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8, "ByteStorage": DType.U8,
     "BoolStorage": DType.BOOL,
 }  # fmt: skip
+_DTYPES = {
+    "float64": DType.F64, "float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16,
+    "float8_e4m3fn": DType.F8_E4M3, "float8_e5m2": DType.F8_E5M2, "uint16": DType.U16, "uint32": DType.U32,
+    "uint64": DType.U64,
+}  # fmt: skip
 #: keys under which trainers keep the model's tensors
 _STATES = ("state_dict", "model_state_dict", "model", "module")
 
@@ -85,10 +90,26 @@ class _Inert:
         return id(self)
 
 
+class _Unreadable(_Inert):
+    """A tensor of a kind that the reader does not know (sparse, quantised...)."""
+
+    how = ""
+
+
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
     if not isinstance(storage, _Storage):
         return _Inert()
     return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, gradient: Any, hooks: Any, dtype: Any, *rest: Any
+) -> Any:
+    """Dtypes without a storage class of their own lie in untyped storages."""
+    if not isinstance(storage, _Storage):
+        return _Inert()
+    known = dtype if isinstance(dtype, DType) else None
+    return _Tensor(_Storage(storage.key, known, storage.numel), offset, tuple(shape), tuple(stride))
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -97,6 +118,7 @@ def _parameter(data: Any, *rest: Any) -> Any:
 
 _KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): OrderedDict,
 }
@@ -108,6 +130,10 @@ class _Reader(pickle.Unpickler):
             return _KNOWN[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if module.startswith("torch") and name.startswith("_rebuild"):
+            return type("Unreadable", (_Unreadable,), {"how": f"{module}.{name}"})
         return type("Inert", (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -136,7 +162,7 @@ def read_torch_file(path: str) -> TorchFile:
         raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: expected a mapping from names to tensors, got {type(document).__name__}")
-    tensors = dict(_tensors(document))
+    tensors = dict(_tensors(path, document))
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}")
     entries = {name: _entry(path, name, tensor, places, root) for name, tensor in tensors.items()}
@@ -186,7 +212,7 @@ def _place(path: str, f: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
     return start, start + info.file_size
 
 
-def _tensors(document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
+def _tensors(path: str, document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
     """The model's tensors: those of the document, or of its `state_dict` and the like."""
     for key in _STATES:
         inner = document.get(key)
@@ -196,6 +222,8 @@ def _tensors(document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
     for name, value in document.items():
         if isinstance(name, str) and isinstance(value, _Tensor):
             yield name, value
+        elif isinstance(value, _Unreadable):
+            raise CheckpointError(f"{path}: tensor {name!r}: of a kind that can't be read ({value.how})")
 
 
 def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], root: str) -> Entry:

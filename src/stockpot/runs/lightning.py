@@ -16,6 +16,7 @@ __all__ = ["read_run"]
 
 _STEP = re.compile(r"step=(\d+)")
 _VERSION = re.compile(r"version_(\d+)")
+_DEPTH = 3
 
 
 def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
@@ -25,7 +26,7 @@ def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
         files = sorted(n for n in os.listdir(folder) if n.endswith(".ckpt"))
         if files:
             shots = _snapshots(folder, files, warnings)
-            return Run(text, "lightning", tuple(shots), _metrics(folder), warnings=tuple(warnings))
+            return Run(text, "lightning", tuple(shots), _metrics(root, folder), warnings=tuple(warnings))
     return None
 
 
@@ -78,19 +79,21 @@ def _step(path: str, name: str) -> tuple[int, str]:
     return (int(in_name[1]), "") if in_name else (-1, fault)
 
 
-def _metrics(folder: str) -> MetricLog:
-    """metrics.csv beside the checkpoints or in the folder of the same version."""
-    parents = [folder, os.path.dirname(folder), *_newest_logs(folder), *_newest_logs(os.path.dirname(folder))]
-    for place in parents:
-        path = os.path.join(place, "metrics.csv")
-        if os.path.isfile(path):
-            return read_metrics_file(path)
-    return MetricLog()
-
-
-def _newest_logs(folder: str) -> list[str]:
-    logs = os.path.join(folder, "lightning_logs")
-    if not os.path.isdir(logs):
-        return []
-    versions = sorted(((int(m[1]), n) for n in os.listdir(logs) if (m := _VERSION.fullmatch(n))), reverse=True)
-    return [os.path.join(logs, n) for _, n in versions]
+def _metrics(root: str, folder: str) -> MetricLog:
+    """metrics.csv beside the checkpoints or of the same version; else the newest one in the run's directory."""
+    beside = [os.path.join(p, "metrics.csv") for p in (folder, os.path.dirname(folder))]
+    found = [p for p in beside if os.path.isfile(p)]
+    if not found:
+        depth = root.rstrip(os.sep).count(os.sep)
+        for place, folders, names in os.walk(root):
+            if place.count(os.sep) - depth >= _DEPTH:
+                folders.clear()
+            if "metrics.csv" in names:
+                found.append(os.path.join(place, "metrics.csv"))
+        found.sort(key=lambda p: (-os.path.getmtime(p), p))
+    if not found:
+        return MetricLog()
+    log = read_metrics_file(found[0])
+    # Lightning logs the first batch as step 0, and names the checkpoint after it step=1
+    series = {name: tuple((step + 1, value) for step, value in points) for name, points in log.series.items()}
+    return MetricLog(series, log.source)

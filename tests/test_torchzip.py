@@ -1,0 +1,131 @@
+"""Torch's zip files: the same bytes as torch.load gives, and nothing in them is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stockpot.checkpoints import ReadRequest, open_checkpoint
+from stockpot.checkpoints.torchzip import read_torch_file
+from stockpot.errors import CheckpointError
+
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16, torch.float8_e5m2,
+)  # fmt: skip
+
+
+def bytes_of(path: Path, name: str) -> bytes:
+    checkpoint = open_checkpoint(path)
+    spec = checkpoint.spec(name)
+    buffer = bytearray(spec.nbytes)
+    checkpoint.read([ReadRequest(name, 0, spec.numel)], memoryview(buffer))
+    checkpoint.close()
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
+def test_every_dtype(tmp_path: Path, key: str | None) -> None:
+    state: dict[str, Any] = {str(d): (torch.randn(3, 5) * 9).to(d) for d in DTYPES}
+    state["parameter"] = torch.nn.Parameter(torch.randn(4))
+    state["part of a storage"] = torch.randn(10, 4)[2:5]
+    state["shared"] = state["torch.float32"]
+    state["scalar"] = torch.tensor(2.5)
+    state["empty"] = torch.empty(0, 3)
+    document = state if key is None else {key: state, "global_step": 7, "hyper": Namespace(a=1), "none": None}
+    path = tmp_path / "x.ckpt"
+    torch.save(document, path)
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.names()) == set(state)
+    for name, tensor in state.items():
+        assert checkpoint.spec(name).shape == tuple(tensor.shape)
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        assert bytes_of(path, name) == raw, name
+    if key:
+        assert read_torch_file(str(path)).scalars["global_step"] == 7
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {MARK}",)
+
+
+MARK = ""
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "class state"])
+def test_nothing_is_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_torchzip.MARK", str(tmp_path / "ran"))
+    path = tmp_path / "x.pt"
+    if where == "inside":
+        torch.save({"state_dict": {"w": torch.ones(2), "evil": Evil()}}, path)
+    elif where == "beside":
+        torch.save({"state_dict": {"w": torch.ones(2)}, "evil": Evil()}, path)
+    else:
+        torch.save({"state_dict": {"w": torch.ones(2)}, "h": {Evil(): [Evil()]}}, path)
+    assert list(open_checkpoint(path).names()) == ["w"]
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.randn(100)}, path)
+    whole = path.read_bytes()
+    for cut in (0, 3, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError):
+            open_checkpoint(path)
+    for seed in range(60):
+        damaged = bytearray(whole)
+        for k in range(8):
+            damaged[(seed * 7919 + k * 104729) % len(damaged)] ^= 1 << (seed % 8)
+        path.write_bytes(damaged)
+        try:
+            checkpoint = open_checkpoint(path)
+            for name in checkpoint.names():
+                bytes_of(path, name)
+        except CheckpointError:
+            pass
+    for said, document in [
+        ("holds no tensors by name", {"a": 1}),
+        ("expected a mapping", [torch.ones(1)]),
+        ("is not contiguous", {"w": torch.randn(3, 4).T}),
+        ("can't be read", {"v": torch.ones(2), "w": torch.eye(3).to_sparse()}),
+    ]:
+        torch.save(document, path)
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(path)
+    torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"saved by a torch older than 1.6"):
+        open_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("other.txt", "x")
+    with pytest.raises(CheckpointError, match=r"no data.pkl"):
+        open_checkpoint(path)
+
+
+def test_pickled_adapters_and_models(tmp_path: Path, lora_run: Path, tiny_llama: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+
+    for source, old, new in (
+        (lora_run / "checkpoint-4", "adapter_model.safetensors", "adapter_model.bin"),
+        (tiny_llama, "model.safetensors", "pytorch_model.bin"),
+    ):
+        folder = tmp_path / new
+        shutil.copytree(source, folder)
+        tensors = load_file(folder / old)
+        (folder / old).unlink()
+        torch.save(tensors, folder / new)
+        checkpoint = open_checkpoint(folder)
+        assert set(checkpoint.names()) == set(tensors)
