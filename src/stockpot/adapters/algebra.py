@@ -25,20 +25,22 @@ def stacked(factors: Sequence[tuple[float, Array, Array]]) -> tuple[Array, Array
 def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array, float, float]:
     """The best approximation of B A of a given rank: (A [rank, n], B [m, rank], Frobenius norm of what is lost, of B A).
 
-    QR of both factors, then an SVD of a matrix as small as the stacked rank; float64. Singular values are split evenly
-    between A and B. Rows beyond the true rank are zero.
+    The triangular factors of two QR decompositions, then an SVD of a matrix as small as the stacked rank; float64.
+    With B = Q R and A^T = P S, the left singular vectors of B A are B S^T v / sigma and the right ones A^T R^T u / sigma,
+    so that neither Q nor P is ever needed. Singular values are split evenly between A and B; rows beyond the true rank
+    are zero.
     """
-    qb, rb = np.linalg.qr(b.astype(np.float64))
-    qa, ra = np.linalg.qr(a.astype(np.float64).T)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    rb: Array = np.asarray(np.linalg.qr(b, mode="r"))
+    ra: Array = np.asarray(np.linalg.qr(a.T, mode="r"))
     u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
-    kept = min(rank, len(s))
-    total = float(np.sqrt(np.sum(s**2)))
-    lost = float(np.sqrt(np.sum(s[kept:] ** 2)))
+    kept = min(rank, int(np.count_nonzero(s > s[0] * 1e-14)) if len(s) else 0)
+    lost, total = float(np.linalg.norm(s[kept:])), float(np.linalg.norm(s))
     root = np.sqrt(s[:kept])
     new_b = np.zeros((b.shape[0], rank))
     new_a = np.zeros((rank, a.shape[1]))
-    new_b[:, :kept] = qb @ (u[:, :kept] * root)
-    new_a[:kept] = (qa @ (vt[:kept].T * root)).T
+    new_b[:, :kept] = b @ (ra.T @ (vt[:kept].T / root))
+    new_a[:kept] = ((u[:, :kept] / root).T @ rb) @ a
     return new_a, new_b, lost, total
 
 

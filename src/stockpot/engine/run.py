@@ -6,6 +6,7 @@ before `publish` renames it into place.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -135,7 +136,8 @@ class _Runner:
             if resumed:
                 self._recover(journal.records)
             journal.begin(resumed=resumed)
-            self._work(sink, journal, progress)
+            with _one_blas_thread(any(m.checkpoint.parts for m in self.plan.inputs)):
+                self._work(sink, journal, progress)
             finished = True
         finally:
             try:
@@ -370,6 +372,15 @@ class _Runner:
             records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, warning))
             at += s.stop - s.start
         return records
+
+
+def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products inside the worker threads: more threads below each of them would only get in each other's way."""
+    if not needed:
+        return contextlib.nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)  # type: ignore[no-any-return]
 
 
 def _observer(
