@@ -195,14 +195,128 @@ def test_gpt2_conv1d(tmp_path: Path) -> None:
     assert all(torch.allclose(product[n], exact[n], atol=2e-6) for n in exact)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_fused_head_and_embedding(target: str, tmp_path: Path) -> None:
+    """PEFT saves the base's own weight beside the factors of these."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=[target, "q_proj"]))
+    with torch.no_grad():
+        for p in peft.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
+    peft.save_pretrained(tmp_path / "checkpoint-1")
+    assert any("base_layer" in n for n in load_file(tmp_path / "checkpoint-1/adapter_model.safetensors"))
+    stockpot.soup(tmp_path, tmp_path / "out", adapter="fused", base=tmp_path / "base")
+    exact = peft.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.allclose(found[n], exact[n], atol=2e-6) for n in exact)
+
+
+def test_fused_square_conv1d_beside_linear(tmp_path: Path) -> None:
+    """PEFT keeps one fan_in_fan_out for all, that of the last module: the base's architecture knows better."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+
+    def model() -> Any:
+        return GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    paths = snapshots(model, tmp_path, {"r": 2, "target_modules": ["attn.c_proj", "score"]})
+    assert json.loads((paths[0] / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    make(paths, tmp_path / "out", mode="fused", base=str(tmp_path / "base"))
+    exact = oracle(model, paths)
+    found = load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in found.items():
+        assert torch.allclose(tensor.double(), exact[name], atol=2e-6), name
+
+
+def test_names_that_end_alike(tmp_path: Path) -> None:
+    """Ranks by module must reach the right ones when PEFT matches the ends of names."""
+    from peft import PeftModel
+
+    class Nested(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.ModuleDict({"fc": torch.nn.Linear(6, 6)})
+            self.fc = torch.nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.inner["fc"](x))
+
+    def model() -> Any:
+        torch.manual_seed(5)
+        return Nested()
+
+    for ranks in ({"^fc": 2}, {"inner.fc": 4}):
+        folder = tmp_path / str(len(ranks)) / next(iter(ranks)).strip("^")
+        paths = snapshots(model, folder, {"r": 3, "target_modules": ["fc"], "rank_pattern": ranks})
+        make(paths, folder / "out", mode="product")
+        found = PeftModel.from_pretrained(model(), str(folder / "out")).double().merge_and_unload().state_dict()
+        exact = oracle(model, paths)
+        assert all(torch.allclose(found[n], exact[n], atol=2e-6) for n in exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
+        ({"init_lora_weights": "olora"}, "changes the base's weights"),
+        ({"alora_invocation_tokens": [3]}, "acts on some tokens only"),
+        ({"lora_alpha": float("nan")}, "not a number"),
+        ({"lora_alpha": 10**400}, "not a number"),
+        ({"target_parameters": ["x"]}, "expert parameters"),
+    ],
+)
+def test_adapters_without_a_product(change: Mapping[str, Any], said: str, tmp_path: Path) -> None:
+    """Refused as products, averaged as factors without a report."""
+    paths = snapshots(base_net, tmp_path / "run", {"r": 2, "target_modules": ["wide"]}, count=2)
+    for path in paths:
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | dict(change)))
+    with pytest.raises(stockpot.StockpotError, match=said):
+        stockpot.soup(tmp_path / "run", tmp_path / "out", adapter="product")
+    if "lora_alpha" not in change or change["lora_alpha"] == change["lora_alpha"]:
+        stockpot.soup(tmp_path / "run", tmp_path / "out", adapter="factors")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_grouped_convolution_is_averaged_as_factors(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(2)
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+
+    snapshots(model, tmp_path / "run", {"r": 4, "target_modules": ["0"]}, count=2)
+    result = stockpot.soup(tmp_path / "run", tmp_path / "out")
+    assert result.adapter is None
+    with pytest.raises(CheckpointError, match="don't multiply"):
+        stockpot.soup(tmp_path / "run", tmp_path / "other", adapter="product")
+
+
 def test_bfloat16_adapters(tmp_path: Path) -> None:
     paths = snapshots(lambda: base_net().bfloat16(), tmp_path, CASES["linear"], dtype=torch.bfloat16)
+    """Weights and scales in B need more digits than bfloat16 has: written in float32, unless a dtype is asked for."""
     make(paths, tmp_path / "out", mode="product")
     tensors = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    exact, found = oracle(base_net, paths), dense(base_net, tmp_path / "out")
+    assert all(torch.allclose(found[n], exact[n], atol=2e-6) for n in exact)
+    models = [{"model": str(p)} for p in paths]
+    recipe = {"merge_method": "linear", "models": models, "adapter": "product", "dtype": "bfloat16"}
+    stockpot.merge(recipe, tmp_path / "narrow")
     name = "base_model.model.wide.lora_A.weight"
     parts = [load_file(p / "adapter_model.safetensors")[name] for p in paths]
-    assert torch.equal(tensors[name], torch.cat(parts))
+    assert torch.equal(load_file(tmp_path / "narrow/adapter_model.safetensors")[name], torch.cat(parts))
 
 
 def test_adapters_of_different_ranks_add_up(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,25 @@ def test_state_cut_short(run: Path) -> None:
     assert "ends at step 20" in cli("soup", run, "--dry-run", "--last", "4", "--by", "loss").stderr
 
 
+def test_no_state_that_can_be_read(run: Path) -> None:
+    for state in run.rglob("trainer_state.json"):
+        state.write_text('{"log_history"')
+    result = cli("soup", run, "--dry-run", "--last", "3", "--by", "loss")
+    assert result.returncode == 2
+    assert "no metric 'loss': nothing was logged (trainer_state.json can't be used: not valid JSON" in result.stderr
+    for state in run.rglob("trainer_state.json"):
+        state.write_text('{"log_history": [{"step": 4, "loss": 1%s}, {"step": 1e999, "loss": 1}]}' % ("0" * 400))
+    assert cli("run", "show", run).returncode == 0
+    assert "not a number: inf at step 4" in cli("soup", run, "--dry-run", "--steps", "4", "--by", "loss").stderr
+
+
+def test_adapter_without_its_config(run: Path) -> None:
+    (run / "checkpoint-20/adapter_config.json").unlink()
+    found = open_run(run)
+    assert steps(found.broken) == [20]
+    assert "without adapter_config.json" in found.broken[0].fault
+
+
 def test_losses_that_are_not_numbers(run: Path) -> None:
     state = json.loads((run / "trainer_state.json").read_text())
     for row in state["log_history"]:
@@ -256,7 +276,7 @@ def test_windows(lora_run: Path) -> None:
     windows = resolve_windows(open_run(lora_run), SoupSpec(scheme="lawa", last=3))
     assert [step for step, _ in windows] == [12, 16, 20, 24]
     assert [i.snapshot.step for i in windows[0][1].ingredients] == [4, 8, 12]
-    assert windows[0][1].name == "last_3_lawa_12"
+    assert windows[0][1].name == "steps_4-8-12_unweighted"
     with pytest.raises(ArgumentError, match="the last 9 snapshots"):
         resolve_windows(open_run(lora_run), SoupSpec(scheme="lawa", last=9))
 
@@ -305,6 +325,21 @@ def test_pattern_and_metrics_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(CheckpointError, match=said):
             open_run(tmp_path / "run", snapshots="s{step}", metrics=tmp_path / name)
+
+
+def test_metrics_of_a_resumed_lightning_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in (4, 8):
+        torch.save(
+            {"state_dict": {"w": torch.ones(2)}, "global_step": step}, tmp_path / f"checkpoints/step={step}.ckpt"
+        )
+    for version, rows in enumerate(("3,0.5\n5,0.4\n", "5,0.45\n7,0.3\n")):
+        folder = tmp_path / f"lightning_logs/version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,loss\n" + rows)
+        os.utime(folder / "metrics.csv", (version, version))
+    run = open_run(tmp_path)
+    assert run.metrics.series["loss"] == ((4, 0.5), (6, 0.45), (8, 0.3))
 
 
 def test_torchtune(tmp_path: Path) -> None:

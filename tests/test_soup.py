@@ -172,9 +172,21 @@ def test_lawa_writes_a_run(lora_run: Path, tmp_path: Path) -> None:
         assert torch.allclose(tensor.double(), exact[name], atol=1e-7)
 
 
+def test_lawa_takes_the_adapter_options(lora_run: Path, tmp_path: Path) -> None:
+    done = cli(
+        "soup", lora_run, tmp_path / "out", "--scheme", "lawa", "--last", "5", "--adapter", "product", "--rank", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/checkpoint-24/adapter_config.json").read_text())["r"] == 2
+    bad = cli("soup", lora_run, tmp_path / "no", "--scheme", "lawa", "--last", "5", "--adapter", "nonsense")
+    assert (bad.returncode, (tmp_path / "no").exists()) == (2, False)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ('{"12": %s, "24": 0.5}' % ("9" * 400), "expected two numbers"),
+        ("step,weight\n12," + "9" * 140_000 + "\n", "not a CSV file"),
         ('{"12": 0.5, "24": 0.5}', None),
         ("step,weight\n12,0.5\n24,0.5\n", None),
         ('{"12": 0.5, "12": 0.5}', "step 12 is given twice"),

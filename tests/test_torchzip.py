@@ -76,6 +76,39 @@ def test_nothing_is_run(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPa
         torch.load(path, weights_only=True)
 
 
+def craft(path: Path, pickled: bytes, **members: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("x/data.pkl", pickled)
+        for name, data in members.items():
+            z.writestr(f"x/{name}", data)
+
+
+@pytest.mark.parametrize(
+    "victim", [b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n"]
+)
+def test_a_pickle_can_t_alter_the_reader(tmp_path: Path, victim: bytes) -> None:
+    """BUILD on what stands for a class: the next file must be read as if nothing had been."""
+    from stockpot.specs import DType
+
+    state = pickle.dumps(({"itemsize": 2}, {"itemsize": 2, "__defaults__": (1,), "call": print, "value": 3}))[2:-1]
+    craft(tmp_path / "evil.pt", b"\x80\x04" + victim + state + b"b.")
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "evil.pt")
+    assert DType.F32.itemsize == 4
+    torch.save({"w": torch.ones(4, 4)}, tmp_path / "good.pt")
+    assert open_checkpoint(tmp_path / "good.pt").spec("w").nbytes == 64
+
+
+def test_odd_members(tmp_path: Path) -> None:
+    craft(tmp_path / "a.pt", pickle.dumps({}), byteorder=b" " * 10_000)
+    with pytest.raises(CheckpointError, match="little-endian"):
+        open_checkpoint(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("x/data.pkl", pickle.dumps({}) * 100)
+    with pytest.raises(CheckpointError, match="is compressed"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"w": torch.randn(100)}, path)

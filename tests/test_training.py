@@ -39,15 +39,15 @@ def test_the_average_is_that_of_the_saved_snapshots(with_callback: Path, tmp_pat
     run = open_run(with_callback)
     soup = resolve_soup(run, SoupSpec(last=3, by="loss", penalty=0.5, include_final=True))
     assert [i.snapshot.step for i in soup.ingredients] == [12, 16, 20]
-    merged = adapter(with_callback / "checkpoint-20/merged")
+    merged = adapter(with_callback / "checkpoint-20/merging/average")
     for name, tensor in merged.items():
         exact = sum(i.weight * adapter(Path(i.snapshot.path))[name].double() for i in soup.ingredients)
         assert torch.allclose(tensor.double(), exact, atol=1e-7)
-    record = json.loads((with_callback / "checkpoint-20/merged/stockpot_merging.json").read_text())
+    record = json.loads((with_callback / "checkpoint-20/merging/average/stockpot_merging.json").read_text())
     assert [s["step"] for s in record["snapshots"]] == [12, 16, 20]
     assert [s["weight"] for s in record["snapshots"]] == pytest.approx([i.weight for i in soup.ingredients])
-    assert len(list((with_callback / "checkpoint-20/merged_snapshots").iterdir())) == 3
-    shared = (with_callback / "checkpoint-20/merged_snapshots/16.safetensors").stat()
+    assert len(list((with_callback / "checkpoint-20/merging/snapshots").iterdir())) == 3
+    shared = (with_callback / "checkpoint-20/merging/snapshots/16.safetensors").stat()
     assert shared.st_nlink > 1  # a hard link, not a copy
 
 
@@ -56,7 +56,7 @@ def test_it_loads_in_peft_and_is_evaluated(with_callback: Path, tiny_llama: Path
     from transformers import LlamaForCausalLM
 
     model = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(tiny_llama), with_callback / "checkpoint-16/merged"
+        LlamaForCausalLM.from_pretrained(tiny_llama), with_callback / "checkpoint-16/merging/average"
     ).eval()
     rows = tokens(8, seed=1)
     batch = torch.stack([r["input_ids"] for r in rows])
@@ -82,7 +82,10 @@ def test_it_survives_resume(with_callback: Path, tiny_llama: Path, tmp_path: Pat
     for step in (4, 8, 12):
         shutil.copytree(with_callback / f"checkpoint-{step}", out / f"checkpoint-{step}")
     train_lora(tiny_llama, out, steps=20, save_steps=4, callbacks=[MergingCallback(SPEC)], resume=True, seed=42)
-    ours, theirs = adapter(out / "checkpoint-20/merged"), adapter(with_callback / "checkpoint-20/merged")
+    ours, theirs = (
+        adapter(out / "checkpoint-20/merging/average"),
+        adapter(with_callback / "checkpoint-20/merging/average"),
+    )
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
 
 
@@ -90,15 +93,21 @@ def test_it_survives_the_rotation_of_checkpoints(tiny_llama: Path, with_callback
     callback = MergingCallback(SPEC)
     out = train_lora(tiny_llama, tmp_path / "run", steps=20, save_steps=4, callbacks=[callback], save_total_limit=1)
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-20"]
-    ours, theirs = adapter(out / "checkpoint-20/merged"), adapter(with_callback / "checkpoint-20/merged")
+    ours, theirs = (
+        adapter(out / "checkpoint-20/merging/average"),
+        adapter(with_callback / "checkpoint-20/merging/average"),
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert len(list((out / "checkpoint-20/merged_snapshots").iterdir())) == 3
+    assert len(list((out / "checkpoint-20/merging/snapshots").iterdir())) == 3
 
 
 def test_without_its_snapshots_it_begins_anew(with_callback: Path, tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(with_callback / "checkpoint-12", out / "checkpoint-12")
-    shutil.rmtree(out / "checkpoint-12/merged_snapshots")
+    shutil.rmtree(out / "checkpoint-12/merging/snapshots")
+    state = json.loads((out / "checkpoint-12/trainer_state.json").read_text())
+    assert state["stateful_callbacks"].pop("MergingCallback")["attributes"]["folder"].endswith("/checkpoint-12")
+    (out / "checkpoint-12/trainer_state.json").write_text(json.dumps(state))
     callback = MergingCallback(SPEC, every=2)
     with pytest.warns(UserWarning, match="the average begins anew at step 12"):
         train_lora(tiny_llama, out, steps=16, save_steps=4, callbacks=[callback], resume=True)
@@ -116,9 +125,9 @@ def test_full_models_and_a_function_that_evaluates(tiny_llama: Path, tmp_path: P
 
     callback = MergingCallback(SoupSpec(last=2), evaluate=measure)
     out = train_lora(tiny_llama, tmp_path / "run", steps=8, save_steps=4, lora=None, callbacks=[callback])
-    merged = AutoModelForCausalLM.from_pretrained(out / "checkpoint-8/merged")
+    merged = AutoModelForCausalLM.from_pretrained(out / "checkpoint-8/merging/average")
     parts = [load_file(out / f"checkpoint-{s}/model.safetensors") for s in (4, 8)]
-    for name, tensor in load_file(out / "checkpoint-8/merged/model.safetensors").items():
+    for name, tensor in load_file(out / "checkpoint-8/merging/average/model.safetensors").items():
         assert torch.allclose(tensor, (parts[0][name] + parts[1][name]) / 2, atol=1e-7)
     assert float(next(merged.parameters()).sum()) == pytest.approx(seen[-1], abs=1e-3)
     assert len(seen) == 2
@@ -140,6 +149,76 @@ def test_the_trainer_s_own_evaluation(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [r for r in trainer.state.log_history if "eval_merged_loss" in r]
     assert [r["step"] for r in rows] == [2, 4]
     assert "eval_merged_runtime" in rows[0]
+
+
+def test_resume_from_another_directory_and_no_second_adapter(
+    with_callback: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    callback = MergingCallback(SPEC)
+    out = train_lora(
+        tiny_llama, tmp_path / "run", steps=20, save_steps=4, callbacks=[callback],
+        resume=str(with_callback / "checkpoint-12"),
+    )  # fmt: skip
+    assert [h.step for h in callback.snapshots.held] == [12, 16, 20]
+    ours = adapter(out / "checkpoint-20/merging/average")
+    theirs = adapter(with_callback / "checkpoint-20/merging/average")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["checkpoint-16", "checkpoint-20"]
+    assert [p.name for p in (out / "checkpoint-20").iterdir() if p.is_dir()] == ["merging"]
+    assert not list((out / "checkpoint-20/merging/average").glob("*/"))
+
+
+def test_a_rerun_leaves_no_old_snapshots(tiny_llama: Path, tmp_path: Path) -> None:
+    for every in (1, 3):
+        callback = MergingCallback(SoupSpec(last=4), every=every)
+        train_lora(tiny_llama, tmp_path / "run", steps=8, save_steps=4, callbacks=[callback])
+    names = sorted(p.name for p in (tmp_path / "run/checkpoint-8/merging/snapshots").iterdir())
+    assert names == ["3.safetensors", "6.safetensors"]
+
+
+def test_saving_by_a_fraction_of_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    callback = MergingCallback(SoupSpec(last=4))
+    train_lora(tiny_llama, tmp_path / "run", steps=8, save_steps=0.25, callbacks=[callback])
+    assert [h.step for h in callback.snapshots.held] == [2, 4, 6, 8]
+
+
+def test_a_plain_module(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(16, 1)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.layer(input_ids.float() / 64).square().mean()}
+
+    trainer = Trainer(
+        Plain(),
+        TrainingArguments(str(tmp_path), max_steps=4, eval_strategy="steps", eval_steps=2, save_steps=2, logging_steps=1,
+                          report_to=[], disable_tqdm=True, use_cpu=True),
+        train_dataset=tokens(16), eval_dataset=tokens(8, seed=1), callbacks=[MergingCallback(SPEC, evaluate=True)],
+    )  # fmt: skip
+    trainer.train()
+    assert set(load_file(tmp_path / "checkpoint-4/merging/average/model.safetensors")) == {"layer.weight", "layer.bias"}
+    assert [r["step"] for r in trainer.state.log_history if "eval_merged_loss" in r] == [2, 4]
+
+
+def test_metrics_that_can_t_weigh_and_parameters_unfrozen_on_the_way() -> None:
+    average = SnapshotAverage(SoupSpec(last=4, by="accuracy", penalty=0.5))
+    for step, metric in enumerate((0.0, float("inf"), float("nan"), None)):
+        average.put(Held(step, {"w": torch.ones(1)}, metric))
+    assert average.weights() == {}
+    assert average.average() is None
+    late = SnapshotAverage(SoupSpec(last=4))
+    for step in range(4):
+        late.put(Held(step, {"w": torch.ones(2)} | ({"late": torch.ones(2)} if step > 1 else {})))
+    found = late.average()
+    assert found is not None
+    assert torch.equal(found["late"], torch.ones(2))
+    for every in (0, -1, 2.5, True):
+        with pytest.raises(ArgumentError, match="every: expected"):
+            MergingCallback(every=every)  # type: ignore[arg-type]
 
 
 def test_average_by_hand() -> None:

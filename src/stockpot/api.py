@@ -166,11 +166,21 @@ def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool)
 
 def adapter_report(planned: Plan) -> dict[str, Any] | None:
     """The relative error of averaging adapters, where it is known how to measure it."""
-    from stockpot.adapters import ProductAdapter, factors_report, product_report, read_adapter
+    from stockpot.adapters import ProductAdapter, product_report
 
     first = planned.inputs[0].checkpoint
     if isinstance(first, ProductAdapter):
         return product_report(first)
+    try:
+        return _factors_report(planned)
+    except StockpotError:
+        return None  # kinds of adapters whose products are not known; their factors are averaged all the same
+
+
+def _factors_report(planned: Plan) -> dict[str, Any] | None:
+    from stockpot.adapters import factors_report, read_adapter
+
+    first = planned.inputs[0].checkpoint
     if planned.soup is None or planned.kind != "adapter" or planned.recipe.merge_method != "linear":
         return None
     if first.config.get("peft_type") != "LORA" or first.config.get("target_parameters"):
@@ -249,10 +259,10 @@ def _without_lines(error: StockpotError) -> StockpotError:
     return type(error)(re.sub(r"^<recipe>:\d+: (run: )?", "", str(error)))
 
 
-def window_recipe(run: Run, made: Soup) -> dict[str, Any]:
-    """The recipe of one window of LAWA: its snapshots by step, equally weighted."""
+def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
+    """The recipe of one window of LAWA: its snapshots by step, equally weighted. adapter: as for soup_recipe."""
     steps = tuple(i.snapshot.step for i in made.ingredients)
-    return soup_recipe(run, SoupSpec(steps=steps))
+    return soup_recipe(run, SoupSpec(steps=steps), **adapter)
 
 
 def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, overwrite: bool) -> None:

@@ -17,6 +17,10 @@ from stockpot.specs import DType, TensorSpec
 
 __all__ = ["FusedModel", "fuse"]
 
+#: models whose linear layers are transformers' Conv1D, with weights [in, out], and the names of these layers
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+
 
 @dataclass(frozen=True)
 class FusedModel(DerivedCheckpoint):
@@ -27,6 +31,7 @@ class FusedModel(DerivedCheckpoint):
     weights: tuple[float, ...] = ()
     adapted: dict[str, str] = field(default_factory=dict, repr=False)  # base tensor -> module
     replaced: dict[str, str] = field(default_factory=dict, repr=False)  # base tensor -> adapter tensor
+    transposed: frozenset[str] = frozenset()  # modules whose delta is (B A)^T
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np
@@ -35,17 +40,16 @@ class FusedModel(DerivedCheckpoint):
 
         assert self.base is not None
         spec = self.spec(name)
+        stored = self.base.spec(name).dtype
         if name in self.replaced:
             values = self.cache.get(name, lambda: self._saved(self.replaced[name])).reshape(-1)[start:stop]
-            out[:] = encoded(values, spec.dtype).data
-            return
-        stored = self.base.spec(name).dtype
-        if name not in self.adapted and stored is spec.dtype:
+        elif name not in self.adapted and stored is spec.dtype:
             self.base.read([ReadRequest(name, start, stop)], out)
             return
-        raw = np.empty((stop - start) * stored.itemsize, np.uint8)
-        self.base.read([ReadRequest(name, start, stop)], raw.data)
-        values = decoded(raw, stored)
+        else:
+            raw = np.empty((stop - start) * stored.itemsize, np.uint8)
+            self.base.read([ReadRequest(name, start, stop)], raw.data)
+            values = decoded(raw, stored)
         if name in self.adapted:
             values = values + self._delta(name, start, stop)
         out[:] = encoded(values, spec.dtype).data
@@ -78,7 +82,7 @@ class FusedModel(DerivedCheckpoint):
             a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
             factors.append((weight * m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
         a, b = stacked(factors)
-        if self.adapters[0].modules[module].transposed:
+        if module in self.transposed:
             return a.T.copy(), b.T.copy()
         return b, a
 
@@ -112,12 +116,15 @@ def fuse(
             specs[name] = TensorSpec(dtype if dtype and spec.dtype.is_float else spec.dtype, spec.shape)
     first = adapters[0]
     adapted = {}
+    transposed = set()
     for module, m in first.modules.items():
         if m.bias is not None:
             raise MismatchError(
                 f"{first.checkpoint.ref}: {module}: lora_bias can't be written into a base; use product"
             )
-        adapted[_target(base, first, f"{module}.weight", _delta_shape(first, m))] = module
+        if _is_transposed(base, first, m):
+            transposed.add(module)
+        adapted[_target(base, first, f"{module}.weight", _delta_shape(first, m, module in transposed))] = module
     replaced = {}
     for name in first.plain:
         shape = first.checkpoint.spec(name).shape
@@ -136,12 +143,35 @@ def fuse(
         weights=tuple(weights),
         adapted=adapted,
         replaced=replaced,
+        transposed=frozenset(transposed),
     )
 
 
-def _delta_shape(adapter: Adapter, m: LowRank) -> tuple[int, ...]:
+def _delta_shape(adapter: Adapter, m: LowRank, transposed: bool) -> tuple[int, ...]:
     a, b = adapter.checkpoint.spec(m.a).shape, adapter.checkpoint.spec(m.b).shape
-    return (*a[1:], b[0]) if m.transposed else (b[0], *a[1:])
+    return (*a[1:], b[0]) if transposed else (b[0], *a[1:])
+
+
+def _is_transposed(base: Checkpoint, adapter: Adapter, m: LowRank) -> bool:
+    """Whether the base stores the module's weight as [in, out].
+
+    The config's fan_in_fan_out holds for one module only (PEFT corrects it module by module and saves the last): the shape
+    decides, and where it is square, what the architecture is known to do.
+    """
+    if m.embedding:
+        return True
+    plain, turned = _delta_shape(adapter, m, False), _delta_shape(adapter, m, True)
+    if plain != turned:
+        name = f"{m.module}.weight"
+        found = [
+            base.spec(n).shape for n in base.names() if n == name or n.endswith("." + name) or name.endswith("." + n)
+        ]
+        return turned in found if found else m.transposed
+    if len(plain) != 2:
+        return False
+    if base.config.get("model_type") in _CONV1D_MODELS:
+        return m.module.rpartition(".")[2] in _CONV1D_LAYERS
+    return m.transposed
 
 
 def _target(base: Checkpoint, adapter: Adapter, name: str, shape: tuple[int, ...]) -> str:

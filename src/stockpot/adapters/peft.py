@@ -21,7 +21,8 @@ class LowRank:
     """One module's factors: delta = scale * B A, of the base's tensor `<module>.weight`.
 
     a, b        names of A `[rank, in, ...]` and B `[out, rank, ...]`
-    transposed  the delta is (B A)^T: embeddings, and Conv1D layers (fan_in_fan_out)
+    transposed  the delta is (B A)^T: embeddings, and Conv1D layers as the config has it (fan_in_fan_out)
+    embedding   the factors of an embedding
     bias        name of B's bias `[out]` (lora_bias), or None
     """
 
@@ -32,6 +33,7 @@ class LowRank:
     scale: float
     transposed: bool = False
     bias: str | None = None
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
         raise CheckpointError(f"{checkpoint.ref}: peft_type {kind!r}: products are known for LoRA adapters only")
     if config.get("target_parameters"):
         raise CheckpointError(f"{checkpoint.ref}: target_parameters: products of expert parameters are not supported")
+    if config.get("alora_invocation_tokens"):
+        raise CheckpointError(
+            f"{checkpoint.ref}: an activated LoRA (alora_invocation_tokens) acts on some tokens only, so that it has no "
+            "product that could be averaged or merged; average its factors"
+        )
     found: dict[str, dict[str, str]] = {}
     plain = []
     for name in checkpoint.names():
@@ -99,7 +106,7 @@ def _low_rank(checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str]) -> 
         raise CheckpointError(f"{checkpoint.ref}: {module}: factors of rank {rank}, adapter_config.json says {r}")
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     transposed = embedding or bool(config.get("fan_in_fan_out"))
-    return LowRank(module, a, b, rank, float(scale), transposed, parts.get("lora_B.bias"))
+    return LowRank(module, a, b, rank, float(scale), transposed, parts.get("lora_B.bias"), embedding)
 
 
 def _patterned(checkpoint: Checkpoint, key: str, module: str, default: Any) -> float:
@@ -115,6 +122,6 @@ def _patterned(checkpoint: Checkpoint, key: str, module: str, default: Any) -> f
             if matches:
                 value = own
                 break
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
         raise CheckpointError(f"{checkpoint.ref}: adapter_config.json: {key} of {module} is {value!r}, not a number")
     return value

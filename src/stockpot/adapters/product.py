@@ -14,6 +14,9 @@ from stockpot.specs import DType, TensorSpec
 
 __all__ = ["ProductAdapter", "check_products", "product_adapter"]
 
+#: values of init_lora_weights with which the base is not the base any more
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @dataclass(frozen=True)
 class ProductAdapter(DerivedCheckpoint):
@@ -82,6 +85,9 @@ def product_adapter(
 ) -> ProductAdapter:
     """The adapter of sum_i w_i (scale_i B_i A_i); biases and saved modules are averaged with the same weights.
 
+    Factors are written in float32 where they are stored narrower, unless dtype says otherwise: weights and scales go into
+    B, which would lose digits.
+
     Raises MismatchError where modules or shapes differ, or for DoRA. Ranks and scales may differ.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -98,8 +104,8 @@ def product_adapter(
         total = sum(a.modules[module].rank for a in adapters)
         ranks[module] = total if rank is None else min(rank, total, *_sides(first, m))
         a, b = specs[m.a], specs[m.b]
-        specs[m.a] = TensorSpec(a.dtype, (ranks[module], *a.shape[1:]))
-        specs[m.b] = TensorSpec(b.dtype, (b.shape[0], ranks[module], *b.shape[2:]))
+        specs[m.a] = TensorSpec(dtype or _wide(a.dtype), (ranks[module], *a.shape[1:]))
+        specs[m.b] = TensorSpec(dtype or _wide(b.dtype), (b.shape[0], ranks[module], *b.shape[2:]))
         owners |= {m.a: (module, "a"), m.b: (module, "b")} | ({m.bias: (module, "bias")} if m.bias else {})
     return ProductAdapter(
         ref,
@@ -116,6 +122,10 @@ def product_adapter(
     )
 
 
+def _wide(dtype: DType) -> DType:
+    return dtype if dtype.itemsize >= 4 else DType.F32
+
+
 def _sides(adapter: Adapter, m: LowRank) -> tuple[int, int]:
     a, b = adapter.checkpoint.spec(m.a), adapter.checkpoint.spec(m.b)
     return a.numel // a.shape[0], b.shape[0]
@@ -125,7 +135,10 @@ def _config(adapter: Adapter, ranks: dict[str, int]) -> dict[str, Any]:
     """adapter_config.json: alpha equal to the rank everywhere, so that PEFT's scale is one."""
     config = dict(adapter.checkpoint.config)
     usual = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
-    odd = {re.escape(m): r for m, r in sorted(ranks.items(), key=lambda i: -len(i[0])) if r != usual}
+    odd = {}
+    if len(set(ranks.values())) > 1:
+        # every module, the longest names first: PEFT takes the first pattern that matches a name's end
+        odd = {re.escape(m): r for m, r in sorted(ranks.items(), key=lambda i: (-len(i[0]), i[0]))}
     config |= {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": odd, "alpha_pattern": dict(odd)}
     return config
 
@@ -135,6 +148,13 @@ def check_products(adapters: Sequence[Adapter]) -> None:
     first = adapters[0]
     for other in adapters:
         ref = other.checkpoint.ref
+        start = other.checkpoint.config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+            raise MismatchError(
+                f"{ref}: initialised with {start!r}, for which PEFT changes the base's weights as it loads the adapter, by an "
+                "amount that depends on the rank: average it as factors, or convert it to a plain LoRA with PEFT "
+                "(path_initial_model_for_weight_conversion) first"
+            )
         if other.is_dora:
             raise MismatchError(
                 f"{ref}: a DoRA adapter: its change of a weight depends on the base's weight, so that products B A don't add "

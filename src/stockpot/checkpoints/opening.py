@@ -86,6 +86,8 @@ def _model_files(text: str, path: str) -> tuple[Header, ...]:
         raise CheckpointError(f"{text}: several index files ({', '.join(indexes)}); name one .safetensors file instead")
     if indexes:
         return _sharded(text, path, indexes[0])
+    if any(f.startswith("adapter_model.") for f in listing):
+        raise CheckpointError(f"{text}: adapter weights without adapter_config.json; an interrupted save?")
     single = [f for f in listing if f.endswith(".safetensors")]
     if len(single) == 1:
         return (read_header(os.path.join(path, single[0])),)

@@ -13,7 +13,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,22 @@ class TorchFile:
     scalars: Mapping[str, Any]
 
 
+class _Sealed:
+    """What a pickle may make but not alter."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     key: str
     dtype: DType | None
     numel: int
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Sealed):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -96,6 +103,21 @@ class _Unreadable(_Inert):
     how = ""
 
 
+class _Named(_Sealed):
+    """What stands for a class or function that the reader knows: made anew each time, so that a file can't reach the
+    reader's own tables through it.
+    """
+
+    __slots__ = ("call", "value")
+
+    def __init__(self, call: Callable[..., Any] | None = None, value: DType | None = None) -> None:
+        self.call = call
+        self.value = value
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args) if self.call is not None else _Inert()
+
+
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
     if not isinstance(storage, _Storage):
         return _Inert()
@@ -108,7 +130,7 @@ def _rebuild_v3(
     """Dtypes without a storage class of their own lie in untyped storages."""
     if not isinstance(storage, _Storage):
         return _Inert()
-    known = dtype if isinstance(dtype, DType) else None
+    known = dtype.value if isinstance(dtype, _Named) else None
     return _Tensor(_Storage(storage.key, known, storage.numel), offset, tuple(shape), tuple(stride))
 
 
@@ -116,29 +138,29 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
-_KNOWN = {
+_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): lambda *args: OrderedDict(),
 }
 
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
+            return _Named(_KNOWN[module, name])
         if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
+            return _Named(value=_STORAGES[name])
         if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+            return _Named(value=_DTYPES[name])
         if module.startswith("torch") and name.startswith("_rebuild"):
             return type("Unreadable", (_Unreadable,), {"how": f"{module}.{name}"})
         return type("Inert", (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str):
-            dtype = pid[1] if isinstance(pid[1], DType) else None
+            dtype = pid[1].value if isinstance(pid[1], _Named) else None
             return _Storage(pid[2], dtype, pid[4] if isinstance(pid[4], int) else -1)
         return _Inert()
 
@@ -156,6 +178,18 @@ def read_torch_file(path: str) -> TorchFile:
             places, pickled, root = _members(path, f)
     except OSError as e:
         raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OverflowError,
+        struct.error,
+    ) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a readable zip file: {e}; an interrupted save?") from e
     try:
         document = _Reader(io.BytesIO(pickled)).load()
     except Exception as e:  # whatever a damaged pickle leads to
@@ -174,29 +208,25 @@ def read_torch_file(path: str) -> TorchFile:
 
 def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes, str]:
     """({member: byte range}, the pickle, the archive's folder)."""
-    try:
-        archive = zipfile.ZipFile(f)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-        raise CheckpointError(f"{path}: not a readable zip file: {e}; an interrupted save?") from e
-    with archive:
+    with zipfile.ZipFile(f) as archive:
         found = [i for i in archive.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
         if len(found) != 1:
             raise CheckpointError(f"{path}: a zip file, but not one that torch.save writes (no data.pkl)")
-        if found[0].file_size > _MAX_PICKLE:
-            raise CheckpointError(f"{path}: its pickle of {found[0].file_size} bytes is too large")
         root = found[0].filename[: -len("data.pkl")]
         places = {}
         for info in archive.infolist():
-            if info.filename.startswith(root + "data/"):
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save never does")
-                places[info.filename[len(root + "data/") :]] = _place(path, f, info)
-        try:
-            if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder").strip() != b"little":
-                raise CheckpointError(f"{path}: written on a big-endian machine, which is not supported")
-            return places, archive.read(found[0]), root
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
-            raise CheckpointError(f"{path}: its pickle can't be taken out of the zip file: {e}") from e
+            if not info.filename.startswith(root):
+                continue
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save never does")
+            places[info.filename[len(root) :]] = _place(path, f, info)
+        sizes = {name: stop - start for name, (start, stop) in places.items()}
+        if sizes["data.pkl"] > _MAX_PICKLE:
+            raise CheckpointError(f"{path}: its pickle of {sizes['data.pkl']} bytes is too large")
+        if "byteorder" in places and (sizes["byteorder"] > 64 or archive.read(root + "byteorder").strip() != b"little"):
+            raise CheckpointError(f"{path}: not written on a little-endian machine, which is not supported")
+        data = {name[len("data/") :]: place for name, place in places.items() if name.startswith("data/")}
+        return data, archive.read(found[0]), root
 
 
 def _place(path: str, f: Any, info: zipfile.ZipInfo) -> tuple[int, int]:

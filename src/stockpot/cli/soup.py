@@ -130,7 +130,10 @@ def soup(
     opened = open_run(run, snapshots=snapshots, metrics=metrics)
     options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size)
     if spec.kind == "lawa":
-        _windows(opened, spec, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet)
+        how: dict[str, Any] = {"adapter": adapter, "rank": rank, "base": base}
+        _windows(
+            opened, spec, how, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet
+        )
         return
     recipe = api.soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
     _one(recipe, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet)
@@ -171,6 +174,7 @@ def _one(
 def _windows(
     run: Any,
     spec: SoupSpec,
+    how: dict[str, Any],
     out: str,
     options: api.Options,
     *,
@@ -185,22 +189,23 @@ def _windows(
     from stockpot import api
     from stockpot.cli.show import print_json
     from stockpot.cli.show_run import show_soup
+    from stockpot.runs import soup_name
 
     windows = api.resolve_windows(run, spec)
     if not dry_run:
         api.check_windows(run, windows, out, overwrite=overwrite)
+    plans = [api.plan_soup(api.window_recipe(run, made, **how), options) for _, made in windows]
     documents = []
-    for step, made in windows:
+    for (step, made), planned in zip(windows, plans, strict=True):
         document = made.to_dict()
         if not dry_run:
-            recipe = api.window_recipe(run, made)
-            result = api.merge(recipe, os.path.join(out, f"checkpoint-{step}"), options, overwrite=overwrite)
-            document["path"] = result.path
+            folder = os.path.join(out, f"checkpoint-{step}")
+            document["path"] = api.merge_planned(planned, folder, options, overwrite=overwrite).path
         documents.append(document)
         if not (as_json or quiet):
             show_soup(made)
     if as_json:
-        print_json({"name": windows[-1][1].name.rpartition("_")[0], "windows": documents})
+        print_json({"name": soup_name(spec, len(windows[-1][1].ingredients)), "windows": documents})
 
 
 def _steps(text: str | None) -> tuple[int, ...] | None:

@@ -30,17 +30,22 @@ def read_weights(path: str) -> dict[int, float]:
             raise ArgumentError(f'{path}: expected an object from step to weight, such as {{"100": 0.4, "200": 0.6}}')
         rows = list(pairs)
     else:
-        reader = csv.DictReader(text.splitlines())
-        columns = [c.strip() for c in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        if "step" not in columns or "weight" not in columns:
-            raise ArgumentError(f"{path}: expected the columns step and weight, got {', '.join(columns) or 'nothing'}")
-        rows = [(row["step"], row["weight"]) for row in reader]
+        try:
+            reader = csv.DictReader(text.splitlines())
+            columns = [c.strip() for c in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            if "step" not in columns or "weight" not in columns:
+                raise ArgumentError(
+                    f"{path}: expected the columns step and weight, got {', '.join(columns) or 'nothing'}"
+                )
+            rows = [(row["step"], row["weight"]) for row in reader]
+        except csv.Error as e:
+            raise ArgumentError(f"{path}: not a CSV file: {e}") from e
     out: dict[int, float] = {}
     for step, weight in rows:
         try:
             key, value = int(step), float(weight)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ArgumentError(f"{path}: step {step!r} with weight {weight!r}: expected two numbers") from None
         if key in out:
             raise ArgumentError(f"{path}: step {key} is given twice")

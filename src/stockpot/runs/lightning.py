@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -94,6 +95,11 @@ def _metrics(root: str, folder: str) -> MetricLog:
     if not found:
         return MetricLog()
     log = read_metrics_file(found[0])
+    series = dict(log.series)
+    for path in found[1:]:  # what a resumed run logged before
+        for name, points in read_metrics_file(path).series.items():
+            begin = series[name][0][0] if name in series else math.inf
+            series[name] = (*(p for p in points if p[0] < begin), *series.get(name, ()))
     # Lightning logs the first batch as step 0, and names the checkpoint after it step=1
-    series = {name: tuple((step + 1, value) for step, value in points) for name, points in log.series.items()}
-    return MetricLog(series, log.source)
+    shifted = {name: tuple((step + 1, value) for step, value in points) for name, points in series.items()}
+    return MetricLog(shifted, log.source)

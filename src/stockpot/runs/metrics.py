@@ -122,13 +122,13 @@ def log_from_rows(rows: Iterable[Mapping[str, Any]], source: str, *, drop: re.Pa
 def _number(raw: Any) -> float | None:
     if isinstance(raw, bool) or raw is None:
         return None
-    if isinstance(raw, (int, float)):
-        return float(raw)
-    if isinstance(raw, str) and raw.strip():
+    if isinstance(raw, (int, float)) or (isinstance(raw, str) and raw.strip()):
         try:
             return float(raw)
         except ValueError:
             return None
+        except OverflowError:  # an integer of hundreds of digits
+            return math.inf
     return None
 
 

@@ -2,8 +2,9 @@
 
     <which>_<how>[_<more>]
 
-which  last_K | last_K_EVERY | from_START[_EVERY] | steps_100-200-300, then _best_N_<metric> where the best are chosen
-how    unweighted | <metric>_pf-<n>_<d> | linear | 1-sqrt | ema-<n>_<d> | ema-step-<n>_<d> | lawa | swa | weights-<digest>
+which  last_K | last_K_EVERY | from_START[_EVERY] | steps_100-200-300, then best_N where the best are chosen
+how    unweighted | <metric>_pf-<n>_<d> | linear | 1-sqrt | ema-<n>_<d> | ema-step-<n>_<d> | lawa | swa | weights-<digest>,
+       after the metric where the best by it are chosen: last_10_best_3_eval_loss_unweighted
 more   min, max (an objective that the metric's name does not say), q-<n>_<d>, s-<N> (smooth), final (include_final)
 """
 
@@ -20,21 +21,26 @@ from stockpot.runs.weighting import DEFAULT_POWER
 
 __all__ = ["parse_name", "soup_name"]
 
-_METRIC = r"(?P<metric>.+?)"
-_NUMBER = r"\d+_\d+"
+_INT = r"\d{1,12}"
+_NUMBER = r"\d{1,320}_\d{1,340}"
 _NAME = re.compile(
-    r"(?:last_(?P<last>\d+)(?:_(?P<every>\d+))?|from_(?P<start>\d+)(?:_(?P<start_every>\d+))?|steps_(?P<steps>\d+(?:-\d+)*))"
-    r"(?:_best_(?P<best>\d+)_(?P<best_by>.+?))?"
-    rf"_(?:(?P<plain>unweighted|linear|1-sqrt|lawa|swa)|ema(?P<per>-step)?-(?P<decay>{_NUMBER})"
-    rf"|{_METRIC}_pf-(?P<penalty>{_NUMBER}))"
-    rf"(?:_(?P<objective>min|max))?(?:_q-(?P<power>{_NUMBER}))?(?:_s-(?P<smooth>\d+))?(?P<final>_final)?"
+    rf"(?:last_(?P<last>{_INT})(?:_(?P<every>{_INT}))?|from_(?P<start>{_INT})(?:_(?P<start_every>{_INT}))?"
+    rf"|steps_(?P<steps>{_INT}(?:-{_INT})*))"
+    rf"(?:_best_(?P<best>{_INT}))?"
+    r"_(?:(?:(?P<best_by>.+?)_)?(?P<plain>unweighted|linear|1-sqrt|lawa|swa)"
+    rf"|(?:(?P<ema_by>.+?)_)?ema(?P<per>-step)?-(?P<decay>{_NUMBER})"
+    rf"|(?P<metric>.+?)_pf-(?P<penalty>{_NUMBER}))"
+    rf"(?:_(?P<objective>min|max))?(?:_q-(?P<power>{_NUMBER}))?(?:_s-(?P<smooth>{_INT}))?(?P<final>_final)?"
 )
 _PLAIN = {"uniform": "unweighted", "linear": "linear", "1-sqrt": "1-sqrt", "lawa": "lawa", "swa": "swa"}
 
 
 def soup_name(spec: SoupSpec, count: int) -> str:
     """The name of a soup of `count` snapshots (before `best` chooses among them)."""
-    every = f"_{spec.every}" if spec.every != 1 else ""
+    metric = {"step": "steps"}.get(spec.by or "", spec.by)
+    # a metric such as 5_shot_acc would be taken for the interval
+    digit = metric is not None and metric[0].isdigit() and spec.best is None
+    every = f"_{spec.every}" if spec.every != 1 or digit else ""
     if spec.weights is not None:
         which = "steps_" + "-".join(map(str, spec.weights))
     elif spec.steps is not None:
@@ -43,10 +49,9 @@ def soup_name(spec: SoupSpec, count: int) -> str:
         which = f"from_{spec.start}{every}"
     else:
         which = f"last_{count}{every}"
-    metric = {"step": "steps"}.get(spec.by or "", spec.by)
-    if spec.best is not None:
-        which += f"_best_{spec.best}_{metric}"
     kind = spec.kind
+    if spec.best is not None:
+        which += f"_best_{spec.best}" + (f"_{metric}" if kind != "metric" else "")
     if kind in _PLAIN:
         how = _PLAIN[kind]
     elif kind == "ema":
@@ -77,9 +82,7 @@ def parse_name(name: str) -> SoupSpec:
             f"{name!r} is not the name of a soup, such as last_10_loss_pf-0_7, last_5_3_unweighted or "
             "last_10_ema-0_9 (one with given weights can't be had from its name)"
         )
-    metric = m["metric"] or m["best_by"]
-    if m["metric"] and m["best_by"] and m["metric"] != m["best_by"]:
-        raise ArgumentError(f"{name!r}: names two metrics, {m['best_by']!r} and {m['metric']!r}")
+    metric = m["metric"] or m["best_by"] or m["ema_by"]
     plain = {written: scheme for scheme, written in _PLAIN.items()}.get(m["plain"] or "")
     every = m["every"] or m["start_every"]
     return SoupSpec(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from stockpot.errors import ArgumentError, CheckpointError
@@ -88,7 +89,7 @@ def resolve_windows(run: Run, spec: SoupSpec) -> list[tuple[int, Soup]]:
     for end in range(reach, len(pool) + 1):
         window = pool[end - reach : end : spec.every]
         run.check_kinds(window)
-        name = soup_name(replace(spec, last=k), k) + f"_{window[-1].step}"
+        name = soup_name(SoupSpec(steps=tuple(s.step for s in window)), k)
         out.append((window[-1].step, Soup(name, tuple(Ingredient(s, w) for s, w in zip(window, uniform(k))))))
     return out
 
@@ -203,7 +204,7 @@ def _given(spec: SoupSpec, chosen: Sequence[Snapshot], notes: list[str]) -> list
     values = [spec.weights[s.step] for s in chosen]
     total = sum(values)
     if spec.normalize:
-        if total <= 0:
+        if not 0 < total < math.inf:
             raise ArgumentError(f"weights: they sum to {total:g}, which can't be normalised")
         return [v / total for v in values]
     if abs(total - 1) > 1e-6:

@@ -42,7 +42,8 @@ def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
                 f"{text} holds a final model too; without {_STATE} its step is not known, so it is left out"
             )
     rows = state.get("log_history") if state else None
-    log = log_from_rows((r for r in rows or () if isinstance(r, dict)), "log_history of trainer_state.json", drop=_DROP)
+    source = "log_history of trainer_state.json" if state else "; ".join(w for w in warnings if _STATE in w)
+    log = log_from_rows((r for r in rows or () if isinstance(r, dict)), source, drop=_DROP)
     return Run(text, "transformers", tuple(shots), MetricLog(log.series, log.source, damage), warnings=tuple(warnings))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import MetricLog, known_objective
 from stockpot.runs.weighting import decay_weights, ema_weights, metric_weights, uniform
 
-__all__ = ["Held", "SnapshotAverage", "checked_spec", "swapped", "trainable"]
+__all__ = ["Held", "SnapshotAverage", "checked_every", "checked_spec", "swapped", "trainable"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,6 +47,13 @@ def checked_spec(spec: SoupSpec | None) -> SoupSpec:
     if spec.kind == "metric" and spec.objective is None and known_objective(str(spec.by)) is None:
         raise ArgumentError(f"whether a low or a high {spec.by!r} is better can't be told: give objective min or max")
     return spec
+
+
+def checked_every(every: int) -> int:
+    """Steps between snapshots. Raises ArgumentError."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ArgumentError(f"every: expected a whole number of at least 1, got {every!r}")
+    return every
 
 
 class SnapshotAverage:
@@ -89,9 +97,7 @@ class SnapshotAverage:
         kind = self.spec.kind
         if kind == "metric":
             objective = self.spec.objective or known_objective(str(self.spec.by)) or "min"
-            usable = [
-                h for h in usable if h.metric is not None and (h.metric > 0 or (h.metric == 0 and objective == "max"))
-            ]
+            usable = [h for h in usable if h.metric is not None and math.isfinite(h.metric) and h.metric > 0]
         if not usable:
             return {}
         steps = [h.step for h in usable]
@@ -111,18 +117,19 @@ class SnapshotAverage:
         weights = self.weights()
         if not weights:
             return None
+        used = [h for h in self.held if h.step in weights]
         out: Tensors = {}
-        for h in self.held:
-            if h.step not in weights:
-                continue
-            for name, tensor in h.tensors.items():
-                if name in out:
-                    out[name].add_(tensor.to(out[name].dtype), alpha=weights[h.step])
-                else:
-                    wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
-                    out[name] = tensor.to(wide) * weights[h.step]
-        like = self.held[-1].tensors
-        return {name: tensor.to(like[name].dtype) for name, tensor in out.items() if name in like}
+        for name, like in used[-1].tensors.items():
+            # a parameter that was unfrozen on the way is averaged over the snapshots that hold it
+            having = [h for h in used if name in h.tensors]
+            total = sum(weights[h.step] for h in having)
+            if total <= 0:
+                having, total = used[-1:], 1.0
+            mean = torch.zeros(like.shape, dtype=torch.float64 if like.dtype is torch.float64 else torch.float32)
+            for h in having:
+                mean.add_(h.tensors[name].to(mean.dtype), alpha=weights[h.step] / total if len(having) > 1 else 1.0)
+            out[name] = mean.to(like.dtype)
+        return out
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stockpot.runs import SoupSpec
-from stockpot.training.average import Held, SnapshotAverage, swapped
+from stockpot.training.average import Held, SnapshotAverage, checked_every, swapped
 
 __all__ = ["MergingCallback"]
 
@@ -56,7 +56,7 @@ class MergingCallback(_Callback):
         save: bool = True,
     ) -> None:
         super().__init__()
-        self.every = every
+        self.every = checked_every(every)
         self.snapshots = SnapshotAverage(spec)
         self.evaluate = evaluate
         self.save = save

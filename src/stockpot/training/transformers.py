@@ -10,28 +10,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import log_from_rows
-from stockpot.training.average import Held, SnapshotAverage, swapped
+from stockpot.training.average import Held, SnapshotAverage, checked_every, swapped
 
 __all__ = ["MergingCallback"]
 
-#: in a checkpoint's folder: the average, loadable like the checkpoint itself, and the snapshots for a resumed run
-MERGED = "merged"
-SNAPSHOTS = "merged_snapshots"
+#: in a checkpoint's folder: the average, loadable like the checkpoint itself, and the snapshots for a resumed run. They lie
+#: two levels down: of an adapter in a folder right inside the checkpoint, the Trainer would make a second adapter on resume
+MERGED = os.path.join("merging", "average")
+SNAPSHOTS = os.path.join("merging", "snapshots")
 
 
-class MergingCallback(TrainerCallback):
+class MergingCallback(TrainerCallback, ExportableState):
     """Keeps the metrics-weighted average (arXiv 2504.18580) of the last k snapshots beside the model that trains.
 
     spec      how many and how weighted; by default the last 10 by training loss with penalty 0.7
     every     steps between snapshots; by default `save_steps`, or `logging_steps` where saving is not by steps
     evaluate  False; True: the mean loss over the Trainer's evaluation set at each evaluation (or all that
               `Trainer.evaluate` measures, once `callback.trainer = trainer` was set); or a function from model to metrics
-    save      write the average into `checkpoint-N/merged` with each checkpoint: an adapter that PEFT loads, or a model
+    save      write the average into `checkpoint-N/merging/average` with each checkpoint: an adapter that PEFT loads, or a model
 
     Results of evaluation stand in the log history as `eval_merged_*`. The callback resumes with the Trainer: snapshots
     are kept as files inside each checkpoint (hard links to those of the one before where the disk has them).
@@ -46,12 +48,17 @@ class MergingCallback(TrainerCallback):
         save: bool = True,
     ) -> None:
         self.snapshots = SnapshotAverage(spec)
-        self.every = every
+        self.every = None if every is None else checked_every(every)
         self.evaluate = evaluate
         self.save = save
         self.trainer: Any = None
         self._evaluating = False
         self._files: dict[int, str] = {}
+        self._folder = ""
+
+    def state(self) -> dict[str, Any]:
+        """What goes into trainer_state.json: where the snapshots lie, for a run that resumes from another directory."""
+        return {"args": {}, "attributes": {"folder": self._folder}}
 
     # the Trainer's events
 
@@ -62,12 +69,15 @@ class MergingCallback(TrainerCallback):
             )
         if state.global_step:
             self._resume(args, state)
+            # the Trainer expects an entry of every such callback, also where the run began without it
+            getattr(state, "stateful_callbacks", {}).setdefault(type(self).__name__, self.state())
         else:
             self.snapshots.held.clear()
             self._files.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if model is not None and state.global_step % self._interval(args) == 0:
+        self._folder = os.path.abspath(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+        if model is not None and state.global_step % self._interval(args, state) == 0:
             self.snapshots.add(state.global_step, model)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -98,11 +108,11 @@ class MergingCallback(TrainerCallback):
 
     # what they do
 
-    def _interval(self, args: Any) -> int:
+    def _interval(self, args: Any, state: Any) -> int:
         if self.every is not None:
             return self.every
         by_steps = str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps"
-        steps = args.save_steps if by_steps else args.logging_steps
+        steps = state.save_steps if by_steps else state.logging_steps  # args may hold fractions of the run
         return max(int(steps), 1)
 
     def _average(self, state: Any) -> dict[str, torch.Tensor] | None:
@@ -124,13 +134,18 @@ class MergingCallback(TrainerCallback):
             for batch in loader:
                 moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
                 size = len(next(iter(moved.values())))
-                total += float(model(**moved).loss) * size
+                total += float(_loss(model(**moved))) * size
                 count += size
         return {"eval_merged_loss": total / count} if count else {}
 
     def _write_average(self, model: Any, average: Mapping[str, torch.Tensor], folder: str) -> None:
         with swapped(model, average):
-            model.save_pretrained(folder)
+            if hasattr(model, "save_pretrained"):
+                active = getattr(model, "active_adapter", None)
+                model.save_pretrained(folder, **({"selected_adapters": [active]} if isinstance(active, str) else {}))
+            else:
+                os.makedirs(folder, exist_ok=True)
+                save_model(model, os.path.join(folder, "model.safetensors"))
         record = {
             "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in self.snapshots.spec.given().items()},
             "snapshots": [
@@ -142,20 +157,29 @@ class MergingCallback(TrainerCallback):
             json.dump(record, f, indent=1)
 
     def _write_snapshots(self, folder: str) -> None:
-        os.makedirs(folder, exist_ok=True)
+        fresh = folder + ".new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.makedirs(fresh)
         for h in self.snapshots.held:
-            path = os.path.join(folder, f"{h.step}.safetensors")
+            name = f"{h.step}.safetensors"
             known = self._files.get(h.step)
-            if known is None or not _linked(known, path):
-                save_file({n: t.contiguous() for n, t in h.tensors.items()}, path)
-            self._files[h.step] = path
-        self._files = {h.step: self._files[h.step] for h in self.snapshots.held}
+            if known is None or not _linked(known, os.path.join(fresh, name)):
+                save_file({n: t.contiguous() for n, t in h.tensors.items()}, os.path.join(fresh, name))
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same directory
+        os.rename(fresh, folder)
+        self._files = {h.step: os.path.join(folder, f"{h.step}.safetensors") for h in self.snapshots.held}
 
     def _resume(self, args: Any, state: Any) -> None:
         """The snapshots of the checkpoint that training goes on from."""
         places = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
         if isinstance(args.resume_from_checkpoint, str) and args.resume_from_checkpoint:
             places.insert(0, args.resume_from_checkpoint)
+        # the state that was resumed from names the checkpoint that it lay in
+        known = (getattr(state, "stateful_callbacks", None) or {}).get(type(self).__name__)
+        if isinstance(known, dict):
+            folder = (known.get("attributes") or {}).get("folder")
+            if isinstance(folder, str) and os.path.basename(folder) == f"checkpoint-{state.global_step}":
+                places.insert(0, folder)
         self.snapshots.held.clear()
         self._files.clear()
         for place in places:
@@ -174,10 +198,14 @@ class MergingCallback(TrainerCallback):
         )
 
 
+def _loss(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return output["loss"]
+    return output.loss if hasattr(output, "loss") else output[0]
+
+
 def _linked(source: str, target: str) -> bool:
     """A hard link, or a copy where the disk has no links; False where the source is gone."""
-    if os.path.exists(target):
-        os.unlink(target)
     try:
         os.link(source, target)
     except OSError:
