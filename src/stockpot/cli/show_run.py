@@ -80,7 +80,9 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
         )
     else:
         print("no metrics" + (f" ({run.metrics.source})" if run.metrics.source else " were logged"))
-    shown = [n for n in names if n not in ("epoch", "learning_rate", "grad_norm")][:6]
+    shown = [n for n in names if n not in ("epoch", "learning_rate", "grad_norm") and len(run.metrics.series[n]) > 1][
+        :6
+    ]
     print()
     rows = []
     inexact = False
