@@ -24,7 +24,7 @@ def main() -> None:
     snapshots.main(out, parts)
     print("\n== Experts of many ==\n")
     experts.main(out, parts)
-    print(f"Everything is in {out}; `stockpot verify {out}/soup-by-loss` checks an output against its lineage.")
+    print(f"Everything is in {out}; `stockpot verify {out}/soup-5-by-loss` checks an output against its lineage.")
 
 
 if __name__ == "__main__":

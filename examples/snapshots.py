@@ -18,12 +18,13 @@ from transformers.trainer_callback import PrinterCallback
 from shared import BATCH, BLOCK, loss, stockpot
 
 DOMAIN = "code"
-STEPS, SAVE_STEPS = 405, 25  # 16 snapshots and the final checkpoint
+STEPS, SAVE_STEPS = 325, 20  # 16 snapshots and the final checkpoint
 SOUPS = {
-    "uniform": ["--last", "10"],
-    "by loss": ["--last", "10", "--by", "loss", "--penalty", "0.7"],
-    "by step": ["--last", "10", "--by", "step", "--penalty", "0.7"],
-    "by loss, exact products": ["--last", "10", "--by", "loss", "--penalty", "0.7", "--adapter", "product"],
+    "soup-10-uniform": ["--last", "10"],
+    "soup-10-by-loss": ["--last", "10", "--by", "loss", "--penalty", "0.7"],
+    "soup-5-uniform": ["--last", "5"],
+    "soup-5-by-loss": ["--last", "5", "--by", "loss", "--penalty", "0.7"],
+    "soup-5-by-loss-exact": ["--last", "5", "--by", "loss", "--penalty", "0.7", "--adapter", "product"],
 }
 
 
@@ -38,7 +39,7 @@ def fine_tune(out: Path, data: torch.Tensor, callbacks: Any = ()) -> Trainer:
     windows = data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
     rows = [{"input_ids": w, "labels": w} for w in windows]
     arguments = TrainingArguments(
-        str(out / "run"), max_steps=STEPS, save_steps=SAVE_STEPS, logging_steps=SAVE_STEPS, learning_rate=4e-3,
+        str(out / "run"), max_steps=STEPS, save_steps=SAVE_STEPS, logging_steps=SAVE_STEPS, learning_rate=6e-3,
         lr_scheduler_type="constant_with_warmup", warmup_steps=20, per_device_train_batch_size=BATCH // 2,
         report_to=[], disable_tqdm=True, use_cpu=True, seed=0,
     )  # fmt: skip
@@ -61,24 +62,24 @@ def main(out: Path, parts: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None
         fine_tune(out, training)
         print(f"fine-tuned a LoRA adapter on {DOMAIN} in {time.monotonic() - began:.0f} s")
     stockpot(out, "run", "show", "run")
-    for name, options in SOUPS.items():
-        stockpot(out, "soup", "run", f"soup-{name.replace(', ', '-').replace(' ', '-')}", *options, "--overwrite")
+    for number, (folder, options) in enumerate(SOUPS.items()):
+        stockpot(out, "soup", "run", folder, *options, "--overwrite", *(["--quiet"] if number not in (1, 4) else []))
     steps = sorted(int(p.name.partition("-")[2]) for p in (out / "run").glob("checkpoint-*"))
     rows = {
         "base": None,
-        f"last merging checkpoint ({steps[-2]})": f"run/checkpoint-{steps[-2]}",
-        f"final checkpoint ({steps[-1]})": f"run/checkpoint-{steps[-1]}",
-    } | {f"soup, {name}": f"soup-{name.replace(', ', '-').replace(' ', '-')}" for name in SOUPS}
+        f"last merging checkpoint, step {steps[-2]}": f"run/checkpoint-{steps[-2]}",
+        f"final checkpoint, step {steps[-1]}": f"run/checkpoint-{steps[-1]}",
+    } | {name: name for name in SOUPS}
     table = Table(title=f"held-out loss on {DOMAIN} (nats a token, lower is better)", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
     table.add_column("name of the soup")
-    for label, folder in rows.items():
+    for label, place in rows.items():
         model = LlamaForCausalLM.from_pretrained(out / "base")
         name = ""
-        if folder is not None:
-            model = PeftModel.from_pretrained(model, out / folder)
-            record = out / folder / "stockpot.json"
+        if place is not None:
+            model = PeftModel.from_pretrained(model, out / place)
+            record = out / place / "stockpot.json"
             name = json.loads(record.read_text())["soup"]["name"] if record.exists() else ""
         table.add_row(label, f"{loss(model, held_out):.4f}", name)
     Console(width=100).print(table)
