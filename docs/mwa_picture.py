@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "stockpot"  # the same file every time
 import matplotlib.pyplot as plt
 
 from stockpot.runs import metric_weights
@@ -20,6 +16,8 @@ LOSSES = [1.0 + 1e-9 * rank for rank in RANKS]  # equal but for their order: wha
 
 
 def main() -> None:
+    plt.switch_backend("svg")
+    plt.rcParams["svg.hashsalt"] = "stockpot"  # the same file every time
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for p in (1.0, 0.9, 0.7, 0.5):
         left.plot(RANKS, metric_weights(LOSSES, "min", p, 1.2), "o-", label=f"p = {p}")
