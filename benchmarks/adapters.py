@@ -4,7 +4,7 @@
 
 Makes the run (ten snapshots as the Trainer leaves them, 45 MB each) and the base (random bf16 weights, 2.5 GB) when they
 are not there. Whole processes, page cache warm, each in turn so that all see the same machine; medians. PEFT needs a live
-base model: it gets one without the cost of initialising it. `--fused` writes the soup into the base as well.
+base model, which it loads from disk as its users do. `--fused` writes the soup into the base as well.
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ CONFIG = {
 PEFT = """
 import sys, torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
+from transformers import AutoModelForCausalLM
 run, out, *steps = sys.argv[1:]
-torch.set_default_dtype(torch.bfloat16)
-with no_init_weights():
-    base = LlamaForCausalLM(LlamaConfig.from_pretrained(run + "/../base"))
-torch.set_default_dtype(torch.float32)
+base = AutoModelForCausalLM.from_pretrained(run + "/../base", dtype=torch.bfloat16)
 model = PeftModel.from_pretrained(base, f"{run}/checkpoint-{steps[0]}", adapter_name=steps[0])
 for step in steps[1:]:
     model.load_adapter(f"{run}/checkpoint-{step}", adapter_name=step)

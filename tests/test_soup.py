@@ -344,6 +344,14 @@ def test_slerp_takes_no_snapshot_weights(lora_run: Path) -> None:
         build_plan(load_recipe(body))
 
 
+def test_batch_normalisation_is_spoken_of(tmp_path: Path) -> None:
+    for step in (1, 2):
+        state = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).state_dict()
+        torch.save({"state_dict": state, "global_step": step}, tmp_path / f"step={step}.ckpt")
+    result = stockpot.soup(tmp_path, tmp_path / "out")
+    assert any("update_bn" in note for note in result.notes)
+
+
 def test_python_recipe_is_a_start(lora_run: Path, tmp_path: Path) -> None:
     """The recipe behind a soup can be changed and merged."""
     recipe = stockpot.soup_recipe(lora_run, SoupSpec(last=3, by="loss", penalty=0.7))

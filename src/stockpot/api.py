@@ -191,7 +191,8 @@ def _factors_report(planned: Plan) -> dict[str, Any] | None:
         return None
     weights = [i.weight for i in planned.soup.ingredients]
     total = sum(weights)
-    return factors_report(adapters, [w / total for w in weights] if total else weights)
+    workers = planned.budget.workers
+    return factors_report(adapters, [w / total for w in weights] if total else weights, threads=workers)
 
 
 def soup_recipe(

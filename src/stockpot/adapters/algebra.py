@@ -56,13 +56,19 @@ def mean_error(factors: Sequence[tuple[float, float, Array, Array]]) -> tuple[fl
     around the weighted means, sum w_i B_i A_i - B A = sum w_i b_i a_i: the difference without cancellation.
     """
     scale = factors[0][1]
-    mean_a: Array = np.sum([w * a for w, _, a, _ in factors], axis=0)
-    mean_b: Array = np.sum([w * b for w, _, _, b in factors], axis=0)
-    a = np.concatenate([a - mean_a for _, _, a, _ in factors], axis=0)
-    b = np.concatenate([w * (b - mean_b) for w, _, _, b in factors], axis=1)
-    gram_a, gram_b = a @ a.T, b.T @ b
-    difference = float(np.sum(gram_a.astype(np.float64) * gram_b))
+    w = np.array([weight for weight, _, _, _ in factors], factors[0][2].dtype)
+    left = np.stack([a for _, _, a, _ in factors])  # [k, r, n]
+    right = np.stack([b for _, _, _, b in factors], axis=1)  # [m, k, r]
+    mean_a: Array = np.tensordot(w, left, 1)
+    mean_b: Array = np.einsum("k,mkr->mr", w, right)
+    left -= mean_a
+    right -= mean_b[:, None, :]
+    a = left.reshape(-1, left.shape[-1])
+    b = right.reshape(len(right), -1)
+    each = np.repeat(w.astype(np.float64), left.shape[1])  # the weight of every stacked rank
+    gram_a, gram_b = (a @ a.T).astype(np.float64), b.T @ b
+    difference = float(each @ (gram_a * gram_b) @ each)
     own = float(np.sum((mean_a @ mean_a.T).astype(np.float64) * (mean_b.T @ mean_b)))
-    cross = float(np.sum((a @ mean_a.T).astype(np.float64) * (b.T @ mean_b)))
+    cross = float(each @ np.sum((a @ mean_a.T).astype(np.float64) * (b.T @ mean_b), axis=1))
     total = own + 2 * cross + difference
     return scale * max(difference, 0.0) ** 0.5, scale * max(total, 0.0) ** 0.5

@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 def decoded(raw: Any, dtype: DType) -> Array:
     """Bytes -> float32, or float64 for float64."""
     array: Array = np.frombuffer(raw, _DTYPES[dtype])
-    return array if dtype is DType.F64 else array.astype(np.float32)
+    return array if dtype is DType.F64 else array.astype(np.float32, copy=False)
 
 
 def encoded(values: Array, dtype: DType) -> Array:

@@ -12,23 +12,30 @@ from stockpot.adapters.product import ProductAdapter
 __all__ = ["factors_report", "product_report"]
 
 
-def factors_report(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Any]:
+def factors_report(adapters: Sequence[Adapter], weights: Sequence[float], *, threads: int = 1) -> dict[str, Any]:
     """Relative Frobenius error of B A (averaged apart) against the average of the products, of each module and of all.
 
     weights sum to one. Adapters have the same modules, ranks and scales. Reads every factor once.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from threadpoolctl import threadpool_limits
+
     from stockpot.adapters.algebra import mean_error
     from stockpot.adapters.arrays import load_tensor
 
-    pairs: dict[str, tuple[float, float]] = {}
-    for module in adapters[0].modules:
+    def measured(module: str) -> tuple[float, float]:
         factors = []
         for weight, adapter in zip(weights, adapters, strict=True):
             m = adapter.modules[module]
             a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
             factors.append((weight, m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
-        pairs[module] = mean_error(factors)
-    return _report("factors", pairs)
+        return mean_error(factors)
+
+    modules = list(adapters[0].modules)
+    # one module a thread and one BLAS thread each: BLAS's own threads wait on each other where the machine is busy
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        return _report("factors", dict(zip(modules, pool.map(measured, modules), strict=True)))
 
 
 def product_report(product: ProductAdapter) -> dict[str, Any]:

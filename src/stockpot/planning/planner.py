@@ -155,6 +155,7 @@ class _Planner:
 
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
         donor = base if base is not None else parts[0].entries[0].model
+        self.note_batch_norm(donor)
         if recipe.slices:
             matches, _ = match_slices(matcher, parts)
         else:
@@ -258,6 +259,15 @@ class _Planner:
                 RecipeError(
                     f"{where}: {method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
                 )
+            )
+
+    def note_batch_norm(self, donor: int) -> None:
+        """Averages of running statistics are not the statistics of the average."""
+        names = self.inputs[donor].checkpoint.names()
+        if self.soup is not None and any(n.endswith((".running_mean", ".running_var")) for n in names):
+            self.notes.append(
+                "batch normalisation: the running statistics are averaged like weights; compute them again with one pass over "
+                "training data (torch.optim.swa_utils.update_bn)"
             )
 
     # tensors
