@@ -149,10 +149,10 @@ def _split_numpy(delta: Any, low: int, high: int) -> tuple[int, Any]:
     bits = np.ascontiguousarray(magnitude(delta)).view(np.uint32)
     inside = bits < np.uint32(high)
     if not low:
-        return 0, bits[inside]
+        return 0, bits[np.flatnonzero(inside)]
     under = bits < np.uint32(low)
     inside ^= under
-    return int(np.count_nonzero(under)), bits[inside]
+    return int(np.count_nonzero(under)), bits[np.flatnonzero(inside)]  # faster than by booleans
 
 
 def _split_torch(delta: Any, low: int, high: int) -> tuple[int, Any]:

@@ -67,8 +67,7 @@ def keep_where(x: Any, mask: Any) -> Any:
 
         bits = np.uint32 if x.dtype == np.float32 else np.uint64
         kept = mask.astype(bits)
-        np.negative(kept, out=kept)
-        np.bitwise_and(kept, x.view(bits), out=kept)
+        np.multiply(kept, x.view(bits), out=kept)
         return kept.view(x.dtype)
     return x.masked_fill(~mask, 0)
 

@@ -44,7 +44,11 @@ def disjoint_merge(
     divide_by          "weight" (agreeing weight), "count" (agreeing models) or "none"; an empty divisor counts as 1
     zero_is_positive   the sign that an exactly zero sum takes
     """
-    plain = all(w == 1.0 for w in weight)
+    common = weight[0] if len(set(weight)) == 1 and weight[0] > 0 else None
+    if common is not None and divide_by == "weight":
+        common = 1.0  # cancels
+    # a weight that all share elects nothing and is better multiplied once, at the end
+    plain = common is not None
     values = kept if plain else kept * column(weight, kept)
     ballot = values if weighted_election else kept
     mass = add_rows(ballot)
@@ -54,6 +58,8 @@ def disjoint_merge(
     agree = (ballot > 0) == positive
     agree &= ballot != 0
     merged = add_rows(keep_where(values, agree))
+    if common is not None and common != 1.0:
+        merged *= common
     if divide_by == "none":
         return merged
     if divide_by == "count" or plain:
