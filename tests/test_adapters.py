@@ -420,6 +420,19 @@ def test_what_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
         read_adapter(open_checkpoint(one[0]))
 
 
+def test_integers_are_no_factors_and_no_base(tmp_path: Path) -> None:
+    paths = snapshots(base_net, tmp_path, {"r": 2, "target_modules": ["wide"]}, count=2)
+    (tmp_path / "base").mkdir()
+    state = base_net().state_dict() | {"wide.weight": torch.zeros(30, 12, dtype=torch.int8)}
+    save_file(state, tmp_path / "base/model.safetensors")
+    with pytest.raises(MismatchError, match="nothing can be added"):
+        make(paths, tmp_path / "out", mode="fused", base=str(tmp_path / "base"))
+    tensors = {k: v.to(torch.int8) for k, v in load_file(paths[0] / "adapter_model.safetensors").items()}
+    save_file(tensors, paths[0] / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="no dtype of a factor"):
+        make(paths, tmp_path / "out", mode="product")
+
+
 def test_tied_weights_are_not_fused(tmp_path: Path) -> None:
     """A change of a tied embedding would change its twin."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -136,7 +136,7 @@ def test_state_cut_short(run: Path) -> None:
         path = run / f"checkpoint-{step}/trainer_state.json"
         path.write_text(path.read_text()[:300])
     found = open_run(run)
-    assert len(found.warnings) == 3
+    assert len([w for w in found.warnings if "can't be used" in w]) == 3
     assert "cut short?" in found.warnings[0]
     assert found.metrics.value_at("loss", 20).rule == "logged at step 20"
     with pytest.raises(

@@ -178,6 +178,9 @@ def test_lawa_takes_the_adapter_options(lora_run: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/checkpoint-24/adapter_config.json").read_text())["r"] == 2
+    again = cli("soup", lora_run, tmp_path / "out", "--scheme", "lawa", "--last", "5", "--json")
+    assert again.returncode == 0, again.stderr  # what is there is left as it is
+    assert json.loads((tmp_path / "out/checkpoint-24/adapter_config.json").read_text())["r"] == 2
     bad = cli("soup", lora_run, tmp_path / "no", "--scheme", "lawa", "--last", "5", "--adapter", "nonsense")
     assert (bad.returncode, (tmp_path / "no").exists()) == (2, False)
 
@@ -285,6 +288,68 @@ def test_any_method_over_a_run(lora_run: Path, recipe: Callable[[str], Path], tm
     )
     ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("out", "other"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_linear_over_a_run_weighs_every_snapshot(lora_run: Path, tmp_path: Path) -> None:
+    """A base_model among the snapshots is the donor of config, and a model like the others."""
+    run = {"path": str(lora_run), "last": 3, "by": "loss", "penalty": 0.7}
+    stockpot.merge(
+        {"merge_method": "linear", "run": run, "base_model": str(lora_run / "checkpoint-16")}, tmp_path / "out"
+    )
+    exact = averaged(weights_of(lora_run, SoupSpec(last=3, by="loss", penalty=0.7)), "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "out/adapter_model.safetensors").items():
+        assert torch.allclose(tensor.double(), exact[name], atol=1e-7)
+    with pytest.raises(RecipeError, match="linear averages every snapshot alike"):
+        stockpot.plan({"merge_method": "linear", "run": {**run, "base": "first"}})
+
+
+def test_no_file_stays_open(lora_run: Path, tmp_path: Path) -> None:
+    stockpot.soup(lora_run, tmp_path / "warm")
+    before = len(os.listdir("/proc/self/fd"))
+    for i, adapter in enumerate(("factors", "product", None)):
+        stockpot.soup(lora_run, tmp_path / str(i), adapter=adapter)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("base", ["last", 4, "outside"])
+def test_fused_recipes_from_anywhere(
+    lora_run: Path, tiny_llama: Path, tmp_path: Path, base: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base may be any snapshot; paths are relative to the recipe."""
+    text = {
+        "last": f"run: {{path: {lora_run}, last: 2, base: last}}",
+        4: f"run: {{path: {lora_run}, last: 2, base: 4}}",
+        "outside": "models: [run/checkpoint-8, run/checkpoint-12]\nbase_model: run/checkpoint-12",
+    }[base]  # type: ignore[index]
+    (tmp_path / "run").symlink_to(lora_run)
+    (tmp_path / "r.yml").write_text(
+        f"merge_method: ties\n{text}\nadapter: {{mode: fused, base: {tiny_llama}}}\nparameters: {{density: 0.5}}\n"
+    )
+    monkeypatch.chdir("/")
+    stockpot.merge(tmp_path / "r.yml", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"normalize": "banana"}, "normalize: expected"),
+        ({"weight": float("nan")}, "weight: expected"),
+        ({"density": 0.5}, "'density' is not a parameter of linear"),
+        ({"weight": [0.1, 0.2]}, "gradients and filters"),
+    ],
+)
+def test_parameters_under_product(lora_run: Path, settings: dict[str, Any], said: str) -> None:
+    models = [str(lora_run / "checkpoint-4"), str(lora_run / "checkpoint-8")]
+    recipe = {"merge_method": "linear", "models": models, "adapter": "product", "parameters": settings}
+    with pytest.raises(RecipeError, match=said):
+        stockpot.plan(recipe)
+
+
+def test_notes_of_a_dry_run(lora_run: Path) -> None:
+    dry = cli("soup", lora_run, "--dry-run", "--json", "--last", "3", "--by", "loss", "--penalty", "1.1")
+    assert "favours the snapshots that rank worse" in dry.stderr
+    assert json.loads(dry.stdout)["name"] == "last_3_loss_pf-1_1"
 
 
 def test_slerp_over_a_run(lora_run: Path, tmp_path: Path) -> None:

@@ -27,11 +27,15 @@ def adapter(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
+#: dropout makes training depend on every random number drawn
+LORA = {"lora_dropout": 0.2}
+
+
 @pytest.fixture(scope="module")
 def with_callback(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("callback") / "run"
     callback = MergingCallback(SPEC, evaluate=True)
-    return train_lora(tiny_llama, out, steps=20, save_steps=4, callbacks=[callback])
+    return train_lora(tiny_llama, out, steps=20, save_steps=4, callbacks=[callback], lora=LORA)
 
 
 def test_the_average_is_that_of_the_saved_snapshots(with_callback: Path, tmp_path: Path) -> None:
@@ -70,7 +74,7 @@ def test_it_loads_in_peft_and_is_evaluated(with_callback: Path, tiny_llama: Path
 
 
 def test_training_goes_on_as_if_it_were_not_there(with_callback: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    plain = train_lora(tiny_llama, tmp_path / "run", steps=20, save_steps=4)
+    plain = train_lora(tiny_llama, tmp_path / "run", steps=20, save_steps=4, lora=LORA)
     ours, theirs = adapter(with_callback), adapter(plain)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -81,7 +85,7 @@ def test_it_survives_resume(with_callback: Path, tiny_llama: Path, tmp_path: Pat
     out.mkdir()
     for step in (4, 8, 12):
         shutil.copytree(with_callback / f"checkpoint-{step}", out / f"checkpoint-{step}")
-    train_lora(tiny_llama, out, steps=20, save_steps=4, callbacks=[MergingCallback(SPEC)], resume=True, seed=42)
+    train_lora(tiny_llama, out, steps=20, save_steps=4, callbacks=[MergingCallback(SPEC)], resume=True, lora=LORA)
     ours, theirs = (
         adapter(out / "checkpoint-20/merging/average"),
         adapter(with_callback / "checkpoint-20/merging/average"),
@@ -91,7 +95,9 @@ def test_it_survives_resume(with_callback: Path, tiny_llama: Path, tmp_path: Pat
 
 def test_it_survives_the_rotation_of_checkpoints(tiny_llama: Path, with_callback: Path, tmp_path: Path) -> None:
     callback = MergingCallback(SPEC)
-    out = train_lora(tiny_llama, tmp_path / "run", steps=20, save_steps=4, callbacks=[callback], save_total_limit=1)
+    out = train_lora(
+        tiny_llama, tmp_path / "run", steps=20, save_steps=4, callbacks=[callback], save_total_limit=1, lora=LORA
+    )
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-20"]
     ours, theirs = (
         adapter(out / "checkpoint-20/merging/average"),
@@ -157,7 +163,7 @@ def test_resume_from_another_directory_and_no_second_adapter(
     callback = MergingCallback(SPEC)
     out = train_lora(
         tiny_llama, tmp_path / "run", steps=20, save_steps=4, callbacks=[callback],
-        resume=str(with_callback / "checkpoint-12"),
+        resume=str(with_callback / "checkpoint-12"), lora=LORA,
     )  # fmt: skip
     assert [h.step for h in callback.snapshots.held] == [12, 16, 20]
     ours = adapter(out / "checkpoint-20/merging/average")
@@ -166,6 +172,23 @@ def test_resume_from_another_directory_and_no_second_adapter(
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["checkpoint-16", "checkpoint-20"]
     assert [p.name for p in (out / "checkpoint-20").iterdir() if p.is_dir()] == ["merging"]
     assert not list((out / "checkpoint-20/merging/average").glob("*/"))
+
+
+def test_the_trainer_may_make_it_again_from_its_state(with_callback: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    out = train_lora(
+        tiny_llama, tmp_path / "run", steps=16, save_steps=4, callbacks=[MergingCallback()], lora=LORA,
+        resume=str(with_callback / "checkpoint-12"), restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    record = json.loads((out / "checkpoint-16/merging/average/stockpot_merging.json").read_text())
+    assert record["spec"] == {"last": 3, "by": "loss", "penalty": 0.5}
+    assert [s["step"] for s in record["snapshots"]] == [8, 12, 16]
+
+
+def test_a_metric_that_is_never_logged(tiny_llama: Path, tmp_path: Path) -> None:
+    callback = MergingCallback(SoupSpec(last=2, by="eval_accuracy"))
+    with pytest.warns(UserWarning, match="no snapshot can be weighted by 'eval_accuracy'"):
+        out = train_lora(tiny_llama, tmp_path / "run", steps=4, save_steps=4, callbacks=[callback])
+    assert not (out / "checkpoint-4/merging/average").exists()
 
 
 def test_a_rerun_leaves_no_old_snapshots(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import ArgumentError, ProblemsError, StockpotError, VerificationError
+from stockpot.errors import (
+    ArgumentError,
+    CheckpointError,
+    MismatchError,
+    ProblemsError,
+    StockpotError,
+    VerificationError,
+)
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from stockpot.recipes.parsing import load_recipe
@@ -140,6 +147,8 @@ def merge_planned(
         publish(outcome.partial, target, overwrite=overwrite)
     finally:
         outcome.release()
+        for model in planned.inputs:
+            model.checkpoint.close()
     return MergeResult(
         os.path.abspath(target),
         lineage,
@@ -173,7 +182,7 @@ def adapter_report(planned: Plan) -> dict[str, Any] | None:
         return product_report(first)
     try:
         return _factors_report(planned)
-    except StockpotError:
+    except (CheckpointError, MismatchError):
         return None  # kinds of adapters whose products are not known; their factors are averaged all the same
 
 
@@ -214,7 +223,7 @@ def soup_recipe(
         options[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
     recipe: dict[str, Any] = {"merge_method": "linear", "run": options}
     if adapter is not None or rank is not None or base is not None:
-        recipe["adapter"] = {"mode": adapter or "factors"}
+        recipe["adapter"] = {"mode": "factors" if adapter is None else adapter}
         recipe["adapter"] |= {"rank": rank} if rank is not None else {}
         recipe["adapter"] |= {"base": os.fspath(base)} if base is not None else {}
     return recipe
@@ -264,6 +273,14 @@ def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
     """The recipe of one window of LAWA: its snapshots by step, equally weighted. adapter: as for soup_recipe."""
     steps = tuple(i.snapshot.step for i in made.ingredients)
     return soup_recipe(run, SoupSpec(steps=steps), **adapter)
+
+
+def window_done(out: str, step: int, made: Soup) -> bool:
+    """Whether the soup of a window stands complete where it belongs."""
+    from stockpot.checkpoints.opening import read_json
+
+    path = os.path.join(out, f"checkpoint-{step}", "stockpot.json")
+    return os.path.isfile(path) and read_json(path).get("soup") == made.to_dict()
 
 
 def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, overwrite: bool) -> None:

@@ -21,7 +21,7 @@ from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.publish import write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest
-from stockpot.errors import CheckpointError, OutputError, VerificationError
+from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, ModelInput, Plan
 
@@ -60,6 +60,8 @@ def write_side_files(
         if adapter is not None:
             lineage["adapter"] = dict(adapter)
         write_file(os.path.join(outcome.partial, NAME), readable(lineage))
+    except ReadError:
+        raise  # an input's, not the output's
     except OSError as e:
         raise OutputError(f"{outcome.partial}: writing beside the tensors failed: {e.strerror or e}") from e
     return lineage

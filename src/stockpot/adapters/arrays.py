@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from stockpot.adapters.peft import Adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.specs import DType, TensorSpec
 
-__all__ = ["decoded", "encoded", "load_tensor"]
+__all__ = ["averaged", "decoded", "encoded", "load_factors", "load_tensor"]
 
 _DTYPES: dict[DType, Any] = {
     DType.F64: np.float64,
@@ -43,3 +45,21 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> Array:
     raw = np.empty(spec.nbytes, np.uint8)
     checkpoint.read([ReadRequest(name, 0, spec.numel)], raw.data)
     return decoded(raw, spec.dtype).reshape(spec.shape)
+
+
+def load_factors(adapter: Adapter, module: str) -> tuple[Array, Array]:
+    """(A [rank, in], B [out, rank]) of one module; kernels of convolutions flattened."""
+    m = adapter.modules[module]
+    a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
+    return a.reshape(len(a), -1), b.reshape(len(b), -1)
+
+
+def averaged(adapters: Sequence[Adapter], weights: Sequence[float], name: str, start: int, stop: int) -> Array:
+    """Elements start..stop of the weighted sum of a plain tensor, float64."""
+    total: Array = np.zeros(stop - start)
+    for weight, adapter in zip(weights, adapters, strict=True):
+        dtype = adapter.checkpoint.spec(name).dtype
+        raw = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        adapter.checkpoint.read([ReadRequest(name, start, stop)], raw.data)
+        total += weight * decoded(raw, dtype).astype(np.float64)
+    return total

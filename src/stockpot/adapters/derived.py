@@ -12,13 +12,13 @@ from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.specs import TensorSpec
 
-__all__ = ["DerivedCheckpoint", "ModuleCache"]
+__all__ = ["KEPT_MODULES", "DerivedCheckpoint", "ModuleCache"]
 
-_KEPT_MODULES = 8
+KEPT_MODULES = 4
 
 
 class ModuleCache:
-    """The last few modules that were computed, each computed once however many threads ask."""
+    """The last few modules that were computed; threads that ask for one at the same time wait for one computation."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,7 +29,7 @@ class ModuleCache:
             entry = self._values.get(key)
             if entry is None:
                 entry = self._values[key] = (threading.Lock(), [])
-                while len(self._values) > _KEPT_MODULES:
+                while len(self._values) > KEPT_MODULES:
                     self._values.popitem(last=False)
             self._values.move_to_end(key)
         own, held = entry

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.adapters.derived import DerivedCheckpoint
+from stockpot.adapters.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.adapters.peft import PREFIX, Adapter, LowRank
-from stockpot.adapters.product import check_products
+from stockpot.adapters.product import check_products, module_bytes
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.checkpoints.tied import ties_embeddings
@@ -36,13 +36,13 @@ class FusedModel(DerivedCheckpoint):
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np
 
-        from stockpot.adapters.arrays import decoded, encoded
+        from stockpot.adapters.arrays import averaged, decoded, encoded
 
         assert self.base is not None
         spec = self.spec(name)
         stored = self.base.spec(name).dtype
         if name in self.replaced:
-            values = self.cache.get(name, lambda: self._saved(self.replaced[name])).reshape(-1)[start:stop]
+            values = averaged(self.adapters, self.weights, self.replaced[name], start, stop)
         elif name not in self.adapted and stored is spec.dtype:
             self.base.read([ReadRequest(name, start, stop)], out)
             return
@@ -74,23 +74,17 @@ class FusedModel(DerivedCheckpoint):
     def _factors(self, module: str) -> tuple[Any, Any]:
         """(left [rows, R], right [R, row]) with the delta's rows as the base stores them."""
         from stockpot.adapters.algebra import stacked
-        from stockpot.adapters.arrays import load_tensor
+        from stockpot.adapters.arrays import load_factors
 
-        factors = []
-        for weight, adapter in zip(self.weights, self.adapters, strict=True):
-            m = adapter.modules[module]
-            a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
-            factors.append((weight * m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
-        a, b = stacked(factors)
+        pairs = zip(self.weights, self.adapters, strict=True)
+        a, b = stacked([(w * adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
         if module in self.transposed:
             return a.T.copy(), b.T.copy()
         return b, a
 
-    def _saved(self, name: str) -> Any:
-        from stockpot.adapters.arrays import load_tensor
-
-        tensors = [load_tensor(a.checkpoint, name).astype("float64") for a in self.adapters]
-        return sum(w * t for w, t in zip(self.weights, tensors, strict=True))
+    @property
+    def resident(self) -> int:
+        return KEPT_MODULES * module_bytes(self.adapters) * 2
 
 
 def fuse(
@@ -190,13 +184,19 @@ def _target(base: Checkpoint, adapter: Adapter, name: str, shape: tuple[int, ...
         raise MismatchError(
             f"{adapter.checkpoint.ref}: adapts {name!r}, which {base.ref} does not have{nearest(name, base.names())}"
         )
-    twins = {*base.tied(), *base.tied().values()}
+    tied = base.tied()
+    twins = {*tied, *tied.values()}
     if ties_embeddings(base.config) is True and base.resolve("lm_head.weight") == found:
         twins.add(found)
     if found in twins:
         raise MismatchError(
             f"{adapter.checkpoint.ref}: adapts {found!r}, which is tied in {base.ref}: fusing would change its twin too; "
             "untie the base first"
+        )
+    if not base.spec(found).dtype.is_float:
+        raise MismatchError(
+            f"{adapter.checkpoint.ref}: adapts {found!r}, which is {base.spec(found).dtype} in {base.ref}: nothing can be added "
+            "to it"
         )
     if base.spec(found).shape != shape:
         raise MismatchError(

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.adapters.derived import KEPT_MODULES as _KEPT
 from stockpot.adapters.derived import DerivedCheckpoint
 from stockpot.adapters.peft import Adapter, LowRank
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError
 from stockpot.specs import DType, TensorSpec
 
-__all__ = ["ProductAdapter", "check_products", "product_adapter"]
+__all__ = ["ProductAdapter", "check_products", "module_bytes", "product_adapter"]
 
 #: values of init_lora_weights with which the base is not the base any more
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -35,15 +36,14 @@ class ProductAdapter(DerivedCheckpoint):
     )  # tensor -> (module, "a" | "b" | "bias")
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
-        from stockpot.adapters.arrays import encoded
+        from stockpot.adapters.arrays import averaged, encoded
 
         module, part = self.owners.get(name, ("", ""))
         if module:
-            values = self.computed_module(module)[part]
+            values = self.computed_module(module)[part].reshape(-1)[start:stop]
         else:
-            values = self.cache.get(name, lambda: self._plain(name))
-        raw = encoded(values.reshape(-1)[start:stop], self.spec(name).dtype)
-        out[:] = raw.data
+            values = averaged(self.adapters, self.weights, name, start, stop)
+        out[:] = encoded(values, self.spec(name).dtype).data
 
     def computed_module(self, module: str) -> dict[str, Any]:
         """A, B and B's bias of one module, from the cache if it was asked for lately."""
@@ -52,27 +52,29 @@ class ProductAdapter(DerivedCheckpoint):
 
     def _module(self, module: str) -> dict[str, Any]:
         from stockpot.adapters.algebra import stacked, truncated
-        from stockpot.adapters.arrays import load_tensor
+        from stockpot.adapters.arrays import load_factors, load_tensor
 
-        factors = []
         bias: Any = 0.0
         for weight, adapter in zip(self.weights, self.adapters, strict=True):
             m = adapter.modules[module]
-            a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
-            factors.append((weight * m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
             if m.bias is not None:
                 bias = bias + weight * m.scale * load_tensor(adapter.checkpoint, m.bias)
-        a, b = stacked(factors)
+        pairs = zip(self.weights, self.adapters, strict=True)
+        a, b = stacked([(w * adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
         if self.rank is not None:
             a, b, lost, total = truncated(a, b, self.spec(self.adapters[0].modules[module].a).shape[0])
             self.errors[module] = (lost, total)
         return {"a": a, "b": b, "bias": bias}
 
-    def _plain(self, name: str) -> Any:
-        from stockpot.adapters.arrays import load_tensor
+    @property
+    def resident(self) -> int:
+        return _KEPT * module_bytes(self.adapters) * (4 if self.rank is not None else 2)
 
-        wide = [load_tensor(a.checkpoint, name).astype("float64") for a in self.adapters]
-        return sum(w * t for w, t in zip(self.weights, wide, strict=True))
+
+def module_bytes(adapters: Sequence[Adapter]) -> int:
+    """Bytes in float32 of the factors of the largest module, of all adapters."""
+    specs = [(a.checkpoint.spec(m.a), a.checkpoint.spec(m.b)) for a in adapters[:1] for m in a.modules.values()]
+    return max((4 * (a.numel + b.numel) for a, b in specs), default=0) * len(adapters)
 
 
 def product_adapter(
@@ -175,6 +177,9 @@ def check_products(adapters: Sequence[Adapter]) -> None:
                 raise CheckpointError(f"{ref}: {name}: {first.checkpoint.spec(name).dtype} can't be averaged")
         for module, m in first.modules.items():
             own = other.modules[module]
+            for name in (own.a, own.b):
+                if not other.checkpoint.spec(name).dtype.is_float:
+                    raise CheckpointError(f"{ref}: {name}: {other.checkpoint.spec(name).dtype} is no dtype of a factor")
             if (
                 _sides(first, m) != _sides(other, own)
                 or m.transposed != own.transposed

@@ -22,15 +22,11 @@ def factors_report(adapters: Sequence[Adapter], weights: Sequence[float], *, thr
     from threadpoolctl import threadpool_limits
 
     from stockpot.adapters.algebra import mean_error
-    from stockpot.adapters.arrays import load_tensor
+    from stockpot.adapters.arrays import load_factors
 
     def measured(module: str) -> tuple[float, float]:
-        factors = []
-        for weight, adapter in zip(weights, adapters, strict=True):
-            m = adapter.modules[module]
-            a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
-            factors.append((weight, m.scale, a.reshape(len(a), -1), b.reshape(len(b), -1)))
-        return mean_error(factors)
+        pairs = zip(weights, adapters, strict=True)
+        return mean_error([(w, adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
 
     modules = list(adapters[0].modules)
     # one module a thread and one BLAS thread each: BLAS's own threads wait on each other where the machine is busy
@@ -46,13 +42,17 @@ def product_report(product: ProductAdapter) -> dict[str, Any]:
         if module not in product.errors:  # a resumed merge had no need of it
             product.computed_module(module)
     pairs = {module: product.errors[module] for module in product.adapters[0].modules}
-    return _report("product", pairs) | {"rank": product.rank}
+    written = max(product.spec(m.a).shape[0] for m in product.adapters[0].modules.values())
+    return _report("product", pairs) | {"rank": written}
 
 
 def _report(mode: str, pairs: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     errors = {module: lost / whole if whole else 0.0 for module, (lost, whole) in pairs.items()}
     worst = max(errors, key=errors.__getitem__, default=None)
     lost, whole = (math.sqrt(math.fsum(pair[i] ** 2 for pair in pairs.values())) for i in (0, 1))
+    if not all(math.isfinite(e) for e in errors.values()):
+        errors = {}  # factors with NaN or infinity: there is no error to speak of, nor a number that JSON could hold
+        lost, whole, worst = 0.0, 0.0, None
     return {
         "mode": mode,
         "relative_error": lost / whole if whole else 0.0,

@@ -94,6 +94,11 @@ class Checkpoint:
         """Bytes of tensor data as stored."""
         return sum(spec.nbytes for spec in self._specs.values())
 
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that reading it holds on to, at most."""
+        return 0
+
     # what its names mean
 
     def layers(self) -> LayerMap:

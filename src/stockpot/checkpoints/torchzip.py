@@ -175,7 +175,7 @@ def read_torch_file(path: str) -> TorchFile:
                     f"{path}: not a zip file: either damaged, or saved by a torch older than 1.6; load it there and save "
                     "it again"
                 )
-            places, pickled, root = _members(path, f)
+            places, pickled = _members(path, f)
     except OSError as e:
         raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
     except (
@@ -199,15 +199,17 @@ def read_torch_file(path: str) -> TorchFile:
     tensors = dict(_tensors(path, document))
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}")
-    entries = {name: _entry(path, name, tensor, places, root) for name, tensor in tensors.items()}
+    entries = {name: _entry(path, name, tensor, places) for name, tensor in tensors.items()}
     scalars = {
-        k: v for k, v in document.items() if isinstance(k, str) and isinstance(v, (int, float, str)) and v is not True
+        k: v
+        for k, v in document.items()
+        if isinstance(k, str) and isinstance(v, (int, float, str)) and not isinstance(v, bool)
     }
     return TorchFile(Header(path, stat.st_size, stat.st_mtime_ns, 0, entries, {}, pickled), scalars)
 
 
-def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes, str]:
-    """({member: byte range}, the pickle, the archive's folder)."""
+def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """({storage: byte range}, the pickle)."""
     with zipfile.ZipFile(f) as archive:
         found = [i for i in archive.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
         if len(found) != 1:
@@ -226,7 +228,7 @@ def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes, str]
         if "byteorder" in places and (sizes["byteorder"] > 64 or archive.read(root + "byteorder").strip() != b"little"):
             raise CheckpointError(f"{path}: not written on a little-endian machine, which is not supported")
         data = {name[len("data/") :]: place for name, place in places.items() if name.startswith("data/")}
-        return data, archive.read(found[0]), root
+        return data, archive.read(found[0])
 
 
 def _place(path: str, f: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -256,7 +258,7 @@ def _tensors(path: str, document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor
             raise CheckpointError(f"{path}: tensor {name!r}: of a kind that can't be read ({value.how})")
 
 
-def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], root: str) -> Entry:
+def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) -> Entry:
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {why}")
 

@@ -102,7 +102,12 @@ def plan(
 @app.command()
 @boundary
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A model or adapter directory, or a .safetensors file.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A model or adapter directory, a .safetensors file, or a .ckpt, .pt or .bin file of torch."
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show tensors, dtypes, layers and tied weights of CHECKPOINT, from its headers alone."""

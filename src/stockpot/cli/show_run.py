@@ -44,8 +44,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
-    if isinstance(smooth, bool) or smooth < 1:
-        raise ArgumentError(f"smooth: expected a whole number of at least 1, got {smooth}")
+    if smooth < 0:
+        raise ArgumentError(f"smooth: expected a whole number of at least 0, got {smooth}")
+    smooth = max(smooth, 1)
     for warning in run.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -80,9 +81,9 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
         )
     else:
         print("no metrics" + (f" ({run.metrics.source})" if run.metrics.source else " were logged"))
-    shown = [n for n in names if n not in ("epoch", "learning_rate", "grad_norm") and len(run.metrics.series[n]) > 1][
-        :6
-    ]
+    dull = ("epoch", "learning_rate", "grad_norm")
+    telling = [n for n in names if n not in dull and len(run.metrics.series[n]) > 1]
+    shown = telling[:6]
     print()
     rows = []
     inexact = False
@@ -99,6 +100,8 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
             cells.append(_short(found.value) + ("" if exact else "*"))
         rows.append((s.step, *cells, _mark(run, s.step)))
     print_table("", ("#epoch" if run.epochs_as_steps else "#step", *(f"#{n}" for n in shown), ""), rows)
+    if len(telling) > len(shown):
+        print(f"{len(telling) - len(shown)} more metrics by snapshot: --json")
     if inexact:
         print("* the last value logged before the step")
 

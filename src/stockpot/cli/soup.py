@@ -156,7 +156,7 @@ def _one(
 
     planned = api.plan_soup(recipe, options)
     assert planned.soup is not None
-    show_notes(planned.notes, quiet=quiet or as_json)
+    show_notes(planned.notes, quiet=quiet or (as_json and not dry_run))
     if dry_run:
         if as_json:
             print_json(planned.soup.to_dict())
@@ -183,29 +183,36 @@ def _windows(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """LAWA: one soup a window, each in OUT/checkpoint-<newest step>, so that OUT is a run again."""
+    """LAWA: one soup a window, each in OUT/checkpoint-<newest step>, so that OUT is a run again.
+
+    Windows that are there already, from a run of this command that was stopped, are left as they are.
+    """
     import os
 
     from stockpot import api
-    from stockpot.cli.show import print_json
-    from stockpot.cli.show_run import show_soup
+    from stockpot.cli.show import print_json, show_notes
+    from stockpot.cli.show_run import show_soup, show_soup_result
     from stockpot.runs import soup_name
 
     windows = api.resolve_windows(run, spec)
+    todo = windows if overwrite or dry_run else [w for w in windows if not api.window_done(out, *w)]
     if not dry_run:
-        api.check_windows(run, windows, out, overwrite=overwrite)
-    plans = [api.plan_soup(api.window_recipe(run, made, **how), options) for _, made in windows]
+        api.check_windows(run, todo, out, overwrite=overwrite)
+    show_notes(run.warnings, quiet=quiet or (as_json and not dry_run))
     documents = []
-    for (step, made), planned in zip(windows, plans, strict=True):
-        document = made.to_dict()
-        if not dry_run:
-            folder = os.path.join(out, f"checkpoint-{step}")
-            document["path"] = api.merge_planned(planned, folder, options, overwrite=overwrite).path
-        documents.append(document)
+    for step, made in windows:
+        folder = os.path.join(out, f"checkpoint-{step}")
         if not (as_json or quiet):
             show_soup(made)
+        if not dry_run and any(step == other for other, _ in todo):
+            planned = api.plan_soup(api.window_recipe(run, made, **how), options)
+            result = api.merge_planned(planned, folder, options, overwrite=overwrite)
+            if not as_json:
+                show_soup_result(result, as_json=False, quiet=quiet)
+        documents.append(made.to_dict() | ({} if dry_run else {"path": os.path.abspath(folder)}))
     if as_json:
-        print_json({"name": soup_name(spec, len(windows[-1][1].ingredients)), "windows": documents})
+        name = soup_name(spec, len(windows[-1][1].ingredients))
+        print_json({"name": name, "windows": documents, "warnings": list(run.warnings)})
 
 
 def _steps(text: str | None) -> tuple[int, ...] | None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
 from stockpot.engine.devices import Device, byte_buffer
+from stockpot.engine.digest_book import DigestBook, observer
 from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
@@ -65,26 +65,6 @@ class Outcome:
             self.journal.unlock()
 
 
-class _DigestBook:
-    """Digests of tensors, put together from those of their pieces as these come in."""
-
-    def __init__(self) -> None:
-        self.done: dict[Any, str] = {}
-        self._open: dict[Any, dict[int, bytes]] = {}
-
-    def add(self, key: Any, pieces: int, first: int, digests: Sequence[bytes]) -> None:
-        if key in self.done:
-            return
-        if pieces == 1:
-            self.done[key] = tensor_digest(digests)
-            return
-        known = self._open.setdefault(key, {})
-        known.update(enumerate(digests, first))
-        if len(known) == pieces:
-            self.done[key] = tensor_digest(known[k] for k in range(pieces))
-            del self._open[key]
-
-
 def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progress: Progress | None = None) -> Outcome:
     """Do everything that a plan says, into `out`.partial. Raises OutputError, ReadError, Interrupted."""
     with noted_signals() as asked:
@@ -98,8 +78,8 @@ class _Runner:
         self.device = device
         self.outcome = Outcome(partial)
         self.pieces_done: dict[int, set[int]] = {}
-        self.out_book = _DigestBook()
-        self.in_book = _DigestBook()
+        self.out_book = DigestBook()
+        self.in_book = DigestBook()
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
@@ -163,13 +143,13 @@ class _Runner:
         self.outcome.journal = journal
         return self.outcome
 
-    def _observe_parts(self) -> dict[str, _DigestBook]:
+    def _observe_parts(self) -> dict[str, DigestBook]:
         """Hash what is read inside computed checkpoints: whole pieces as they come by."""
-        books: dict[str, _DigestBook] = {}
+        books: dict[str, DigestBook] = {}
         for model in self.plan.inputs:
             for part in model.checkpoint.parts:
-                book = books.setdefault(part.path, _DigestBook())
-                part.observers[:] = [_observer(part, book, self.lock)]
+                book = books.setdefault(part.path, DigestBook())
+                part.observers[:] = [observer(part, book, self.lock)]
         return books
 
     def _recover(self, records: Sequence[Record]) -> None:
@@ -381,28 +361,6 @@ def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)  # type: ignore[no-any-return]
-
-
-def _observer(
-    part: Checkpoint, book: _DigestBook, lock: threading.Lock
-) -> Callable[[ReadRequest, memoryview[Any]], None]:
-    """Books the digests of the pieces that a read covers whole."""
-
-    def observe(request: ReadRequest, raw: memoryview[Any]) -> None:
-        spec = part.spec(request.name)
-        grid = grid_of(spec.shape)
-        first = next((k for k in range(grid.pieces) if grid.bounds(k)[0] >= request.start), grid.pieces)
-        last = first
-        digests = []
-        while last < grid.pieces and grid.bounds(last)[1] <= request.stop:
-            low, high = (x - request.start for x in grid.bounds(last))
-            digests.append(piece_digest(raw[low * spec.dtype.itemsize : high * spec.dtype.itemsize]))
-            last += 1
-        if digests:
-            with lock:
-                book.add(request.name, grid.pieces, first, digests)
-
-    return observe
 
 
 def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:

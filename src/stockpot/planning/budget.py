@@ -70,7 +70,7 @@ def choose_budget(
     threads = max(1, min(threads, 1024))
     most = max((len(t.operands) for t in tensors), default=1)
     windows = (threads + 2) * most * _CUTOFF_WINDOW if any(g.method.stats for g in groups) else 0
-    fixed = _FIXED + _PER_TENSOR * len(tensors)
+    fixed = _FIXED + _PER_TENSOR * len(tensors) + sum(m.checkpoint.resident for m in inputs)
     chunk = chunk_for(most)
     worst: dict[int, tuple[int, TensorPlan | None]] = {}
     distinct = {

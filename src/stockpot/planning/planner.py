@@ -133,7 +133,7 @@ class _Planner:
             expansion = expand_run(self.recipe, self.locate)
             self.recipe, self.soup = expansion.recipe, expansion.soup
             self.notes += [*expansion.warnings, *expansion.soup.notes]
-        self.recipe, self.computed, _ = compute_adapters(self.recipe, self.locate)
+        self.recipe, self.computed = compute_adapters(self.recipe, self.locate)
 
     def plan(self, shard_size: int, max_memory: int, threads: int, seed: int) -> Plan:
         asked = self.recipe
@@ -147,7 +147,7 @@ class _Planner:
             self.check_parameters(resolver, main, {i: m for i, m in rule_methods.items() if m}, parts)
         self.stop_if_bad()
         assert main is not None
-        check_kinds(self.inputs, self.problems, self.notes, said=recipe.run is not None or recipe.adapter is not None)
+        check_kinds(self.inputs, self.problems, self.notes, said=self.says_how_adapters(recipe))
         methods = {i: m for i, m in rule_methods.items() if m is not None}
         for part in parts:
             self.check_count(main, part)
@@ -260,6 +260,11 @@ class _Planner:
                     f"{where}: {method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
                 )
             )
+
+    @staticmethod
+    def says_how_adapters(recipe: Recipe) -> bool:
+        """Whether the user chose how adapters are averaged, or will be told what averaging factors costs."""
+        return recipe.adapter is not None or (recipe.run is not None and recipe.merge_method == "linear")
 
     def note_batch_norm(self, donor: int) -> None:
         """Averages of running statistics are not the statistics of the average."""

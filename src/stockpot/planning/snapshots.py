@@ -11,6 +11,7 @@ from stockpot.adapters import fuse, product_adapter, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import ArgumentError, RecipeError, StockpotError
+from stockpot.methods.declaration import Space, get_method
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, RunChoice
 from stockpot.recipes.values import Setting
 from stockpot.runs import Soup, SoupSpec, open_run, parse_name, resolve_soup
@@ -49,14 +50,18 @@ def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -
     soup = resolve_soup(run, spec)
     weighted = recipe.merge_method == "linear" or spec.kind != "uniform"
     base = recipe.base_model
+    space = get_method(recipe.merge_method).space
     if choice.base is not None:
         if base is not None:
             raise ArgumentError("base and base_model are both given: choose one")
+        if recipe.merge_method == "linear":
+            raise ArgumentError("base: linear averages every snapshot alike; it takes no base")
         ends = {"first": soup.ingredients[0].snapshot, "last": soup.ingredients[-1].snapshot}
         base = (ends[choice.base] if isinstance(choice.base, str) else run.at(choice.base)).path
     models = []
     for i in soup.ingredients:
-        settings = {"weight": Setting(i.weight, choice.line)} if weighted and i.snapshot.path != base else {}
+        is_base = space is Space.DELTA and i.snapshot.path == base
+        settings = {"weight": Setting(i.weight, choice.line)} if weighted and not is_base else {}
         models.append(ModelEntry(i.snapshot.path, settings, choice.line))
     lines = {**recipe.lines, "models": choice.line}
     if base is not None:
@@ -77,13 +82,11 @@ def _spec(choice: RunChoice) -> SoupSpec:
     return parse_name(choice.name)
 
 
-def compute_adapters(
-    recipe: Recipe, locate: Callable[[str], str]
-) -> tuple[Recipe, dict[str, Checkpoint], Checkpoint | None]:
-    """`adapter: product` and `fused`: (the recipe over computed checkpoints, these by reference, the base of `fused`)."""
+def compute_adapters(recipe: Recipe, locate: Callable[[str], str]) -> tuple[Recipe, dict[str, Checkpoint]]:
+    """`adapter: product` and `fused`: (the recipe over computed checkpoints, these by reference)."""
     choice = recipe.adapter
     if choice is None or choice.mode == "factors":
-        return recipe, {}, None
+        return recipe, {}
     where = recipe.at(choice.line)
     if recipe.slices:
         raise RecipeError(f"{where}: adapter: {choice.mode} goes with models or run, not with slices")
@@ -97,7 +100,7 @@ def compute_adapters(
 
 def _computed(
     recipe: Recipe, choice: AdapterChoice, locate: Callable[[str], str]
-) -> tuple[Recipe, dict[str, Checkpoint], Checkpoint | None]:
+) -> tuple[Recipe, dict[str, Checkpoint]]:
     adapters = [read_adapter(open_checkpoint(locate(e.ref))) for e in recipe.models]
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_LABEL[wanted] if wanted else None
@@ -108,10 +111,10 @@ def _computed(
         weights = _scalar_weights(recipe)
         if choice.mode == "product":
             product = product_adapter(adapters, weights, rank=choice.rank, dtype=dtype)
-            return _single(recipe, product, one), {product.ref: product}, None
+            return _single(recipe, product, one), {product.ref: product}
         base = _base(choice, adapters[-1].checkpoint, locate)
         fused = fuse(base, adapters, weights, dtype=dtype, ref=f"{base.ref} with {len(adapters)} adapters")
-        return _single(recipe, fused, one), {fused.ref: fused}, base
+        return _single(recipe, fused, one), {fused.ref: fused}
     if choice.mode == "product":
         raise RecipeError("adapter: product is an average, so it goes with linear; fused goes with every method")
     base = _base(choice, adapters[-1].checkpoint, locate)
@@ -123,10 +126,16 @@ def _computed(
         models.append(replace(entry, ref=fused.ref))
     own = recipe.base_model
     if own is not None:
-        same = [
-            m.ref for m, e in zip(models, recipe.models) if os.path.realpath(e.ref) == os.path.realpath(locate(own))
-        ]
-        own = same[0] if same else own
+        place = os.path.realpath(locate(own))
+        same = [m.ref for m, e in zip(models, recipe.models) if os.path.realpath(locate(e.ref)) == place]
+        if same:
+            own = same[0]
+        elif os.path.exists(os.path.join(place, "adapter_config.json")):
+            alone = fuse(
+                base, [read_adapter(open_checkpoint(place))], [1.0], dtype=BY_LABEL["F32"], ref=f"{base.ref}+{own}"
+            )
+            made[alone.ref] = alone
+            own = alone.ref
     stored = next((s.dtype for s in (base.spec(n) for n in base.names()) if s.dtype.is_float), None)
     return replace(
         recipe,
@@ -134,7 +143,7 @@ def _computed(
         base_model=own or base.path,
         out_dtype=wanted or (stored.label if stored else None),
         lines={**recipe.lines, "base_model": recipe.lines.get("base_model", choice.line)},
-    ), made, base  # fmt: skip
+    ), made  # fmt: skip
 
 
 def _single(recipe: Recipe, made: Checkpoint, changes: dict[str, Any]) -> Recipe:
@@ -144,22 +153,29 @@ def _single(recipe: Recipe, made: Checkpoint, changes: dict[str, Any]) -> Recipe
 
 def _scalar_weights(recipe: Recipe) -> list[float]:
     """The weights of `linear`, one number a model; normalised unless the recipe says otherwise."""
+    declared = get_method("linear").parameters
+    for own, settings in [(False, recipe.parameters), *((True, e.parameters) for e in recipe.models)]:
+        for name, setting in settings.items():
+            if name not in declared or (own and not declared[name].per_model):
+                raise RecipeError(
+                    f"{name!r} is not a parameter of linear{' for one model' if own else ''} under adapter"
+                )
+            if isinstance(setting.value, tuple):
+                raise RecipeError(
+                    f"{name}: gradients and filters don't go with adapter: {recipe.adapter and recipe.adapter.mode}"
+                )
+            expected = declared[name].kind.check(setting.value)
+            if expected:
+                raise RecipeError(f"{name}: expected {expected}, got {setting.value!r}")
     common = recipe.parameters.get("weight")
-    weights = []
-    for entry in recipe.models:
-        setting = entry.parameters.get("weight", common)
-        value = 1.0 if setting is None else setting.value
-        if isinstance(value, (bool, str, tuple)):
-            raise RecipeError("adapter: weights must be single numbers here, not gradients or filters")
-        weights.append(float(value))
-    for name in {*recipe.parameters, *(k for e in recipe.models for k in e.parameters)} - {"weight", "normalize"}:
-        raise RecipeError(f"adapter: linear has no parameter {name!r}")
+    found = [e.parameters.get("weight", common) for e in recipe.models]
+    weights = [1.0 if s is None else float(s.value) for s in found]  # type: ignore[arg-type]
     normalize = recipe.parameters.get("normalize")
     if normalize is not None and normalize.value is False:
         return weights
     total = sum(weights)
     if total == 0:
-        raise RecipeError("adapter: the weights sum to 0")
+        raise RecipeError("weight: they sum to 0, so they can't be normalised")
     return [w / total for w in weights]
 
 

@@ -313,7 +313,8 @@ class _Parser:
         if "path" not in parts:
             self.bad(node.line, "run: needs 'path', the directory of a training run")
         parts = {k: n for k, n in parts.items() if n.kind != "scalar" or n.value is not None}
-        texts = {k: self.model(parts[k], f"run.{k}") for k in ("path", "name", "snapshots", "metrics") if k in parts}
+        texts = {k: self.text_of(parts[k], f"run.{k}") for k in ("name", "snapshots", "metrics") if k in parts}
+        path = self.model(parts["path"], "run.path") if "path" in parts else ""
         base = None
         if "base" in parts:
             base = parts["base"].value
@@ -323,7 +324,7 @@ class _Parser:
         if isinstance(options.get("steps"), list):
             options["steps"] = tuple(options["steps"])
         return RunChoice(
-            texts.get("path", ""),
+            path,
             options,
             node.line,
             texts.get("name"),

@@ -27,7 +27,8 @@ def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
         files = sorted(n for n in os.listdir(folder) if n.endswith(".ckpt"))
         if files:
             shots = _snapshots(folder, files, warnings)
-            return Run(text, "lightning", tuple(shots), _metrics(root, folder), warnings=tuple(warnings))
+            log = _metrics(root, folder, warnings)
+            return Run(text, "lightning", tuple(shots), log, warnings=tuple(warnings))
     return None
 
 
@@ -80,7 +81,7 @@ def _step(path: str, name: str) -> tuple[int, str]:
     return (int(in_name[1]), "") if in_name else (-1, fault)
 
 
-def _metrics(root: str, folder: str) -> MetricLog:
+def _metrics(root: str, folder: str, warnings: list[str]) -> MetricLog:
     """metrics.csv beside the checkpoints or of the same version; else the newest one in the run's directory."""
     beside = [os.path.join(p, "metrics.csv") for p in (folder, os.path.dirname(folder))]
     found = [p for p in beside if os.path.isfile(p)]
@@ -92,12 +93,18 @@ def _metrics(root: str, folder: str) -> MetricLog:
             if "metrics.csv" in names:
                 found.append(os.path.join(place, "metrics.csv"))
         found.sort(key=lambda p: (-os.path.getmtime(p), p))
-    if not found:
-        return MetricLog()
-    log = read_metrics_file(found[0])
+    logs = []
+    for path in found:
+        try:
+            logs.append(read_metrics_file(path))
+        except CheckpointError as e:
+            warnings.append(f"its metrics can't be used: {e}")
+    if not logs:
+        return MetricLog({}, warnings[-1] if found else "")
+    log = logs[0]
     series = dict(log.series)
-    for path in found[1:]:  # what a resumed run logged before
-        for name, points in read_metrics_file(path).series.items():
+    for older in logs[1:]:  # what a resumed run logged before
+        for name, points in older.series.items():
             begin = series[name][0][0] if name in series else math.inf
             series[name] = (*(p for p in points if p[0] < begin), *series.get(name, ()))
     # Lightning logs the first batch as step 0, and names the checkpoint after it step=1

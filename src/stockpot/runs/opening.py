@@ -75,9 +75,10 @@ def _by_pattern(text: str, root: str, pattern: str) -> Run:
         raise ArgumentError(
             f"snapshots: expected a pattern with {{step}} once, such as 'ckpt_{{step}}', got {pattern!r}"
         )
-    before, after = pattern.split("{step}")
     if os.path.isabs(pattern) or ".." in pattern.replace("\\", "/").split("/"):
         raise ArgumentError(f"snapshots: the pattern is relative to the run's directory, got {pattern!r}")
+    pattern = os.path.normpath(pattern)
+    before, after = pattern.split("{step}")
     name = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
     depth = pattern.strip("/").count("/") + 1
     found: dict[int, str] = {}
@@ -102,7 +103,7 @@ def _entries(root: str, depth: int) -> Iterable[str]:
         below = []
         for parent in level:
             folder = os.path.join(root, parent)
-            if os.path.isdir(folder):
+            if os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK):
                 below += [os.path.join(parent, n) for n in os.listdir(folder)]
         level = below
     return level

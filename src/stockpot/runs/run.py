@@ -14,7 +14,7 @@ __all__ = ["Run", "Snapshot"]
 class Snapshot:
     """One saved state of a run.
 
-    step   optimiser steps taken (torchtune's epoch_N: the epoch); -1 when nothing says
+    step   optimiser steps taken (torchtune's epoch_N: the epoch)
     path   what open_checkpoint opens
     kind   "adapter" or "model"
     final  saved at the end of training, not at a regular interval

@@ -60,7 +60,9 @@ class Soup:
 def resolve_soup(run: Run, spec: SoupSpec) -> Soup:
     """Choose and weight. Raises ArgumentError, CheckpointError or MismatchError."""
     if spec.kind == "lawa":
-        raise ArgumentError("lawa makes one soup for every window: see resolve_windows")
+        raise ArgumentError(
+            "lawa makes one soup for every window, which only `stockpot soup` can write (resolve_windows)"
+        )
     notes: list[str] = []
     chosen = _choose(run, spec, notes)
     count = len(chosen)
@@ -80,7 +82,7 @@ def resolve_soup(run: Run, spec: SoupSpec) -> Soup:
 
 def resolve_windows(run: Run, spec: SoupSpec) -> list[tuple[int, Soup]]:
     """LAWA: (newest step, uniform soup) of every window of `last` snapshots, `every` apart, along the run."""
-    k = spec.last or 5
+    k = spec.last or DEFAULT_LAST
     pool = run.snapshots if spec.include_final else run.regular
     reach = (k - 1) * spec.every + 1
     if len(pool) < reach:
@@ -112,7 +114,7 @@ def _choose(run: Run, spec: SoupSpec, notes: list[str]) -> tuple[Snapshot, ...]:
         if not pool:
             raise ArgumentError(f"{run.path}: no regular snapshot from step {start} on; the newest is of step "
                                 f"{(run.last_merging or run.snapshots[-1]).step}")  # fmt: skip
-        return tuple(reversed(pool[:: -spec.every])) if pool else ()
+        return tuple(reversed(pool[:: -spec.every]))
     spaced = tuple(reversed(pool[:: -spec.every]))
     if spec.last is None:
         if len(spaced) > DEFAULT_LAST:

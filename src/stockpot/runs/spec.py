@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -107,6 +106,8 @@ class SoupSpec:
             raise ArgumentError(f"give only one of {' and '.join(ways)}: each chooses snapshots by itself")
         if self.every != 1 and (self.steps is not None or self.weights is not None):
             raise ArgumentError("every counts back from the newest snapshot; it can't go with steps or weights")
+        if self.include_final and (self.steps is not None or self.weights is not None):
+            raise ArgumentError("include_final has no effect where steps or weights name the snapshots: remove it")
         if kind == "weights" and self.weights is None:
             raise ArgumentError("scheme weights needs weights, from step to weight")
         if kind != "weights" and self.weights is not None:
@@ -134,7 +135,8 @@ class SoupSpec:
         given = self.given()
         for name, used in unused.items():
             if name in given and not used:
-                raise ArgumentError(f"{name} has no effect on {kind} weights: remove it{_meant(name, kind)}")
+                hint = _meant(name, kind) if self.by is None else "; with best, penalty makes weights by the metric"
+                raise ArgumentError(f"{name} has no effect on {kind} weights: remove it{hint}")
 
 
 def _meant(name: str, kind: str) -> str:
@@ -149,13 +151,18 @@ def _whole(name: str, value: Any, low: int) -> None:
 
 
 def _real(name: str, value: Any) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-    ):
+    if value is not None and not _is_number(value):
         raise ArgumentError(f"{name}: expected a number, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    """Not NaN, not infinite, no integer of hundreds of digits."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e300
+
+
 def _steps(value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, (int, Iterable)):
+        raise ArgumentError(f"steps: expected whole numbers, got {value!r}")
     steps = (value,) if isinstance(value, int) else tuple(value)
     if not steps:
         raise ArgumentError("steps: expected at least one step")
@@ -171,11 +178,11 @@ def _weights(value: Any) -> dict[int, float]:
         raise ArgumentError("weights: expected a mapping from steps to weights")
     out: dict[int, float] = {}
     for step, weight in value.items():
-        try:
-            key = int(step)
-        except (TypeError, ValueError):
-            raise ArgumentError(f"weights: expected a step, got {step!r}") from None
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        is_text = isinstance(step, str) and step.isascii() and step.isdigit() and len(step) < 16
+        if not is_text and (isinstance(step, bool) or not isinstance(step, int)):
+            raise ArgumentError(f"weights: expected a step, got {step!r}")
+        key = int(step)
+        if not _is_number(weight):
             raise ArgumentError(f"weights: the weight of step {key} must be a number, got {weight!r}")
         if key in out:
             raise ArgumentError(f"weights: step {key} is given twice")

@@ -37,6 +37,8 @@ def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
     if at_top and end not in steps:
         if end is not None and end > ordered[-1]:
             shots.append(Snapshot(end, root, "", final=True))
+        elif end is None and state is not None:
+            warnings.append(f"{text} holds a model too; training has not ended by its {_STATE}, so it is left out")
         elif state is None:
             warnings.append(
                 f"{text} holds a final model too; without {_STATE} its step is not known, so it is left out"
@@ -97,7 +99,8 @@ def _end_of_training(state: Mapping[str, Any] | None, damage: tuple[int, str] | 
     if state is None or damage is not None:
         return None
     step = _global_step(state)
-    finished = any(isinstance(r, dict) and "train_runtime" in r for r in state.get("log_history", ()))
+    rows = [r for r in state.get("log_history", ()) if isinstance(r, dict)]
+    finished = any("train_runtime" in r and r.get("step") == step for r in rows)
     most = state.get("max_steps")
     if finished or (isinstance(most, int) and not isinstance(most, bool) and step >= most > 0):
         return step

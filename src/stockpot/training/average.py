@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from stockpot.errors import ArgumentError
 from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import MetricLog, known_objective
+from stockpot.runs.spec import DEFAULT_LAST
 from stockpot.runs.weighting import decay_weights, ema_weights, metric_weights, uniform
 
-__all__ = ["Held", "SnapshotAverage", "checked_every", "checked_spec", "swapped", "trainable"]
+__all__ = ["Held", "SnapshotAverage", "checked_every", "checked_spec", "kept_random_state", "swapped", "trainable"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,7 +71,7 @@ class SnapshotAverage:
     @property
     def size(self) -> int:
         """How many snapshots are kept at most."""
-        return self.spec.last or 10
+        return self.spec.last or DEFAULT_LAST
 
     def add(self, step: int, model: torch.nn.Module, metric: float | None = None) -> None:
         """Copy the trainable parameters. A step that is held already is replaced."""
@@ -97,7 +99,9 @@ class SnapshotAverage:
         kind = self.spec.kind
         if kind == "metric":
             objective = self.spec.objective or known_objective(str(self.spec.by)) or "min"
-            usable = [h for h in usable if h.metric is not None and math.isfinite(h.metric) and h.metric > 0]
+            usable = [h for h in usable if h.metric is not None and math.isfinite(h.metric) and h.metric >= 0]
+            if objective == "min" or not any(h.metric for h in usable):
+                usable = [h for h in usable if h.metric]
         if not usable:
             return {}
         steps = [h.step for h in usable]
@@ -133,8 +137,25 @@ class SnapshotAverage:
 
 
 @contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Random numbers drawn inside leave those drawn afterwards as they would have been."""
+    import numpy as np
+
+    own, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(arrays)
+
+
+@contextlib.contextmanager
 def swapped(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
-    """The model with these values in its parameters; its own come back at the end, to the bit."""
+    """The model with these values in its parameters; its own come back at the end, to the bit. Buffers stay as they are.
+
+    Takes a copy of these parameters where they lie (on the GPU, if they do).
+    """
     parameters = {name: p for name, p in model.named_parameters() if name in tensors}
     own = {name: p.detach().clone() for name, p in parameters.items()}
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stockpot.errors import ArgumentError
 from stockpot.runs import SoupSpec
 from stockpot.training.average import Held, SnapshotAverage, checked_every, swapped
 
@@ -58,9 +59,20 @@ class MergingCallback(_Callback):
         super().__init__()
         self.every = checked_every(every)
         self.snapshots = SnapshotAverage(spec)
+        if self.snapshots.spec.smooth != 1:
+            raise ArgumentError(
+                "smooth: the metric is taken as it stands when a snapshot is; log a smoothed one instead"
+            )
         self.evaluate = evaluate
         self.save = save
         self.history: list[dict[str, float]] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        strategy = type(trainer.strategy).__name__
+        if "FSDP" in strategy or "DeepSpeed" in strategy:
+            raise ArgumentError(
+                f"MergingCallback keeps whole parameters; {strategy} shards them, which is not supported"
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from stockpot.errors import ArgumentError
 from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import log_from_rows
-from stockpot.training.average import Held, SnapshotAverage, checked_every, swapped
+from stockpot.training.average import Held, SnapshotAverage, checked_every, kept_random_state, swapped
 
 __all__ = ["MergingCallback"]
 
@@ -29,7 +30,8 @@ SNAPSHOTS = os.path.join("merging", "snapshots")
 class MergingCallback(TrainerCallback, ExportableState):
     """Keeps the metrics-weighted average (arXiv 2504.18580) of the last k snapshots beside the model that trains.
 
-    spec      how many and how weighted; by default the last 10 by training loss with penalty 0.7
+    spec      how many and how weighted (a SoupSpec, or its fields as a mapping); by default the last 10 by training loss
+              with penalty 0.7
     every     steps between snapshots; by default `save_steps`, or `logging_steps` where saving is not by steps
     evaluate  False; True: the mean loss over the Trainer's evaluation set at each evaluation (or all that
               `Trainer.evaluate` measures, once `callback.trainer = trainer` was set); or a function from model to metrics
@@ -41,32 +43,39 @@ class MergingCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        spec: SoupSpec | None = None,
+        spec: SoupSpec | Mapping[str, Any] | None = None,
         *,
         every: int | None = None,
         evaluate: bool | Callable[[Any], Mapping[str, float]] = False,
         save: bool = True,
     ) -> None:
-        self.snapshots = SnapshotAverage(spec)
+        self.snapshots = SnapshotAverage(SoupSpec(**spec) if isinstance(spec, Mapping) else spec)
         self.every = None if every is None else checked_every(every)
         self.evaluate = evaluate
         self.save = save
         self.trainer: Any = None
         self._evaluating = False
         self._files: dict[int, str] = {}
-        self._folder = ""
+        self.folder = ""
 
     def state(self) -> dict[str, Any]:
-        """What goes into trainer_state.json: where the snapshots lie, for a run that resumes from another directory."""
-        return {"args": {}, "attributes": {"folder": self._folder}}
+        """What goes into trainer_state.json: how to make the callback again, and where its snapshots lie.
+
+        A function given as `evaluate` can't be written down: a callback made from the state measures the loss instead.
+        """
+        options = {"spec": self.snapshots.spec.given(), "every": self.every, "save": self.save}
+        return {"args": {**options, "evaluate": bool(self.evaluate)}, "attributes": {"folder": self.folder}}
 
     # the Trainer's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise ValueError(
+        launched = any(os.environ.get(f"ACCELERATE_USE_{x}", "").lower() == "true" for x in ("FSDP", "DEEPSPEED"))
+        if launched or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ArgumentError(
                 "MergingCallback keeps whole parameters; FSDP and DeepSpeed shard them, which is not supported"
             )
+        if self.evaluate is True and self.trainer is None and getattr(args, "world_size", 1) > 1:
+            raise ArgumentError("evaluate=True on several processes needs callback.trainer = trainer")
         if state.global_step:
             self._resume(args, state)
             # the Trainer expects an entry of every such callback, also where the run began without it
@@ -76,11 +85,13 @@ class MergingCallback(TrainerCallback, ExportableState):
             self._files.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._folder = os.path.abspath(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.folder = os.path.abspath(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
         if model is not None and state.global_step % self._interval(args, state) == 0:
             self.snapshots.add(state.global_step, model)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
         if not self.evaluate or self._evaluating or model is None:
             return
         average = self._average(state)
@@ -89,8 +100,9 @@ class MergingCallback(TrainerCallback, ExportableState):
         self._evaluating = True
         was_training = model.training
         try:
-            with swapped(model, average):
-                found = self._measure(model, kwargs.get("eval_dataloader"))
+            # the training that follows must draw the random numbers that it would have drawn anyway
+            with swapped(model, average), kept_random_state():
+                found = self._measure(model, kwargs.get("eval_dataloader"), _prefix(metrics))
         finally:
             model.train(was_training)
             self._evaluating = False
@@ -102,6 +114,12 @@ class MergingCallback(TrainerCallback, ExportableState):
         if not state.is_world_process_zero or model is None or not os.path.isdir(folder):
             return
         average = self._average(state)
+        if average is None and self.snapshots.held:
+            warnings.warn(
+                f"no snapshot can be weighted by {self.snapshots.spec.by!r} yet (is it logged, and above 0?): no average is "
+                f"saved with step {state.global_step}",
+                stacklevel=2,
+            )
         if self.save and average is not None:
             self._write_average(model, average, os.path.join(folder, MERGED))
         self._write_snapshots(os.path.join(folder, SNAPSHOTS))
@@ -119,11 +137,14 @@ class MergingCallback(TrainerCallback, ExportableState):
         self.snapshots.fill_metrics(log_from_rows(state.log_history, "log_history"))
         return self.snapshots.average()
 
-    def _measure(self, model: Any, loader: Any) -> dict[str, float]:
+    def _measure(self, model: Any, loader: Any, prefix: str) -> dict[str, float]:
         if callable(self.evaluate):
-            return {f"eval_merged_{k.removeprefix('eval_')}": float(v) for k, v in self.evaluate(model).items()}
+            return {f"{prefix}_merged_{k.removeprefix('eval_')}": float(v) for k, v in self.evaluate(model).items()}
         if self.trainer is not None:
-            self.trainer.evaluate(metric_key_prefix="eval_merged")  # it logs by itself
+            data = self.trainer.eval_dataset
+            if isinstance(data, dict):
+                data = data.get(prefix.removeprefix("eval_"))
+            self.trainer.evaluate(data, metric_key_prefix=f"{prefix}_merged")  # it logs by itself
             return {}
         if loader is None:
             return {}
@@ -134,9 +155,14 @@ class MergingCallback(TrainerCallback, ExportableState):
             for batch in loader:
                 moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
                 size = len(next(iter(moved.values())))
-                total += float(_loss(model(**moved))) * size
+                try:
+                    total += float(_loss(model(**moved))) * size
+                except (TypeError, KeyError, AttributeError) as e:
+                    raise ArgumentError(
+                        f"evaluate=True can't compute this trainer's loss ({e}): set callback.trainer = trainer"
+                    ) from e
                 count += size
-        return {"eval_merged_loss": total / count} if count else {}
+        return {f"{prefix}_merged_loss": total / count} if count else {}
 
     def _write_average(self, model: Any, average: Mapping[str, torch.Tensor], folder: str) -> None:
         with swapped(model, average):
@@ -172,14 +198,14 @@ class MergingCallback(TrainerCallback, ExportableState):
     def _resume(self, args: Any, state: Any) -> None:
         """The snapshots of the checkpoint that training goes on from."""
         places = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
-        if isinstance(args.resume_from_checkpoint, str) and args.resume_from_checkpoint:
-            places.insert(0, args.resume_from_checkpoint)
         # the state that was resumed from names the checkpoint that it lay in
         known = (getattr(state, "stateful_callbacks", None) or {}).get(type(self).__name__)
         if isinstance(known, dict):
             folder = (known.get("attributes") or {}).get("folder")
             if isinstance(folder, str) and os.path.basename(folder) == f"checkpoint-{state.global_step}":
                 places.insert(0, folder)
+        if isinstance(args.resume_from_checkpoint, str) and args.resume_from_checkpoint:
+            places.insert(0, args.resume_from_checkpoint)
         self.snapshots.held.clear()
         self._files.clear()
         for place in places:
@@ -196,6 +222,12 @@ class MergingCallback(TrainerCallback, ExportableState):
         warnings.warn(
             f"{places[-1]} holds no {SNAPSHOTS}: the average begins anew at step {state.global_step}", stacklevel=2
         )
+
+
+def _prefix(metrics: Any) -> str:
+    """`eval`, or `eval_name` for one of several evaluation sets."""
+    names = [k for k in metrics or {} if k.endswith("_runtime")]
+    return str(names[0]).removesuffix("_runtime") if names else "eval"
 
 
 def _loss(output: Any) -> Any:
