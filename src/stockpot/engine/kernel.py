@@ -227,7 +227,7 @@ class Kernel:
         self.device.store(result, dtype, out[start * dtype.itemsize : stop * dtype.itemsize])
 
 
-def sample_runs(n: int, samples: int = 2**16, run: int = 2048) -> list[tuple[int, int]]:
+def sample_runs(n: int, samples: int = 2**15, run: int = 1024) -> list[tuple[int, int]]:
     """Short runs spread evenly over n elements, `samples` elements in all."""
     if n <= run:
         return [(0, n)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -165,13 +166,16 @@ class MergingCallback(TrainerCallback, ExportableState):
         return {f"{prefix}_merged_loss": total / count} if count else {}
 
     def _write_average(self, model: Any, average: Mapping[str, torch.Tensor], folder: str) -> None:
-        with swapped(model, average):
+        with swapped(model, average), _without_card(model):
             if hasattr(model, "save_pretrained"):
                 active = getattr(model, "active_adapter", None)
                 model.save_pretrained(folder, **({"selected_adapters": [active]} if isinstance(active, str) else {}))
             else:
                 os.makedirs(folder, exist_ok=True)
                 save_model(model, os.path.join(folder, "model.safetensors"))
+        card = os.path.join(folder, os.pardir, os.pardir, "README.md")
+        if os.path.isfile(card):
+            shutil.copyfile(card, os.path.join(folder, "README.md"))
         record = {
             "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in self.snapshots.spec.given().items()},
             "snapshots": [
@@ -222,6 +226,20 @@ class MergingCallback(TrainerCallback, ExportableState):
         warnings.warn(
             f"{places[-1]} holds no {SNAPSHOTS}: the average begins anew at step {state.global_step}", stacklevel=2
         )
+
+
+@contextlib.contextmanager
+def _without_card(model: Any) -> Iterator[None]:
+    """PEFT renders a model card at each save, which takes longer than all the rest; the checkpoint's own is copied."""
+    name = "create_or_update_model_card"
+    if not hasattr(model, name):
+        yield
+        return
+    setattr(model, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        delattr(model, name)
 
 
 def _prefix(metrics: Any) -> str:
