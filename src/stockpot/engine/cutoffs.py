@@ -76,7 +76,12 @@ class Selection:
         """Take in one block `[n]` of deltas. Thread-safe."""
         if self.cutoff is not None:
             return
-        below, chosen = (_split_numpy if is_numpy(delta) else _split_torch)(delta, self.low, self.high)
+        self.put(*(_split_numpy if is_numpy(delta) else _split_torch)(delta, self.low, self.high))
+
+    def put(self, below: int, chosen: Any) -> None:
+        """Take in how many patterns of a block lie below the window, and those inside it. Thread-safe."""
+        if self.cutoff is not None:
+            return
         with self.lock:
             self.below += below
             self._held.append(chosen)

@@ -1,4 +1,4 @@
-"""Where the arithmetic runs: numpy on the CPU (starts in a fraction of a second), torch on a GPU or anything else.
+"""Where the arithmetic runs: compiled kernels and numpy on the CPU, torch on a GPU or anything else.
 
 Both run the same method functions. Elementwise results are the same bits: each step is one IEEE operation on either.
 """
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.engine.native import Kernels, load_kernels
 from stockpot.errors import ArgumentError
 from stockpot.specs import DType
 
@@ -26,6 +27,8 @@ class Device(Protocol):
     """Loads raw bytes as arrays `[m, n]` to compute with, and stores results."""
 
     name: str
+    #: compiled kernels that work on this device's memory
+    kernels: Kernels | None
 
     def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
         """`m` buffers of n elements -> `[m, n]`, float64 when `wide` else float32. `slot` keeps scratch per thread."""
@@ -45,9 +48,12 @@ class Device(Protocol):
 
 
 class NumpyDevice:
-    """The CPU, through numpy."""
+    """The CPU: compiled kernels for what they know, numpy for the rest."""
 
     name = "cpu"
+
+    def __init__(self) -> None:
+        self.kernels = load_kernels()
 
     def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
         m = len(raws)
@@ -76,6 +82,7 @@ class TorchDevice:
         import torch
 
         self.torch = torch
+        self.kernels: Kernels | None = None
         self.name = where
         self.device = torch.device("cpu" if where == "torch" else where)
         self.dtypes = {

@@ -66,11 +66,28 @@ class Gathering:
         if isinstance(stat, Total):
             terms = stat.of(block, **keywords)
             total = piece_sum(terms, self._partial.get(key))
-            with self._lock:
-                self._partial[key] = total
+            self.put_total(key, total)
         else:
             for selection, row in zip(self._selections, block, strict=True):
                 selection.fold(row)
+
+    def partial(self, key: tuple[int, int]) -> Any:
+        """What a Total's piece comes to so far; None before its first call."""
+        return self._partial.get(key)
+
+    def put_total(self, key: tuple[int, int], total: Any) -> None:
+        """A Total's piece as summed up elsewhere, `partial` included."""
+        with self._lock:
+            self._partial[key] = total
+
+    def windows(self) -> list[tuple[int, int] | None]:
+        """For each model the bit patterns that a Cutoff's pass looks for; None where the cutoff is known."""
+        return [None if s.cutoff is not None else (s.low, s.high) for s in self._selections]
+
+    def put_split(self, found: Sequence[tuple[int, Any]]) -> None:
+        """For each model how many patterns lie below its window, and those inside, of one block."""
+        for selection, (below, inside) in zip(self._selections, found, strict=True):
+            selection.put(below, inside)
 
     def finish_pass(self) -> None:
         """All blocks of this pass were folded."""

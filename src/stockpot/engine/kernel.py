@@ -12,12 +12,13 @@ from stockpot.engine.cutoffs import kept_count, kth_magnitudes
 from stockpot.engine.devices import Device
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.masks import MaskStream, mask_key
+from stockpot.engine.native import Block
 from stockpot.engine.units import Segment, Unit
 from stockpot.methods.arrays import is_numpy, magnitude
 from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.methods.statistics import Cutoff, Total
 from stockpot.planning.budget import work_itemsize
-from stockpot.planning.grid import REDUCE, SMALL, grid_of
+from stockpot.planning.grid import PIECE, REDUCE, SMALL, grid_of
 from stockpot.planning.plan import MergeGroup
 from stockpot.specs import DType
 
@@ -67,6 +68,19 @@ class Kernel:
         block -= base
         return block, base
 
+    def _compiled(self, data: UnitData) -> bool:
+        """Whether compiled kernels can do this group's arithmetic on these dtypes."""
+        kernels = self.device.kernels
+        dtypes = [*data.dtypes, data.unit.lead.spec.dtype]
+        return kernels is not None and self.method.form is not None and kernels.takes(dtypes)
+
+    def _block(self, data: UnitData, start: int, stop: int) -> Block:
+        """Elements start..stop of the unit as they are, for a kernel."""
+        m = len(data.unit.lead.operands)
+        raws = [data.part(i, start, stop) for i in range(len(data.raws))]
+        base = (raws[m], data.dtypes[m]) if self.method.space is Space.DELTA else None
+        return Block(stop - start, raws[:m], data.dtypes[:m], base, work_itemsize(data.unit.lead.spec.dtype) == 8)
+
     def _mask(self, segment: Segment, start: int, stop: int, slot: dict[Any, Any]) -> Any:
         """Booleans `[m, n]` for elements start..stop of a tensor."""
         assert self.method.random is not None
@@ -108,25 +122,58 @@ class Kernel:
     ) -> None:
         """The same for one segment, which begins at element `at` of the unit's data."""
         grid = grid_of(segment.tensor.spec.shape)
-        step = REDUCE if isinstance(gathering.current, Total) else max(self.chunk // REDUCE, 1) * REDUCE
+        stat = gathering.current
+        compiled = self._compiled(data) and (isinstance(stat, Cutoff) or (stat is not None and stat.kernel is not None))
+        step = max(self.chunk // REDUCE, 1) * REDUCE
+        if isinstance(stat, Total):
+            step = PIECE if compiled and not self.method.random else REDUCE
         with np.errstate(all="ignore"):
             for piece in range(segment.first, segment.last):
                 low, high = grid.bounds(piece)
                 for start in range(low, high, step):
                     stop = min(start + step, high)
-                    offset = at - segment.start
-                    block, _ = self._load(data, offset + start, offset + stop)
                     known = {**stats, **gathering.results}
-                    keywords = self._keywords(known, [(segment, start, stop)], data)
-                    gathering.fold(block, keywords, (segment.tensor.index, piece))
+                    (self._fold_compiled if compiled else self._fold)(
+                        gathering, data, segment, (start, stop), at - segment.start, known, piece
+                    )
+
+    def _fold(
+        self, gathering: Gathering, data: UnitData, segment: Segment, span: tuple[int, int], offset: int,
+        known: Mapping[str, Any], piece: int,
+    ) -> None:  # fmt: skip
+        block, _ = self._load(data, offset + span[0], offset + span[1])
+        gathering.fold(block, self._keywords(known, [(segment, *span)], data), (segment.tensor.index, piece))
+
+    def _fold_compiled(
+        self, gathering: Gathering, data: UnitData, segment: Segment, span: tuple[int, int], offset: int,
+        known: Mapping[str, Any], piece: int,
+    ) -> None:  # fmt: skip
+        """The same by a kernel."""
+        kernels, stat = self.device.kernels, gathering.current
+        assert kernels is not None
+        assert stat is not None
+        block = self._block(data, offset + span[0], offset + span[1])
+        if isinstance(stat, Cutoff):
+            gathering.put_split(kernels.split(block, gathering.windows()))
+            return
+        form, mask = None, None
+        if stat.kernel != "gram" and self.method.form is not None:
+            keywords = self._keywords(known, [(segment, *span)], data)
+            form, mask = self.method.form(**keywords), keywords.get("mask")
+        key = (segment.tensor.index, piece)
+        assert stat.kernel is not None
+        gathering.put_total(key, kernels.totals(stat.kernel, block, form, mask, gathering.partial(key)))
 
     def sample(self, data: UnitData, at: int, n: int) -> Any:
         """A few thousand deltas `[m, s]` from n elements that begin at `at` of the unit's data, for a first guess."""
-        return np.concatenate([self.deltas(data, at + a, at + b) for a, b in sample_runs(n)], axis=1)
+        return self.deltas(data, [(at + a, at + b) for a, b in sample_runs(n)])
 
-    def deltas(self, data: UnitData, start: int, stop: int) -> Any:
-        """`[m, n]` numpy: what the method would get for these elements."""
-        return self.device.to_numpy(self._load(data, start, stop)[0]).copy()
+    def deltas(self, data: UnitData, runs: Sequence[tuple[int, int]]) -> Any:
+        """`[m, n]` numpy: what the method would get for runs of elements, all of one length."""
+        if self._compiled(data) and self.device.kernels is not None:
+            block = self._block(data, 0, data.unit.numel)
+            return self.device.kernels.deltas(block, [start for start, _ in runs], runs[0][1] - runs[0][0])
+        return np.concatenate([self.device.to_numpy(self._load(data, a, b)[0]).copy() for a, b in runs], axis=1)
 
     def gather(self, data: UnitData, segment: Segment, at: int, stats: Mapping[str, Any]) -> dict[str, Any]:
         """All statistics of one tensor whose every element is in hand."""
@@ -137,7 +184,7 @@ class Kernel:
         n = segment.stop - segment.start
         if n <= SMALL and isinstance(active[0], Cutoff):
             density = self.group.params[active[0].param]
-            known[active[0].name] = kth_magnitudes(self.deltas(data, at, at + n), density)
+            known[active[0].name] = kth_magnitudes(self.deltas(data, [(at, at + n)]), density)
             active = active[1:]
         gathering = Gathering(active, self.group.params, len(segment.tensor.operands), n)
         while gathering.current is not None:
@@ -159,39 +206,47 @@ class Kernel:
                     self._combine_shaped(data, segment, at, known, out)
                     at += segment.stop - segment.start
                 return
-            for segments, start, stop, known in self._runs(data, stats):
+            compiled = self._compiled(data)
+            dtype = data.unit.lead.spec.dtype
+            # kernels work in tiles of their own; what bounds their blocks is the size of a mask
+            step = self.chunk if not compiled else 4 * self.chunk if self.method.random else data.unit.numel
+            for segments, start, stop, known in self._runs(data, stats, step):
+                keywords = self._keywords(known, segments, data)
+                if compiled and self.method.form is not None and self.device.kernels is not None:
+                    raw = out[start * dtype.itemsize : stop * dtype.itemsize]
+                    form = self.method.form(**keywords)
+                    self.device.kernels.combine(self._block(data, start, stop), form, keywords.get("mask"), raw, dtype)
+                    continue
                 block, base = self._load(data, start, stop)
-                self._store(
-                    data, self.method.function(block, **self._keywords(known, segments, data)), base, start, stop, out
-                )
+                self._store(data, self.method.function(block, **keywords), base, start, stop, out)
 
     def _runs(
-        self, data: UnitData, stats: Mapping[str, Any]
+        self, data: UnitData, stats: Mapping[str, Any], step: int
     ) -> Iterator[tuple[list[tuple[Segment, int, int]], int, int, Mapping[str, Any]]]:
         """Runs of elements to compute at once: (segments in it, start, stop, statistics)."""
         own_stats = any(s.scope_for(self.group.params) == "tensor" for s in self.method.active_stats(self.group.params))
         if len(data.unit.segments) > 1 and not own_stats:
             whole = [(s, s.start, s.stop) for s in data.unit.segments]
-            yield from self._small_runs(whole, stats)
+            yield from self._small_runs(whole, stats, step)
             return
         at = 0
         for segment in data.unit.segments:
             n = segment.stop - segment.start
             known = self.gather(data, segment, at, stats) if own_stats and segment.whole else stats
-            for start in range(0, n, self.chunk):
-                stop = min(start + self.chunk, n)
+            for start in range(0, n, step):
+                stop = min(start + step, n)
                 yield [(segment, segment.start + start, segment.start + stop)], at + start, at + stop, known
             at += n
 
     def _small_runs(
-        self, whole: list[tuple[Segment, int, int]], stats: Mapping[str, Any]
+        self, whole: list[tuple[Segment, int, int]], stats: Mapping[str, Any], step: int
     ) -> Iterator[tuple[list[tuple[Segment, int, int]], int, int, Mapping[str, Any]]]:
-        """Several small tensors at once, up to a chunk."""
+        """Several small tensors at once, up to `step` elements."""
         at, first = 0, 0
         run: list[tuple[Segment, int, int]] = []
         for item in whole:
             n = item[2] - item[1]
-            if run and at + n - first > self.chunk:
+            if run and at + n - first > step:
                 yield run, first, at, stats
                 run, first = [], at
             run.append(item)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.engine.native import Kernels, load_kernels
+
 __all__ = ["MaskStream", "mask_key"]
 
 _BYTES_PER_COUNTER = 32  # four 64-bit words
@@ -30,6 +32,7 @@ class MaskStream:
     def __init__(self) -> None:
         self._bits = np.random.Philox(key=0)
         self._draws = np.random.Generator(self._bits)
+        self._kernels: Kernels | None = load_kernels()
 
     def fill(self, key: int, density: float, start: int, out: np.ndarray[Any, Any]) -> None:
         """Fill the booleans `out` for elements start, start + 1, ...: True with probability `density`."""
@@ -37,12 +40,16 @@ class MaskStream:
         if density >= 1 or density <= 0 or n == 0:
             out[...] = density >= 1
             return
+        whole, fraction = divmod(density * 256, 1)
+        rest = int(fraction * 2**64)
+        if self._kernels is not None:
+            self._kernels.mask(key, start, int(whole), rest, out)
+            return
         draws = self._bytes(key, start, n)
-        whole, rest = divmod(density * 256, 1)
         np.less(draws, whole, out=out)
         if rest:
             edge = np.flatnonzero(draws == int(whole))
-            out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < np.uint64(int(rest * 2**64))
+            out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < np.uint64(rest)
 
     def _bytes(self, key: int, start: int, n: int) -> Any:
         """Bytes start..start + n of the stream of this key."""

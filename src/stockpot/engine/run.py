@@ -309,7 +309,7 @@ class _Runner:
                 pieces = [Segment(segment.tensor, 0, 0, segment.start + a, segment.start + b) for a, b in runs]
                 data = self._read(Unit(tuple(pieces)), slot)
                 count = sum(b - a for a, b in runs)
-                parts.append(self.kernels[segment.tensor.group].deltas(data, 0, count))
+                parts.append(self.kernels[segment.tensor.group].deltas(data, [(0, count)]))
         return np.concatenate(parts, axis=1)
 
     def _differing(self, data: UnitData) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from stockpot.methods.arrays import weighted_sum
 from stockpot.methods.averaging import check_weights, normalised
 from stockpot.methods.declaration import Space, method
+from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Flag, Named, PerModel, Real
 
 __all__ = ["scaled", "task_arithmetic"]
@@ -17,7 +18,11 @@ def scaled(weight: tuple[float, ...], scale: float, normalize: bool) -> tuple[fl
     return tuple(w * scale for w in (normalised(weight) if normalize else weight))
 
 
-@method(space=Space.DELTA, models=(1, None), cite="arXiv:2212.04089", check=check_weights)
+def _form(weight: tuple[float, ...], scale: float, normalize: bool) -> Form:
+    return Form(scaled(weight, scale, normalize))
+
+
+@method(space=Space.DELTA, models=(1, None), cite="arXiv:2212.04089", check=check_weights, form=_form)
 def task_arithmetic(
     delta: Any,
     *,

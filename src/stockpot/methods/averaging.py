@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
 from stockpot.methods.declaration import Space, method
+from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Flag, PerModel, Real
 
 __all__ = ["check_weights", "linear", "normalised", "passthrough"]
@@ -31,7 +32,11 @@ def check_weights(params: Mapping[str, Any]) -> str | None:
     return None
 
 
-@method(space=Space.WEIGHT, models=(1, None), cite="arXiv:2203.05482", check=check_weights)
+def _form(weight: tuple[float, ...], normalize: bool) -> Form:
+    return Form(normalised(weight) if normalize else weight)
+
+
+@method(space=Space.WEIGHT, models=(1, None), cite="arXiv:2203.05482", check=check_weights, form=_form)
 def linear(
     models: Any,
     *,
@@ -47,7 +52,7 @@ def linear(
     return weighted_sum(models, normalised(weight) if normalize else weight)
 
 
-@method(space=Space.WEIGHT, models=(1, 1), cite="")
+@method(space=Space.WEIGHT, models=(1, 1), cite="", form=lambda scale: Form(scale))
 def passthrough(models: Any, *, scale: Annotated[PerModel, Real()] = 1.0) -> Any:
     """Copy one model's tensors, unchanged or times `scale`: for stacking layers with `slices`.
 

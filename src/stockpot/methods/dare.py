@@ -9,6 +9,7 @@ from stockpot.methods.arithmetic import scaled
 from stockpot.methods.arrays import column, keep_where, weighted_sum
 from stockpot.methods.averaging import check_weights
 from stockpot.methods.declaration import Space, method
+from stockpot.methods.forms import Election, Form
 from stockpot.methods.parameters import Choice, Flag, Named, PerModel, Real
 from stockpot.methods.statistics import Mask, Total
 from stockpot.methods.ties import disjoint_merge, norm_ratio, stack_rows
@@ -27,7 +28,7 @@ def _l1(params: Any) -> bool:
     return bool(params["rescale"]) and params["dialect"] == "mergekit"
 
 
-NORMS = (Total("norms", of=_masked_norms, when=_l1),)
+NORMS = (Total("norms", of=_masked_norms, when=_l1, kernel="norms"),)
 
 
 def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: bool, norms: Any) -> Any:
@@ -35,8 +36,31 @@ def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: b
     kept = keep_where(delta, mask)
     if not rescale:
         return kept
-    factors = norm_ratio(norms) if norms is not None else tuple(1 / d if d > 1e-30 else 1.0 for d in density)
-    return kept if all(f == 1.0 for f in factors) else kept * column(factors, kept)
+    factor = rescaling(density, norms)
+    return kept if factor is None else kept * column(factor, kept)
+
+
+def rescaling(density: Sequence[float], norms: Any) -> tuple[float, ...] | None:
+    """What each delta's rest is multiplied by; None where it is 1 for all."""
+    factor = norm_ratio(norms) if norms is not None else tuple(1 / d if d > 1e-30 else 1.0 for d in density)
+    return None if all(f == 1.0 for f in factor) else factor
+
+
+def _linear_form(
+    mask: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool, rescale: bool,
+    dialect: str,
+) -> Form:  # fmt: skip
+    factor = rescaling(density, norms) if rescale else None
+    return Form(scaled(weight, scale, normalize), masked=True, factor=factor)
+
+
+def _ties_form(
+    mask: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool, rescale: bool,
+    dialect: str,
+) -> Form:  # fmt: skip
+    factor = rescaling(density, norms) if rescale else None
+    election = Election(divide_by="weight" if normalize else "none")
+    return Form(weight, masked=True, factor=factor, election=election, scale=scale)
 
 
 @method(
@@ -46,6 +70,7 @@ def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: b
     random=Mask("density"),
     cite="arXiv:2311.03099",
     check=check_weights,
+    form=_linear_form,
 )
 def dare_linear(
     delta: Any,
@@ -75,7 +100,14 @@ def dare_linear(
     return weighted_sum(kept, scaled(weight, scale, normalize))
 
 
-@method(space=Space.DELTA, models=(1, None), stats=NORMS, random=Mask("density"), cite="arXiv:2311.03099")
+@method(
+    space=Space.DELTA,
+    models=(1, None),
+    stats=NORMS,
+    random=Mask("density"),
+    cite="arXiv:2311.03099",
+    form=_ties_form,
+)
 def dare_ties(
     delta: Any,
     *,

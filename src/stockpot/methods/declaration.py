@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stockpot.errors import RecipeError, nearest
+from stockpot.methods.forms import Form
 from stockpot.methods.parameters import REQUIRED, Choice, Flag, Named, Parameter, PerModel, Real
 from stockpot.methods.statistics import Cutoff, Mask, Statistic
 
@@ -48,6 +49,7 @@ class Method:
 
     models        fewest and most models (None: any number); the base does not count in DELTA space
     check         what is wrong with a combination of parameters, or None
+    form          the function's keywords -> the Form that does the same, for compiled kernels; or None
     """
 
     name: str
@@ -61,6 +63,7 @@ class Method:
     cite: str
     parameters: dict[str, Parameter]
     check: Callable[[Mapping[str, Any]], str | None] | None = None
+    form: Callable[..., Form] | None = None
 
     @property
     def summary(self) -> str:
@@ -103,6 +106,7 @@ def method(
     companions: tuple[str, ...] = (),
     cite: str = "",
     check: Callable[[Mapping[str, Any]], str | None] | None = None,
+    form: Callable[..., Form] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare and register a merge method; see the module's docstring and `docs/methods.md`.
 
@@ -123,7 +127,7 @@ def method(
                 raise TypeError(f"method {name!r}: Cutoff refers to {s.param!r}, which is no parameter")
         if name in _REGISTRY:
             raise TypeError(f"a method named {name!r} exists already: {_REGISTRY[name].function.__module__}")
-        made = Method(name, function, scope, space, models, stats, random, companions, cite, parameters, check)
+        made = Method(name, function, scope, space, models, stats, random, companions, cite, parameters, check, form)
         _REGISTRY[name] = made
         return made
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from stockpot.methods.arrays import is_numpy, weighted_sum
 from stockpot.methods.declaration import Space, method
+from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Choice, Real
 from stockpot.methods.statistics import Total
 
@@ -55,7 +56,17 @@ def slerp_weights(gram: Any, t: float, guarded: bool = True) -> tuple[float, flo
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-@method(space=Space.WEIGHT, models=(2, 2), stats=(Total("gram", of=pair_gram),), cite="Shoemake 1985")
+def _form(gram: Any, t: float, dialect: str) -> Form:
+    return Form(slerp_weights(gram, t, guarded=dialect == "stockpot"))
+
+
+@method(
+    space=Space.WEIGHT,
+    models=(2, 2),
+    stats=(Total("gram", of=pair_gram, kernel="gram"),),
+    cite="Shoemake 1985",
+    form=_form,
+)
 def slerp(
     models: Any,
     *,

@@ -25,12 +25,14 @@ class Total:
            it may ignore) that returns the terms `[k, n]`
     over   "tensor" or "model"
     when   whether these parameters need it; the function gets None where they do not
+    kernel the compiled kernel that adds up the same terms, if there is one
     """
 
     name: str
     of: Callable[..., Any]
     over: Over = "tensor"
     when: Callable[[Params], bool] | None = None
+    kernel: Literal["gram", "norms", "signs"] | None = None
 
     def scope_for(self, params: Params) -> Over:
         return self.over

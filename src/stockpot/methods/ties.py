@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from stockpot.methods.arrays import add_rows, column, count_rows, is_numpy, keep_where, magnitude, weighted_sum
 from stockpot.methods.declaration import Space, method
+from stockpot.methods.forms import DivideBy, Election, Form
 from stockpot.methods.parameters import ByDialect, Choice, Flag, Named, PerModel, Real
 from stockpot.methods.statistics import Cutoff, Total
 
@@ -78,7 +79,7 @@ def settle_close_votes(positive: Any, mass: Any, kept: Any, weight: Sequence[flo
     """
     if mass.dtype.itemsize >= 8 or mass.shape[-1] == 0:
         return
-    bound = float(max(abs(float(kept.max())), abs(float(kept.min())))) * sum(abs(w) for w in weight) * 2.0**-21
+    bound = _largest(kept) * sum(abs(w) for w in weight) * (len(weight) + 2) * 2.0**-23
     close = abs(mass) <= bound
     some = kept[0] != 0
     for row in kept[1:]:
@@ -97,6 +98,15 @@ def settle_close_votes(positive: Any, mass: Any, kept: Any, weight: Sequence[flo
     if votes.shape[-1]:
         exact = weighted_sum(votes, weight)
         positive[where] = exact >= 0 if zero_is_positive else exact > 0
+
+
+def _largest(x: Any) -> float:
+    """The largest magnitude that is a number."""
+    if is_numpy(x):
+        import numpy as np
+
+        return float(np.fmax(np.fmax.reduce(x, axis=None), -np.fmin.reduce(x, axis=None)))
+    return float(abs(x).nan_to_num(nan=0.0, posinf=float("inf")).max())
 
 
 def norm_ratio(before_after: Any) -> tuple[float, ...]:
@@ -127,15 +137,36 @@ def _elected_signs(delta: Any, *, cutoff: Sequence[float], weight: Sequence[floa
     return ((mass > 0) * 1.0 - (mass < 0) * 1.0)[None]
 
 
+_DIVIDE: dict[str, DivideBy] = {"mergekit": "weight", "paper": "weight", "peft": "count"}
+
+
+def _form(
+    cutoff: Any, majority: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool,
+    rescale: bool, dialect: str,
+) -> Form:  # fmt: skip
+    return Form(
+        weight,
+        cutoff=None if all(c == 0 for c in cutoff) else cutoff,
+        factor=None if norms is None else norm_ratio(norms),
+        election=Election(
+            weighted=dialect != "peft",
+            divide_by=_DIVIDE[dialect] if normalize else "none",
+            zero_is_positive=majority is None or float(majority[0]) >= 0,
+        ),
+        scale=scale,
+    )
+
+
 @method(
     space=Space.DELTA,
     models=(1, None),
     stats=(
         Cutoff("density", over=lambda p: "model" if p["dialect"] == "paper" else "tensor"),
-        Total("majority", of=_elected_signs, over="model", when=lambda p: p["dialect"] == "paper"),
-        Total("norms", of=_trimmed_norms, when=lambda p: bool(p["rescale"])),
+        Total("majority", of=_elected_signs, over="model", when=lambda p: p["dialect"] == "paper", kernel="signs"),
+        Total("norms", of=_trimmed_norms, when=lambda p: bool(p["rescale"]), kernel="norms"),
     ),
     cite="arXiv:2306.01708",
+    form=_form,
 )
 def ties(
     delta: Any,
@@ -167,12 +198,11 @@ def ties(
     kept = trim(delta, cutoff)
     if norms is not None:
         kept = kept * column(norm_ratio(norms), kept)
-    by = {"mergekit": "weight", "paper": "weight", "peft": "count"}[dialect] if normalize else "none"
     merged = disjoint_merge(
         kept,
         weight,
         weighted_election=dialect != "peft",
-        divide_by=by,
+        divide_by=_DIVIDE[dialect] if normalize else "none",
         zero_is_positive=majority is None or float(majority[0]) >= 0,
     )
     return merged if scale == 1.0 else merged * scale

@@ -1,0 +1,190 @@
+"""The compiled kernels (kernels.c): a plain shared library, built when stockpot is installed, called through ctypes.
+
+Where it is missing (no C compiler at install time, Windows) or switched off (STOCKPOT_NATIVE=0) the numpy code does the
+same work: the same bytes, several times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from stockpot.methods.forms import Form
+from stockpot.specs import DType
+
+__all__ = ["LIBRARY", "Block", "Kernels", "load_kernels"]
+
+LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
+_ABI = 1
+_SLACK = 16  # places that the kernel may write past those that count
+_CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
+_DIVIDE = {"none": 0, "weight": 1, "count": 2}
+_ALL = 2**64 - 1
+
+
+class _Task(ctypes.Structure):
+    """Mirrors Task in kernels.c."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("m", ctypes.c_int32),
+        ("base_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("elect", ctypes.c_int32),
+        ("weighted_election", ctypes.c_int32),
+        ("divide", ctypes.c_int32),
+        ("zero_is_positive", ctypes.c_int32),
+        ("trims", ctypes.c_int32),
+        ("raws", ctypes.c_void_p),
+        ("dtypes", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("cutoff", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("scale", ctypes.c_double),
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """n elements of every input as raw bytes. base: None, or (bytes, dtype); wide: computed in float64."""
+
+    n: int
+    raws: Sequence[Any]
+    dtypes: Sequence[DType]
+    base: tuple[Any, DType] | None
+    wide: bool
+
+
+def _address(buffer: Any) -> int:
+    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]) if len(buffer) else 0
+
+
+class Kernels:
+    """The functions of the library. Every call runs without Python's lock."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        p, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+        library.stockpot_combine.argtypes = (p, i32)
+        library.stockpot_totals.argtypes = (p, i32, i32, p)
+        library.stockpot_signs.argtypes = (p, i32, p)
+        library.stockpot_split.argtypes = (p, i32, p, p, p, p, p)
+        library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
+        library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
+        library.stockpot_mask.restype = None
+
+    @staticmethod
+    def takes(dtypes: Sequence[DType]) -> bool:
+        """Whether these dtypes are among those the kernels read and write."""
+        return all(d in _CODES for d in dtypes)
+
+    def _task(self, block: Block, form: Form | None, mask: Any) -> tuple[_Task, list[Any]]:
+        """The task and what must stay alive while it is used."""
+        m = len(block.raws)
+        raws = np.array([_address(r) for r in block.raws], np.uintp)
+        dtypes = np.array([_CODES[d] for d in block.dtypes], np.int32)
+        alive: list[Any] = [raws, dtypes, block]
+        task = _Task(n=block.n, m=m, scale=1.0, raws=raws.ctypes.data, dtypes=dtypes.ctypes.data)
+        if block.base is not None:
+            task.base, task.base_dtype = _address(block.base[0]), _CODES[block.base[1]]
+        if form is None:
+            return task, alive
+
+        def keep(values: Sequence[float], dtype: Any) -> int:
+            array = np.array(values, dtype)
+            alive.append(array)
+            return int(array.ctypes.data)
+
+        task.weight = keep(form.weight, np.float64)
+        task.scale = form.scale
+        if form.cutoff is not None:
+            task.trims, task.cutoff = 1, keep(form.cutoff, np.float32)
+        if form.factor is not None:
+            task.factor = keep(form.factor, np.float64)
+        if form.masked:
+            alive.append(mask)
+            task.mask = mask.ctypes.data
+        if form.election is not None:
+            task.elect = 1
+            task.weighted_election = form.election.weighted
+            task.divide = _DIVIDE[form.election.divide_by]
+            task.zero_is_positive = form.election.zero_is_positive
+        return task, alive
+
+    def combine(self, block: Block, form: Form, mask: Any, out: Any, dtype: DType) -> None:
+        """Fill `out` with n elements of `dtype`. mask: booleans `[m, n]` where the form wants them."""
+        task, alive = self._task(block, form, mask)
+        task.out, task.out_dtype = _address(out), _CODES[dtype]
+        _check(self._library.stockpot_combine(ctypes.byref(task), block.wide))
+        del alive
+
+    def totals(self, kind: str, block: Block, form: Form | None, mask: Any, total: Any) -> Any:
+        """`total` (float64 `[k]`, or None for zeros) plus the terms of the block: kind "gram", "norms" or "signs"."""
+        task, alive = self._task(block, form, mask)
+        k = {"gram": 3, "norms": 2 * task.m, "signs": 1}[kind]
+        out = np.zeros(k) if total is None else np.array(total, np.float64)
+        if kind == "signs":
+            status = self._library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
+        else:
+            status = self._library.stockpot_totals(ctypes.byref(task), block.wide, kind == "norms", out.ctypes.data)
+        _check(status)
+        del alive
+        return out
+
+    def deltas(self, block: Block, starts: Sequence[int], run: int) -> Any:
+        """`[m, len(starts) * run]`: what the method sees of runs of elements of the block; float64 where it is wide."""
+        task, alive = self._task(block, None, None)
+        places = np.array(starts, np.int64)
+        out = np.empty((task.m, len(places) * run), np.float64 if block.wide else np.float32)
+        pointer = ctypes.byref(task)
+        _check(
+            self._library.stockpot_deltas(pointer, block.wide, places.ctypes.data, len(places), run, out.ctypes.data)
+        )
+        del alive
+        return out
+
+    def split(self, block: Block, windows: Sequence[tuple[int, int] | None]) -> list[tuple[int, Any]]:
+        """For each model (how many magnitudes' bit patterns lie below its window [low, high), those inside it).
+
+        A window of None passes the model over.
+        """
+        task, alive = self._task(block, None, None)
+        m = len(windows)
+        low = np.array([1 if w is None else w[0] for w in windows], np.uint32)
+        high = np.array([0 if w is None else w[1] for w in windows], np.uint32)
+        below, held = np.zeros(m, np.int64), np.zeros(m, np.int64)
+        inside = np.empty((m, block.n + _SLACK), np.uint32)
+        pointers = (x.ctypes.data for x in (low, high, below, inside, held))
+        _check(self._library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
+        del alive
+        return [(int(below[i]), inside[i, : int(held[i])].copy()) for i in range(m)]
+
+    def mask(self, key: int, start: int, whole: int, rest: int, out: Any) -> None:
+        """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""
+        self._library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no memory for a kernel's scratch")
+
+
+@cache
+def load_kernels() -> Kernels | None:
+    """The kernels, or None where there are none."""
+    if os.environ.get("STOCKPOT_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        return Kernels(library) if library.stockpot_abi() == _ABI else None
+    except (OSError, AttributeError):
+        return None

@@ -1,0 +1,222 @@
+"""The compiled kernels against the numpy code: the same bytes, whatever the numbers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.engine.cutoffs import _split_numpy
+from stockpot.engine.masks import MaskStream, mask_key
+from stockpot.engine.native import LIBRARY, Block, load_kernels
+from stockpot.engine.reduce import piece_sum
+from stockpot.methods import get_method, methods
+from stockpot.methods.forms import Form
+from stockpot.methods.spherical import pair_gram
+from stockpot.specs import DType
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    65504.0,
+    65520.0,
+    70000.0,
+    -70000.0,
+    6e-8,
+    3e-8,
+    2.9e-8,
+    1e-40,
+    3.4e38,
+    np.inf,
+    -np.inf,
+    np.nan,
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    def call(function, *args, **kwargs):
+        with monkeypatch.context() as m:
+            m.setattr("stockpot.engine.devices.load_kernels", lambda: None)
+            m.setattr("stockpot.engine.masks.load_kernels", lambda: None)
+            return function(*args, **kwargs)
+
+    return call
+
+
+def test_kernels_are_built_where_there_is_a_compiler():
+    if shutil.which("cc") is None or sys.platform == "win32":
+        pytest.skip("no C compiler")
+    assert load_kernels() is not None, f"{LIBRARY} is missing: install stockpot again"
+
+
+def test_switched_off():
+    code = "from stockpot.engine.devices import NumpyDevice; assert NumpyDevice().kernels is None"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"STOCKPOT_NATIVE": "0", "PATH": ""})
+
+
+def models(count: int, dtype: torch.dtype, *, special: bool, seed: int) -> list[dict[str, torch.Tensor]]:
+    """A base and `count` models near it, of several sizes; deltas of bf16 tie often."""
+    rng = np.random.default_rng(seed)
+    out = []
+    shapes = {"w": (301, 67), "long": (3, 70001), "one": (1,), "none": (0, 4), "tiny": (5, 3)}
+    base = {name: rng.normal(size=shape) * 0.02 for name, shape in shapes.items()}
+    for i in range(count + 1):
+        made = {}
+        for name, shape in shapes.items():
+            value = base[name] + (rng.normal(size=shape) * 0.002 if i else 0)
+            if special and name == "w":
+                for row in range(20):
+                    value[row, : len(SPECIAL)] = rng.permutation(SPECIAL)
+            made[name] = torch.from_numpy(np.array(value)).to(dtype)
+        out.append(made)
+    return out
+
+
+def variants():
+    for method in methods().values():
+        if method.form is None:
+            continue
+        for dialect in method.dialects or (None,):
+            for case, given in CASES.get(method.name, {"plain": {}}).items():
+                yield pytest.param(
+                    method.name,
+                    {**given, **({"dialect": dialect} if dialect else {})},
+                    id=f"{method.name}-{dialect}-{case}",
+                )
+
+
+WEIGHTED = {"plain": {}, "weights": {"weight": [0.3, 1.0, -0.7]}, "shared": {"weight": 0.4}}
+CASES = {
+    "linear": WEIGHTED,
+    "task_arithmetic": {**WEIGHTED, "lambda": {"weight": [0.2, 0.9, 0.1], "scale": 0.3, "normalize": True}},
+    "slerp": {"half": {"t": 0.5}, "end": {"t": 1.0}},
+    "ties": {
+        "half": {"density": 0.5},
+        "weights": {"density": [0.2, 0.5, 1.0], "weight": [0.3, 0.3001, -0.1]},
+        "negative": {"density": 0.3, "weight": -1.0},
+        "shared": {"density": 0.3, "weight": 0.4, "scale": 0.7},
+        "sum": {"density": 0.5, "weight": [1.0, 0.5, 0.25], "normalize": False},
+        "rescale": {"density": 0.5, "rescale": True},
+        "nothing": {"density": [0.0, 0.5, 0.5]},
+    },
+    "dare_linear": {"half": {"density": 0.5}, "odd": {"density": [0.3, 0.71, 1.0], "weight": [0.3, 1.0, 0.5]}},
+    "dare_ties": {
+        "half": {"density": 0.5},
+        "odd": {"density": [0.3, 0.71, 0.0], "weight": [0.3, 1.0, 0.5], "normalize": True, "scale": 1.5},
+        "unscaled": {"density": 0.4, "rescale": False},
+    },
+    "passthrough": {"plain": {}, "scaled": {"scale": 0.5}},
+}
+
+
+@pytest.mark.parametrize(("name", "given"), list(variants()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [False, True], ids=["numbers", "special"])
+def test_same_bytes_as_numpy(name, given, dtype, special, without_kernels):
+    method = get_method(name)
+    count = 3 if method.models[1] is None else method.models[1]
+    base, *experts = models(count, dtype, special=special, seed=len(name))
+    keywords = {"base": base} if method.space.value == "delta" else {}
+    compiled = method(experts, **keywords, **given)
+    plain = without_kernels(method, experts, **keywords, **given)
+    for key in base:
+        a, b = compiled[key], plain[key]
+        same = a.view(torch.uint8) == b.view(torch.uint8) if a.numel() else torch.tensor(True)
+        odd = torch.isnan(a) & torch.isnan(b)  # which NaN comes of two NaNs is the processor's choice
+        assert bool((same.reshape(*a.shape, -1).all(-1) | odd).all()) if a.numel() else True, key
+
+
+def test_many_models_settle_close_elections_alike(without_kernels):
+    rng = np.random.default_rng(3)
+    base = {"w": torch.zeros(40, 500, dtype=torch.bfloat16)}
+    experts = [{"w": torch.from_numpy(rng.integers(-3, 4, (40, 500)) * 2.0**-9).to(torch.bfloat16)} for _ in range(13)]
+    weight = [float(w) for w in rng.choice([0.1, 0.3, 0.7], 13)]
+    ties = get_method("ties")
+    a = ties(experts, base=base, weight=weight, density=0.8)
+    b = without_kernels(ties, experts, base=base, weight=weight, density=0.8)
+    assert torch.equal(a["w"], b["w"])
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_every_16_bit_pattern_is_read_and_written_as_numpy_does(dtype):
+    kernels = load_kernels()
+    assert kernels is not None
+    raw = np.arange(2**16, dtype=np.uint16)
+    block = Block(2**16, [raw.view(np.uint8).data], [dtype], None, False)
+    expected = np.empty(2**16, np.float32)
+    decode_into(raw.data, dtype, expected)
+    found = kernels.deltas(block, [0], 2**16)[0]
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(found.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
+    assert np.isnan(found[~numbers]).all()
+
+
+def test_rounding_to_16_bits_is_numpys():
+    kernels = load_kernels()
+    assert kernels is not None
+    rng = np.random.default_rng(0)
+    bits = np.concatenate(
+        [rng.integers(0, 2**32, 400_000, dtype=np.uint64).astype(np.uint32), np.arange(0, 2**32, 65521, np.uint32)]
+    )
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = halves[np.isfinite(halves)].astype(np.float64)
+    ties = (finite[:-1] + finite[1:]) / 2
+    values = np.concatenate([bits.view(np.float32), ties.astype(np.float32)])
+    for dtype in (DType.F16, DType.BF16):
+        expected, found = bytearray(2 * len(values)), bytearray(2 * len(values))
+        encode_into(values.copy(), dtype, memoryview(expected))
+        block = Block(len(values), [values.view(np.uint8).data], [DType.F32], None, False)
+        kernels.combine(block, Form((1.0,), scale=1.0), None, memoryview(found), dtype)
+        a, b = np.frombuffer(expected, np.uint16), np.frombuffer(found, np.uint16)
+        zero = (a & 0x7FFF) == 0  # x + 0 makes a zero positive
+        assert np.array_equal(a[~zero & ~np.isnan(values)], b[~zero & ~np.isnan(values)])
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 65535, 65536, 65537, 200_000])
+def test_sums_are_numpys_to_the_last_bit(n):
+    kernels = load_kernels()
+    assert kernels is not None
+    rng = np.random.default_rng(n)
+    rows = np.stack([rng.normal(size=n).astype(np.float32) for _ in range(2)])
+    block = Block(n, [r.view(np.uint8).data for r in rows], [DType.F32] * 2, None, False)
+    start = np.array([1.0, 2.0, 3.0])
+    assert np.array_equal(kernels.totals("gram", block, None, None, start), piece_sum(pair_gram(rows), start))
+
+
+@pytest.mark.parametrize("window", [(0, 2**31), (1, 2**31), (0, 5), (7, 7), (0x3C000000, 0x3F000000)])
+def test_splits_are_numpys(window):
+    kernels = load_kernels()
+    assert kernels is not None
+    row = np.concatenate([np.random.default_rng(1).normal(size=5000).astype(np.float32), np.float32(SPECIAL)])
+    block = Block(len(row), [row.view(np.uint8).data], [DType.F32], None, False)
+    (below, inside), passed_over = kernels.split(
+        Block(len(row), [block.raws[0]] * 2, [DType.F32] * 2, None, False), [window, None]
+    )
+    expected = _split_numpy(row, *window)
+    assert below == expected[0]
+    assert np.array_equal(inside, expected[1])
+    assert passed_over[0] == 0
+    assert len(passed_over[1]) == 0
+
+
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.3, 0.0001, 0.9999, 1 / 256, 1e-30])
+@pytest.mark.parametrize("start", [0, 1, 31, 32, 12345, 2**40 + 7])
+def test_masks_are_numpys(density, start):
+    drawn = []
+    for switched_off in (False, True):
+        stream = MaskStream()
+        if switched_off:
+            stream._kernels = None
+        out = np.empty(10_007, np.bool_)
+        stream.fill(mask_key(3, 1, "layer.weight"), density, start, out)
+        drawn.append(out)
+    assert np.array_equal(*drawn)
