@@ -1,7 +1,6 @@
 """Compiles the kernels when stockpot is built or installed. Without a C compiler it is installed all the same: slower."""
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -37,11 +36,11 @@ class CustomBuildHook(BuildHookInterface):
         if not os.path.exists(library) or os.path.getmtime(library) < max(map(os.path.getmtime, sources)):
             why = compile_library(sources[0], library)
             if why:
+                if os.path.exists(library):
+                    os.unlink(library)  # of another version
                 self.app.display_warning(f"stockpot: compiled kernels left out, numpy does their work: {why}")
                 return
         build_data["artifacts"].append(f"/{FOLDER}/kernels.so.1")
         build_data["pure_python"] = False
         tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{tag}" if platform.system() != "Darwin" else ""
-        if not build_data["tag"]:
-            build_data["infer_tag"] = True
+        build_data["tag"] = f"py3-none-{tag}"

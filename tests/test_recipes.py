@@ -396,7 +396,7 @@ BAD_PLAN: dict[str, tuple[str, str, int]] = {
     "rule without match": (LINEAR + "rules: [{{match: 'x*', merge_method: linear}}]", "matches no tensor", 2),
     "tokenizer of a stranger": (LINEAR + "tokenizer_source: /nowhere", "neither 'base' nor a model", 2),
     "missing model": ("merge_method: linear\nmodels: [{0}/aa, {0}/b]", r":2: .*no such file.*did you mean", 3),
-    "hub id": ("merge_method: linear\nmodels: [org/some-model]", "hf download", 3),
+    "hub id": ("merge_method: linear\nmodels: [org/some-model]", "as a Hub id it is not complete in the cache", 3),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.checkpoints.opening import is_url, open_checkpoint
 from stockpot.errors import (
     ArgumentError,
     CheckpointError,
@@ -119,7 +119,22 @@ def merge(
     thread about every 0.1 s. Raises StockpotError; nothing is then left at `out`.
     """
     chosen = options or Options()
-    return merge_planned(plan(recipe, chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress)
+    return merge_planned(
+        fetched(plan(recipe, chosen), chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress
+    )
+
+
+def fetched(planned: Plan, options: Options) -> Plan:
+    """The plan over local files: models of the Hub that are not in its cache are downloaded first. Raises CheckpointError."""
+    waiting = [m.checkpoint for m in planned.inputs if m.checkpoint.download_bytes]
+    if not waiting:
+        return planned
+    from stockpot.checkpoints.hub import HubCheckpoint, fetch
+
+    for checkpoint in waiting:
+        if isinstance(checkpoint, HubCheckpoint):
+            fetch(checkpoint)
+    return plan(planned.recipe, options)
 
 
 def merge_planned(
@@ -135,8 +150,10 @@ def merge_planned(
     from stockpot.engine.devices import open_device
     from stockpot.engine.publish import publish
     from stockpot.engine.run import run_plan
+    from stockpot.lineage import NAME as LINEAGE
     from stockpot.lineage import check_side_files, write_side_files
 
+    url = os.fspath(out) if isinstance(out, str) and is_url(out) else None
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
     check_side_files(planned)
@@ -144,13 +161,18 @@ def merge_planned(
     try:
         facts = options.__dict__ | {"budget": planned.budget.__dict__}
         lineage = write_side_files(planned, outcome, facts, adapter=adapter_report(planned))
-        publish(outcome.partial, target, overwrite=overwrite)
+        if url is not None:
+            from stockpot.engine.upload import upload
+
+            upload(outcome.partial, url, LINEAGE, overwrite=overwrite)
+        else:
+            publish(outcome.partial, target, overwrite=overwrite)
     finally:
         outcome.release()
         for model in planned.inputs:
             model.checkpoint.close()
     return MergeResult(
-        os.path.abspath(target),
+        url or os.path.abspath(target),
         lineage,
         outcome.seconds,
         outcome.bytes_read,
@@ -161,12 +183,20 @@ def merge_planned(
 
 
 def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool) -> str:
-    """OUT as text, if a merge can go there: free, writable, no input, large enough. Raises ArgumentError, OutputError."""
+    """Where the merge is made, if it can go to OUT: free, writable, no input, large enough. For a URL that is a directory
+    here. Raises ArgumentError, OutputError.
+    """
     from stockpot.engine.publish import check_out
 
     target = os.fspath(out)
     if not isinstance(target, str) or not target or "\0" in target:
         raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
+    if is_url(target):
+        from stockpot.engine.upload import check_url, scratch_for
+
+        check_url(target, overwrite=overwrite)
+        target = scratch_for(target)
+        overwrite = True
     parts = [part.path for m in planned.inputs for part in m.checkpoint.parts]
     check_out(target, overwrite=overwrite, inputs=[*(m.checkpoint.path for m in planned.inputs), *parts])
     check_space(planned, target)

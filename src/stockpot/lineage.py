@@ -14,7 +14,7 @@ from typing import Any
 
 import stockpot
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import open_checkpoint, read_json
+from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
@@ -325,16 +325,19 @@ Made with stockpot {stockpot.__version__} by `{method}` from
 
 def read_lineage(directory: str) -> tuple[dict[str, Any], Checkpoint]:
     """The lineage in a directory and the checkpoint beside it. Raises VerificationError where there is none."""
-    path = os.path.join(directory, NAME)
-    if not os.path.isdir(directory):
+    checkpoint = None
+    if is_url(directory):
+        checkpoint = open_checkpoint(directory)
+    elif not os.path.isdir(directory):
         raise CheckpointError(f"{directory}: no such directory")
+    path = os.path.join(checkpoint.directory if checkpoint else directory, NAME)
     if not os.path.exists(path):
         raise VerificationError(
             f"{directory}: no {NAME}, so there is nothing to verify against (was it merged by stockpot?)"
         )
     try:
         lineage = read_json(path)
-        checkpoint = open_checkpoint(directory)
+        checkpoint = checkpoint or open_checkpoint(directory)
         _ = lineage["output"]["files"], lineage["output"]["tensors"]
     except (CheckpointError, KeyError, TypeError) as e:
         raise VerificationError(f"{directory}: {e}") from e

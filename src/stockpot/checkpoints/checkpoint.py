@@ -99,6 +99,11 @@ class Checkpoint:
         """Bytes of memory that reading it holds on to, at most."""
         return 0
 
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that are better brought here before they are merged (see hub.fetch)."""
+        return 0
+
     # what its names mean
 
     def layers(self) -> LayerMap:
@@ -151,27 +156,48 @@ class Checkpoint:
 
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         """Fill `buffer` with the requested ranges one after the other; see TensorSource. Raises ReadError."""
-        position = 0
-        for index, start, stop in self._extents(requests):
-            fd = self._fd(index)
-            while start < stop:
-                try:
-                    n = os.preadv(fd, [buffer[position : position + stop - start]], start)
-                except OSError as e:
-                    raise ReadError(f"{self.files[index].path}: read at byte {start} failed: {e.strerror or e}") from e
-                if n == 0:
-                    raise ReadError(
-                        f"{self.files[index].path}: ended at byte {start}, its header promised {stop}; "
-                        "the file was cut short after it was opened"
-                    )
-                start += n
-                position += n
+        self._fill_all(list(self._extents(requests)), buffer)
         position = 0
         for r in requests if self.observers else ():
             size = (r.stop - r.start) * self.spec(r.name).dtype.itemsize
             for observer in self.observers:
                 observer(r, buffer[position : position + size])
             position += size
+
+    def _fill_all(self, extents: Sequence[tuple[int, int, int]], out: memoryview[Any]) -> None:
+        """(file, start, stop) one after the other into `out`."""
+        position = 0
+        for index, start, stop in extents:
+            self._fill(index, start, out[position : position + stop - start])
+            position += stop - start
+
+    def _fill(self, index: int, start: int, out: memoryview[Any]) -> None:
+        """Bytes of one file from `start` on into `out`."""
+        fd = self._fd(index)
+        path = self.files[index].path
+        while len(out):
+            try:
+                n = os.preadv(fd, [out], start)
+            except OSError as e:
+                raise ReadError(f"{path}: read at byte {start} failed: {e.strerror or e}") from e
+            if n == 0:
+                raise ReadError(
+                    f"{path}: ended at byte {start}, its header promised {start + len(out)}; "
+                    "the file was cut short after it was opened"
+                )
+            start += n
+            out = out[n:]
+
+    def changed(self) -> str | None:
+        """What happened to a file since its header was read, in words; None where nothing did."""
+        for header in self.files:
+            try:
+                stat = os.stat(header.path)
+            except OSError as e:
+                return f"{header.path}: {e.strerror or e}"
+            if (stat.st_size, stat.st_mtime_ns) != (header.size, header.mtime_ns):
+                return f"{header.path}: was changed after its header was read"
+        return None
 
     def will_read(self, request: ReadRequest) -> None:
         """Ask the kernel to start reading a range."""

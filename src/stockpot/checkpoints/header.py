@@ -8,14 +8,14 @@ non-negative integers, `dtype x shape == length`, offsets that tile the data exa
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.checkpoints.files import ByteFile, LocalFile
 from stockpot.errors import CheckpointError
 from stockpot.specs import BY_LABEL, TensorSpec
 
-__all__ = ["MAX_HEADER_BYTES", "Entry", "Header", "encode_header", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Entry", "Header", "encode_header", "header_of", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_ELEMENTS = 2**62
@@ -32,7 +32,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. `entries` is ordered by offset; `raw` are the header's own bytes, for its digest."""
+    """A checked header. `entries` is ordered by offset; `raw` are the header's own bytes, for its digest.
+
+    path       where reads will find the file: a path, or a URL
+    mtime_ns   its time of change; of a file behind a URL whatever stands for it there
+    """
 
     path: str
     size: int
@@ -60,28 +64,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: str) -> Header:
     """Read and check the header of one `.safetensors` file. Raises CheckpointError naming file and fault."""
+    file = LocalFile.open(path)
     try:
-        with open(path, "rb") as f:
-            stat = os.fstat(f.fileno())
-            size = stat.st_size
-            head = f.read(8)
-            if len(head) < 8:
-                raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file")
-            n = int.from_bytes(head, "little")
-            if n > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: header length {n} is over the format's limit of {MAX_HEADER_BYTES} bytes; "
-                    "this is not a safetensors file, or it is damaged"
-                )
-            if n > size - 8:
-                raise CheckpointError(f"{path}: header length {n} runs past the end of the file ({size} bytes)")
-            raw = f.read(n)
+        return header_of(file, path)
+    finally:
+        file.close()
+
+
+def header_of(file: ByteFile, path: str) -> Header:
+    """The same of a file that is open; path is what the header will say."""
+    label, size = file.label, file.size
+    try:
+        head = file.read(0, 8)
+        if len(head) < 8:
+            raise CheckpointError(f"{label}: {size} bytes is too short for a safetensors file")
+        n = int.from_bytes(head, "little")
+        if n > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{label}: header length {n} is over the format's limit of {MAX_HEADER_BYTES} bytes; "
+                "this is not a safetensors file, or it is damaged"
+            )
+        if n > size - 8:
+            raise CheckpointError(f"{label}: header length {n} runs past the end of the file ({size} bytes)")
+        raw = file.read(8, 8 + n)
     except OSError as e:
-        raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
+        raise CheckpointError(f"{label}: can't be read: {e.strerror or e}") from e
     if len(raw) != n:
-        raise CheckpointError(f"{path}: truncated inside its header")
-    entries, metadata = _parse(path, raw, 8 + n, size)
-    return Header(path, size, stat.st_mtime_ns, 8 + n, entries, metadata, head + raw)
+        raise CheckpointError(f"{label}: truncated inside its header")
+    entries, metadata = _parse(label, raw, 8 + n, size)
+    return Header(path, size, file.stamp, 8 + n, entries, metadata, head + raw)
 
 
 def _parse(path: str, raw: bytes, data_start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:

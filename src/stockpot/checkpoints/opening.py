@@ -1,114 +1,176 @@
-"""`open_checkpoint`: a directory, a file or an adapter -> Checkpoint. Reads headers and JSON only."""
+"""`open_checkpoint`: a directory, a file, an adapter, a URL or a Hub id -> Checkpoint. Reads headers and small files only."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.files import check_link
 from stockpot.checkpoints.header import Header, read_header
+from stockpot.checkpoints.quantised import loadable
 from stockpot.checkpoints.torchzip import read_torch_file
 from stockpot.errors import CheckpointError
 
-__all__ = ["TORCH_ENDINGS", "open_checkpoint", "read_json"]
+__all__ = ["TORCH_ENDINGS", "Folder", "is_url", "looks_like_hub_id", "open_checkpoint", "read_json"]
 
 TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
 _MAX_JSON = 64 * 2**20
-_INDEX = ".safetensors.index.json"
+
+
+class Folder(Protocol):
+    """Where a checkpoint's files lie: text is what the user wrote, local a directory with its small files, only the one
+    file that was named (else None), names what is in it.
+    """
+
+    text: str
+    local: str
+    only: str | None
+    names: list[str]
+
+    def headers(self, names: Sequence[str]) -> list[Header]: ...
+
+    def has(self, name: str) -> bool: ...
+
+    def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header]) -> Checkpoint: ...
 
 
 def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face model directory, a PEFT adapter directory, one `.safetensors` file or one of torch's zip files.
+    """Open a model directory, a PEFT adapter directory, one `.safetensors` file or one of torch's zip files.
 
-    Only headers and JSON files are read. Raises CheckpointError that names what was found instead.
+    ref: a path, a URL that fsspec knows (`s3://bucket/model`), or a Hugging Face Hub id (`org/name`, `org/name@revision`);
+    a path that exists is always taken for one. Only headers and small files are read. Raises CheckpointError that names what
+    was found instead.
     """
     text = os.fspath(ref)
+    if is_url(text):
+        from stockpot.checkpoints.remote import open_remote_folder
+
+        return _open(open_remote_folder(text))
     path = os.path.abspath(os.path.expanduser(text))
     if os.path.isfile(path):
-        if path.endswith(TORCH_ENDINGS):
-            return Checkpoint(text, path, "model", {}, (read_torch_file(path).header,))
-        if not path.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{text}: only .safetensors files and torch's zip files ({', '.join(TORCH_ENDINGS)}) can be opened"
-            )
-        config = _config(os.path.join(os.path.dirname(path), "config.json"))
-        return _checked(Checkpoint(text, path, "model", config, (read_header(path),)))
-    if not os.path.isdir(path):
-        raise CheckpointError(_not_found(text, path))
-    try:
-        os.listdir(path)
-    except OSError as e:
-        raise CheckpointError(f"{text}: can't be looked into: {e.strerror or e}") from e
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
-        return _open_adapter(text, path)
-    return _checked(
-        Checkpoint(text, path, "model", _config(os.path.join(path, "config.json")), _model_files(text, path))
+        return _open(LocalFolder(text, os.path.dirname(path), os.path.basename(path)))
+    if os.path.isdir(path):
+        return _open(LocalFolder(text, path))
+    close = _close_name(text, path)
+    if not close and looks_like_hub_id(text):
+        from stockpot.checkpoints.hub import open_hub
+
+        return open_hub(text, _open)
+    raise CheckpointError(f"{text}: no such file or directory{close}")
+
+
+class LocalFolder:
+    """A directory on a local disk, or one file in it: what a Folder must offer."""
+
+    def __init__(self, text: str, path: str, only: str | None = None) -> None:
+        self.text = text
+        self.local = path
+        self.only = only
+        self.path = os.path.join(path, only) if only else path
+        try:
+            self.names = [only] if only else sorted(os.listdir(path))
+        except OSError as e:
+            raise CheckpointError(f"{text}: can't be looked into: {e.strerror or e}") from e
+
+    def headers(self, names: Sequence[str]) -> list[Header]:
+        """The headers of files in it, in the order given."""
+        return [self._header(name) for name in names]
+
+    def _header(self, name: str) -> Header:
+        path = os.path.join(self.local, name)
+        if self.only is None:
+            check_link(self.local, path)
+        return read_torch_file(path).header if name.endswith(TORCH_ENDINGS) else read_header(path)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name (or relative path)."""
+        return os.path.isfile(os.path.join(self.local, name))
+
+    def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header]) -> Checkpoint:
+        """The checkpoint that reads these files."""
+        return Checkpoint(self.text, self.path, kind, config, tuple(files))
+
+
+def _open(folder: Folder) -> Checkpoint:
+    text = folder.text
+    if folder.only is not None:
+        if folder.only.endswith(TORCH_ENDINGS):
+            return folder.build("model", {}, folder.headers([folder.only]))
+        if not folder.only.endswith(".safetensors"):
+            raise CheckpointError(f"{text}: {_not_a_checkpoint(folder.only)}")
+        config = _config(os.path.join(folder.local, "config.json"))
+        return loadable(folder.build("model", config, folder.headers([folder.only])))
+    if "adapter_config.json" in folder.names:
+        return _open_adapter(folder)
+    config = _config(os.path.join(folder.local, "config.json"))
+    return loadable(folder.build("model", config, _model_files(folder)))
+
+
+def _not_a_checkpoint(name: str) -> str:
+    if name.endswith(".gguf"):
+        return (
+            "GGUF holds quantised weights, which can't be averaged; merge the original safetensors and convert the result "
+            "(llama.cpp: convert_hf_to_gguf.py)"
+        )
+    return f"only .safetensors files and torch's zip files ({', '.join(TORCH_ENDINGS)}) can be opened"
+
+
+def _open_adapter(folder: Folder) -> Checkpoint:
+    config = read_json(os.path.join(folder.local, "adapter_config.json"))
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if name in folder.names:
+            return folder.build("adapter", config, folder.headers([name]))
+    other = [f for f in folder.names if f.startswith("adapter_model")]
+    found = f"found {', '.join(other)}" if other else "found no adapter_model file"
+    raise CheckpointError(
+        f"{folder.text}: a PEFT adapter without adapter_model.safetensors ({found}); an interrupted save?"
     )
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    quantised = checkpoint.config.get("quantization_config")
-    if isinstance(quantised, dict):
-        kind = quantised.get("quant_method", "unknown method")
-        raise CheckpointError(
-            f"{checkpoint.ref}: weights are quantised ({kind}), averaging their codes would be meaningless; "
-            "dequantise the model and merge that"
-        )
-    return checkpoint
-
-
-def _open_adapter(text: str, path: str) -> Checkpoint:
-    weights = os.path.join(path, "adapter_model.safetensors")
-    config = read_json(os.path.join(path, "adapter_config.json"))
-    pickled = os.path.join(path, "adapter_model.bin")
-    if not os.path.exists(weights) and os.path.exists(pickled):
-        return Checkpoint(text, path, "adapter", config, (read_torch_file(pickled).header,))
-    if not os.path.exists(weights):
-        other = [f for f in sorted(os.listdir(path)) if f.startswith("adapter_model")]
-        found = f"found {', '.join(other)}" if other else "found no adapter_model file"
-        raise CheckpointError(
-            f"{text}: a PEFT adapter without adapter_model.safetensors ({found}); an interrupted save?"
-        )
-    return Checkpoint(text, path, "adapter", config, (read_header(weights),))
-
-
-def _model_files(text: str, path: str) -> tuple[Header, ...]:
-    listing = sorted(os.listdir(path))
-    indexes = [f for f in listing if f.endswith(_INDEX)]
-    if "model" + _INDEX in indexes:
-        indexes = ["model" + _INDEX]
-    if "model.safetensors" in listing and not indexes:
-        return (read_header(os.path.join(path, "model.safetensors")),)
-    if len(indexes) > 1:
-        raise CheckpointError(f"{text}: several index files ({', '.join(indexes)}); name one .safetensors file instead")
-    if indexes:
-        return _sharded(text, path, indexes[0])
-    if any(f.startswith("adapter_model.") for f in listing):
-        raise CheckpointError(f"{text}: adapter weights without adapter_config.json; an interrupted save?")
-    single = [f for f in listing if f.endswith(".safetensors")]
-    if len(single) == 1:
-        return (read_header(os.path.join(path, single[0])),)
-    if len(single) > 1:
-        raise CheckpointError(
-            f"{text}: {len(single)} safetensors files but no index ({single[0]}, ...); an interrupted download or save? "
-            "Name one file, or restore model.safetensors.index.json"
-        )
-    if "pytorch_model.bin" in listing:
-        return (read_torch_file(os.path.join(path, "pytorch_model.bin")).header,)
+def _model_files(folder: Folder) -> list[Header]:
+    text, listing = folder.text, folder.names
+    for ending, single, plain in (
+        (".safetensors", "model.safetensors", "model.safetensors.index.json"),
+        (".bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        indexes = [f for f in listing if f.endswith(ending + ".index.json")]
+        if plain in indexes:
+            indexes = [plain]
+        if single in listing and not indexes:
+            return folder.headers([single])
+        if len(indexes) > 1:
+            raise CheckpointError(f"{text}: several index files ({', '.join(indexes)}); name one {ending} file instead")
+        if indexes:
+            return _sharded(folder, indexes[0])
+        if any(f.startswith("adapter_model.") for f in listing):
+            raise CheckpointError(f"{text}: adapter weights without adapter_config.json; an interrupted save?")
+        found = [f for f in listing if f.endswith(ending)]
+        if ending == ".bin":
+            continue
+        if len(found) == 1:
+            return folder.headers(found)
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{text}: {len(found)} safetensors files but no index ({found[0]}, ...); an interrupted download or "
+                "save? Name one file, or restore model.safetensors.index.json"
+            )
     raise CheckpointError(_no_weights(text, listing))
 
 
 def _no_weights(text: str, listing: list[str]) -> str:
-    pickles = [f for f in listing if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    pickles = [f for f in listing if f.endswith(TORCH_ENDINGS)]
+    quantised = [f for f in listing if f.endswith(".gguf")]
     snapshots = [f for f in listing if f.startswith("checkpoint-")]
     if pickles:
-        return (
-            f"{text}: holds pickled weights ({pickles[0]}), which this version does not read; load the model and "
-            "save it again with save_pretrained, which writes safetensors"
-        )
+        return f"{text}: no model.safetensors and no pytorch_model.bin; to take {pickles[0]}, name the file itself"
+    if quantised:
+        return f"{text}: {_not_a_checkpoint(quantised[0])}"
     if snapshots:
         return f"{text}: a training run, not a checkpoint: name one of its snapshots, such as {text}/{snapshots[-1]}"
     if not listing:
@@ -116,45 +178,52 @@ def _no_weights(text: str, listing: list[str]) -> str:
     return f"{text}: no safetensors file; found {', '.join(listing[:6])}{', ...' if len(listing) > 6 else ''}"
 
 
-def _not_found(text: str, path: str) -> str:
+def _close_name(text: str, path: str) -> str:
+    """The ending of an error for a path that does not exist: what it may have been meant to be, or nothing."""
     parent = os.path.dirname(path)
-    hint = ""
+    local, _, revision = path.rpartition("@")
+    if revision and os.path.exists(local):
+        return f"; a local path has no revision: name {text.rpartition('@')[0]!r} without '@{revision}'"
     if os.path.isdir(parent) and os.access(parent, os.R_OK):
         close = difflib.get_close_matches(os.path.basename(path), os.listdir(parent), n=1, cutoff=0.6)
         if close:
-            hint = f"; did you mean {os.path.join(os.path.dirname(text), close[0])!r}?"
-    local, _, revision = path.rpartition("@")
-    if revision and os.path.exists(local):
-        hint = f"; a local path has no revision: name {text.rpartition('@')[0]!r} without '@{revision}'"
-    if not hint and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        hint = (
-            "; if this is a Hugging Face Hub id, download it first (`hf download "
-            f"{text.partition('@')[0]} --local-dir DIR`) and name DIR: this version reads local files"
-        )
-    return f"{text}: no such file or directory{hint}"
+            return f"; did you mean {os.path.join(os.path.dirname(text), close[0])!r}?"
+    return ""
 
 
-def _sharded(text: str, path: str, index_name: str) -> tuple[Header, ...]:
-    index = read_json(os.path.join(path, index_name))
+def is_url(text: str) -> bool:
+    """Whether a reference is a URL rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether a reference that is no path could be a Hub id: `org/name`, `org/name@revision`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", text) is not None
+
+
+def _sharded(folder: Folder, index_name: str) -> list[Header]:
+    index = read_json(os.path.join(folder.local, index_name))
     weight_map = index.get("weight_map")
-    where = f"{text}/{index_name}"
+    where = f"{folder.text}/{index_name}"
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: expected a 'weight_map' from tensor names to files")
     files: list[str] = []
+    seen: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file or os.path.isabs(file) or ".." in file.replace("\\", "/").split("/"):
             raise CheckpointError(f"{where}: tensor {name!r} points outside the directory: {file!r}")
-        if file not in files:
+        if file not in seen:
+            seen.add(file)
             files.append(file)
-    missing = [f for f in files if not os.path.isfile(os.path.join(path, f))]
+    missing = [f for f in files if not folder.has(f)]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}")
-    headers = tuple(read_header(os.path.join(path, f)) for f in sorted(files))
+    headers = folder.headers(sorted(files))
     held: dict[str, str] = {}
     for file, header in zip(sorted(files), headers, strict=True):
         for name in header.entries:
             if name in held:
-                raise CheckpointError(f"{text}: tensor {name!r} is in both {held[name]} and {file}")
+                raise CheckpointError(f"{folder.text}: tensor {name!r} is in both {held[name]} and {file}")
             held[name] = file
     for name, file in weight_map.items():
         if held.get(name) != file:

@@ -8,7 +8,6 @@ uncompressed in the zip and are read positionally like those of safetensors.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import struct
 import zipfile
@@ -17,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.errors import CheckpointError
 from stockpot.specs import DType, TensorSpec
 
-__all__ = ["TorchFile", "read_torch_file"]
+__all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
 _MAX_PICKLE = 256 * 2**20
 _STORAGES = {
@@ -167,15 +167,22 @@ class _Reader(pickle.Unpickler):
 
 def read_torch_file(path: str) -> TorchFile:
     """Read the descriptions of a zip file's tensors. Raises CheckpointError; executes nothing."""
+    file = LocalFile.open(path)
     try:
-        with open(path, "rb") as f:
-            stat = os.fstat(f.fileno())
-            if f.read(4)[:2] != b"PK":
-                raise CheckpointError(
-                    f"{path}: not a zip file: either damaged, or saved by a torch older than 1.6; load it there and save "
-                    "it again"
-                )
-            places, pickled = _members(path, f)
+        return torch_file_of(file, path)
+    finally:
+        file.close()
+
+
+def torch_file_of(file: ByteFile, where: str) -> TorchFile:
+    """The same of a file that is open; `where` is the path that the header will name."""
+    path = file.label
+    try:
+        if file.read(0, 2) != b"PK":
+            raise CheckpointError(
+                f"{path}: not a zip file: either damaged, or saved by a torch older than 1.6; load it there and save it again"
+            )
+        places, pickled = _members(path, file)
     except OSError as e:
         raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
     except (
@@ -205,12 +212,12 @@ def read_torch_file(path: str) -> TorchFile:
         for k, v in document.items()
         if isinstance(k, str) and isinstance(v, (int, float, str)) and not isinstance(v, bool)
     }
-    return TorchFile(Header(path, stat.st_size, stat.st_mtime_ns, 0, entries, {}, pickled), scalars)
+    return TorchFile(Header(where, file.size, file.stamp, 0, entries, {}, pickled), scalars)
 
 
-def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes]:
+def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], bytes]:
     """({storage: byte range}, the pickle)."""
-    with zipfile.ZipFile(f) as archive:
+    with zipfile.ZipFile(io.BufferedReader(FileStream(file))) as archive:
         found = [i for i in archive.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
         if len(found) != 1:
             raise CheckpointError(f"{path}: a zip file, but not one that torch.save writes (no data.pkl)")
@@ -221,7 +228,7 @@ def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes]:
                 continue
             if info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save never does")
-            places[info.filename[len(root) :]] = _place(path, f, info)
+            places[info.filename[len(root) :]] = _place(path, file, info)
         sizes = {name: stop - start for name, (start, stop) in places.items()}
         if sizes["data.pkl"] > _MAX_PICKLE:
             raise CheckpointError(f"{path}: its pickle of {sizes['data.pkl']} bytes is too large")
@@ -231,15 +238,14 @@ def _members(path: str, f: Any) -> tuple[dict[str, tuple[int, int]], bytes]:
         return data, archive.read(found[0])
 
 
-def _place(path: str, f: Any, info: zipfile.ZipInfo) -> tuple[int, int]:
+def _place(path: str, file: ByteFile, info: zipfile.ZipInfo) -> tuple[int, int]:
     """The byte range of a stored member: its local header says where the data begins."""
-    f.seek(info.header_offset)
-    head = f.read(30)
+    head = file.read(info.header_offset, info.header_offset + 30)
     if len(head) != 30 or head[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{path}: {info.filename}: its entry is damaged")
     name, extra = struct.unpack("<HH", head[26:30])
     start = info.header_offset + 30 + name + extra
-    if start + info.file_size > os.fstat(f.fileno()).st_size:
+    if start + info.file_size > file.size:
         raise CheckpointError(f"{path}: {info.filename} runs past the end of the file")
     return start, start + info.file_size
 

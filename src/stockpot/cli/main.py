@@ -53,7 +53,7 @@ def root(
 @boundary
 def merge(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    out: Annotated[str, typer.Argument(help="Directory to create.")],
+    out: Annotated[str, typer.Argument(help="Directory to create, or a URL (s3://bucket/name).")],
     device: Device = "cpu",
     threads: Threads = None,
     max_memory: MaxMemory = "512MiB",
@@ -77,6 +77,7 @@ def merge(
     options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size, seed=seed)
     planned = api.plan(recipe, options)
     show_notes(planned.notes, quiet=quiet or as_json)
+    planned = api.fetched(planned, options)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
         result = api.merge_planned(planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress)
     show_merge(result, as_json=as_json, quiet=quiet)
@@ -105,7 +106,7 @@ def inspect(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A model or adapter directory, a .safetensors file, or a .ckpt, .pt or .bin file of torch."
+            help="A model or adapter directory, a .safetensors file, a .ckpt, .pt or .bin file of torch, a URL or a Hub id."
         ),
     ],
     as_json: AsJson = False,

@@ -23,7 +23,7 @@ from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.vocabulary import check_vocabularies
 from stockpot.recipes.schema import Recipe, Rule
 from stockpot.runs import Soup
-from stockpot.specs import BY_LABEL, DType, TensorSpec
+from stockpot.specs import BY_LABEL, DType, TensorSpec, format_size
 
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
@@ -97,6 +97,10 @@ class _Planner:
         index = len(self.inputs)
         self.inputs.append(ModelInput(index, ref, checkpoint))
         self.by_path[path] = index
+        if checkpoint.download_bytes:
+            files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) != 1 else ''}"
+            size = format_size(checkpoint.download_bytes)
+            self.notes.append(f"{ref}: {files} of {size} in all will be downloaded into the Hub's cache")
         return index
 
     def locate(self, ref: str) -> str:

@@ -143,14 +143,18 @@ class _Parser:
     def model_mapping(self, node: Node, where: str) -> str:
         """The long form that mergekit writes into model cards: `{model: {path: ...}}` or `{path: ...}`."""
         parts = self.mapping(node, where, ["model", "path", "revision", "lora", "override_architecture"])
-        for key in ("revision", "lora", "override_architecture"):
+        for key in ("lora", "override_architecture"):
             if key in parts and parts[key].value is not None:
                 self.bad(parts[key].line, f"{where}.{key}: is not supported in this version; name a local directory")
         inner = parts.get("model") or parts.get("path")
         if inner is None:
             self.bad(node.line, f"{where}: expected a path")
             return ""
-        return self.model(inner, where)
+        ref = self.model(inner, where)
+        revision = parts.get("revision")
+        if revision is None or revision.value is None:
+            return ref
+        return f"{ref}@{revision.text}" if revision.kind == "scalar" else ref
 
     def patterns(self, node: Node, where: str) -> tuple[str, ...]:
         nodes = node.value if node.kind == "list" else [node]

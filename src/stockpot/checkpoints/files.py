@@ -1,0 +1,114 @@
+"""Files that headers are read from: by byte ranges, wherever they lie. Local ones here; see `remote` for those behind URLs."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from stockpot.errors import CheckpointError
+
+__all__ = ["ByteFile", "FileStream", "LocalFile", "check_link"]
+
+
+class ByteFile(Protocol):
+    """label names it in errors; stamp changes when the file does (its time of change, or what a store has instead)."""
+
+    label: str
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def stamp(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes start..stop, fewer only where the file ends. Raises OSError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class LocalFile:
+    """A file on a local disk."""
+
+    label: str
+    size: int
+    stamp: int
+    _fd: int
+
+    @classmethod
+    def open(cls, path: str) -> LocalFile:
+        """Raises CheckpointError."""
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+            stat = os.fstat(fd)
+            if not os.path.isfile(path):
+                os.close(fd)
+                raise CheckpointError(f"{path}: is not a regular file")
+        except OSError as e:
+            raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
+        return cls(path, stat.st_size, stat.st_mtime_ns, fd)
+
+    def read(self, start: int, stop: int) -> bytes:
+        parts = []
+        while start < stop:
+            part = os.pread(self._fd, min(stop - start, 2**26), start)
+            if not part:
+                break
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FileStream(io.RawIOBase):
+    """A ByteFile as what `zipfile` reads from."""
+
+    def __init__(self, file: ByteFile) -> None:
+        self.file = file
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        start = {0: 0, 1: self.position, 2: self.file.size}[whence]
+        if start + offset < 0:
+            raise ValueError("before the beginning of the file")
+        self.position = start + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.file.read(self.position, min(self.position + len(buffer), self.file.size))
+        buffer[: len(found)] = found
+        self.position += len(found)
+        return len(found)
+
+
+def check_link(directory: str, path: str) -> None:
+    """Refuse a file of a checkpoint that is a link to somewhere outside the checkpoint's directory.
+
+    The Hub's cache links snapshots to blobs beside them, which is allowed; STOCKPOT_FOLLOW_SYMLINKS=1 allows everything.
+    """
+    if os.environ.get("STOCKPOT_FOLLOW_SYMLINKS") == "1":
+        return
+    inside, target = os.path.realpath(directory), os.path.realpath(path)
+    if target.startswith(inside + os.sep):
+        return
+    above, kind = os.path.split(os.path.dirname(inside))
+    if kind == "snapshots" and target.startswith(os.path.join(above, "blobs") + os.sep):
+        return
+    raise CheckpointError(
+        f"{path}: is a symbolic link to {target}, outside the checkpoint; set STOCKPOT_FOLLOW_SYMLINKS=1 to allow such links"
+    )

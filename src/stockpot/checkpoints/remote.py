@@ -1,0 +1,394 @@
+"""Checkpoints behind URLs: whatever fsspec can reach (`s3://`, `gs://`, `http(s)://`, `hf://`, `memory://`).
+
+Headers and tensors are read by byte ranges: large ones in parts side by side, those asked for by `will_read` ahead of time,
+each tried again with growing pauses. Small files (config, tokenizer) are copied to a temporary directory when the
+checkpoint is opened, so that everything else finds them on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import random
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.header import Header, header_of
+from stockpot.checkpoints.opening import TORCH_ENDINGS
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.torchzip import torch_file_of
+from stockpot.errors import ArgumentError, CheckpointError, ReadError
+
+__all__ = ["RemoteCheckpoint", "Store", "open_remote_folder", "open_store"]
+
+T = TypeVar("T")
+
+_TRIES = 5
+_FIRST_PAUSE = 0.2
+#: bytes of one request
+_PART = 4 * 2**20
+#: bytes between two ranges that are rather read than asked for separately
+_GAP = 2**16
+#: bytes that may be read ahead, for one checkpoint
+_AHEAD = 48 * 2**20
+#: bytes of a header's first request, and of the blocks in which small reads are kept
+_BLOCK = 2**18
+_SMALL = 64 * 2**20
+_WEIGHTS = (".safetensors", *TORCH_ENDINGS, ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".tflite", ".ot")
+_FOLDERS = ("chat_templates", "additional_chat_templates")
+_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file: path in the store, size in bytes (-1 where a listing does not tell), and a stamp that changes when it does."""
+
+    path: str
+    size: int
+    stamp: int
+
+
+class Store:
+    """One fsspec file system; every call is tried again. Raises OSError for what does not get better."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self.fs = fs
+        self.url = url
+
+    def persist(self, what: str, call: Callable[[], T]) -> T:
+        """The result of a call that may fail now and then."""
+        for attempt in range(_TRIES):
+            try:
+                return call()
+            except _HOPELESS:
+                raise
+            except Exception as e:
+                if attempt == _TRIES - 1:
+                    raise OSError(f"{what} failed {_TRIES} times; the last time: {type(e).__name__}: {e}") from e
+                time.sleep(_FIRST_PAUSE * 2**attempt * (0.5 + random.random()))
+        raise AssertionError("unreachable")
+
+    def find(self, path: str) -> Found:
+        """One file as it is now. Raises FileNotFoundError."""
+        self.fs.invalidate_cache()
+        return _found(self.persist(f"looking up {path}", lambda: self.fs.info(path)))
+
+    def list(self, path: str) -> tuple[dict[str, Found], list[str]]:
+        """(files by name, names of folders) of a directory. Raises FileNotFoundError."""
+        rows = self.persist(f"listing {path}", lambda: self.fs.ls(path, detail=True, refresh=True))
+        files, folders = {}, []
+        for row in rows:
+            name = posixpath.basename(str(row["name"]).rstrip("/"))
+            if row.get("type") == "directory":
+                folders.append(name)
+            elif str(row["name"]).rstrip("/") != path.rstrip("/"):
+                files[name] = _found(row)
+        return files, folders
+
+    def read(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop of a file, parts of a long range side by side."""
+        edges = list(range(start, stop, _PART))
+        stops = [min(e + _PART, stop) for e in edges]
+        if len(edges) <= 1:
+            data: bytes = self.persist(f"reading {path}", lambda: self.fs.cat_file(path, start=start, end=stop))
+            return data
+        parts = self.persist(
+            f"reading {path}", lambda: self.fs.cat_ranges([path] * len(edges), edges, stops, on_error="raise")
+        )
+        return b"".join(parts)
+
+
+def _found(row: Mapping[str, Any]) -> Found:
+    size = row.get("size")
+    if row.get("type") == "directory":
+        raise IsADirectoryError(row["name"])
+    stamp = row.get("ETag") or row.get("etag") or row.get("LastModified") or row.get("mtime") or row.get("created")
+    stamp = stamp or row.get("blob_id") or row.get("generation") or size
+    return Found(str(row["name"]), -1 if size is None else int(size), zlib.crc32(str(stamp).encode()))
+
+
+def open_store(url: str) -> tuple[Store, str]:
+    """(the file system of a URL, the path in it). Raises CheckpointError where a package is missing."""
+    try:
+        import fsspec
+    except ImportError as e:
+        raise CheckpointError(f"{url}: reading URLs needs fsspec: pip install 'stockpot[remote]'") from e
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        raise CheckpointError(f"{url}: {e}; pip install 'stockpot[remote]' brings S3 and HTTP") from e
+    except ValueError as e:
+        raise ArgumentError(f"{url}: {e}") from e
+    except Exception as e:
+        raise CheckpointError(f"{url}: can't be reached: {type(e).__name__}: {e}") from e
+    return Store(fs, url), path
+
+
+@dataclass
+class RemoteFile:
+    """A ByteFile of a store. Small reads are kept by blocks: zip files are read in many."""
+
+    store: Store
+    found: Found
+    label: str
+    _blocks: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
+
+    @property
+    def size(self) -> int:
+        return self.found.size
+
+    @property
+    def stamp(self) -> int:
+        return self.found.stamp
+
+    def read(self, start: int, stop: int) -> bytes:
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        first, last = start // _BLOCK, (stop - 1) // _BLOCK
+        if last > first + 1:
+            return self.store.read(self.found.path, start, stop)
+        data = b"".join(self._block(k) for k in range(first, last + 1))
+        return data[start - first * _BLOCK : stop - first * _BLOCK]
+
+    def _block(self, k: int) -> bytes:
+        if k not in self._blocks:
+            self._blocks[k] = self.store.read(self.found.path, k * _BLOCK, min((k + 1) * _BLOCK, self.size))
+            if len(self._blocks) > 16:
+                self._blocks.popitem(last=False)
+        return self._blocks[k]
+
+    def close(self) -> None:
+        self._blocks.clear()
+
+
+class RemoteFolder:
+    """A directory behind a URL, or one file in it; see opening.Folder."""
+
+    def __init__(self, text: str, store: Store, root: str, only: str | None = None) -> None:
+        self.text = text
+        self.store = store
+        self.only = only
+        self.root = root.rstrip("/")
+        self.files, folders = store.list(self.root)
+        self.names = [only] if only else sorted([*self.files, *folders])
+        self.local = tempfile.mkdtemp(prefix="stockpot-remote-")
+        self._keeper = weakref.finalize(self, shutil.rmtree, self.local, True)
+        self._copy_small(self.files, "")
+        wanted = set(_FOLDERS) | self._module_folders()
+        for name in () if only else sorted(wanted & set(folders)):
+            self._copy_small(store.list(f"{self.root}/{name}")[0], name)
+
+    def _copy_small(self, files: Mapping[str, Found], folder: str) -> None:
+        """Config, tokenizer and the like."""
+        os.makedirs(os.path.join(self.local, folder), exist_ok=True)
+        chosen = [
+            (n, f)
+            for n, f in files.items()
+            if (folder or not n.endswith(_WEIGHTS)) and f.size <= _SMALL and os.path.basename(n) == n and n != ".."
+        ]
+        if self.only:
+            chosen = [(n, f) for n, f in chosen if n == "config.json"]
+
+        def copy(item: tuple[str, Found]) -> None:
+            name, found = item
+            if found.size < 0:
+                found = self.store.find(found.path)
+            if found.size > _SMALL:
+                return
+            data = self.store.read(found.path, 0, found.size) if found.size else b""
+            with open(os.path.join(self.local, folder, name), "wb") as f:
+                f.write(data)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(copy, chosen))
+
+    def _module_folders(self) -> set[str]:
+        """What a sentence encoder's modules.json names."""
+        path = os.path.join(self.local, "modules.json")
+        if not os.path.exists(path):
+            return set()
+        import json
+
+        try:
+            with open(path, encoding="utf-8") as f:
+                modules = json.load(f)
+            return {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
+        except (ValueError, TypeError):
+            return set()
+
+    def headers(self, names: Sequence[str]) -> list[Header]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self._header, names))
+
+    def _header(self, name: str) -> Header:
+        # listings and single files may have different stamps: `changed` will look at the single file
+        found = self.store.find(f"{self.root}/{name}")
+        file = RemoteFile(self.store, found, f"{self.text}/{name}" if self.only is None else self.text)
+        return torch_file_of(file, found.path).header if name.endswith(TORCH_ENDINGS) else header_of(file, found.path)
+
+    def has(self, name: str) -> bool:
+        if name in self.files:
+            return True
+        try:
+            return "/" in name and bool(self.store.find(f"{self.root}/{name}"))
+        except OSError:
+            return False
+
+    def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header]) -> Checkpoint:
+        # the folder goes along: it keeps the temporary directory
+        return RemoteCheckpoint(self.text, self.text, kind, config, tuple(files), folder=self)
+
+
+def open_remote_folder(url: str, text: str | None = None) -> RemoteFolder:
+    """The folder of a URL, which may also name one file. Raises CheckpointError."""
+    store, path = open_store(url)
+    try:
+        try:
+            if path.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
+                store.find(path)
+                return RemoteFolder(text or url, store, posixpath.dirname(path), posixpath.basename(path))
+        except IsADirectoryError:
+            pass
+        return RemoteFolder(text or url, store, path)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{text or url}: no such file or directory") from e
+    except (OSError, ValueError, NotImplementedError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{text or url}: can't be reached: {e}") from e
+
+
+class _Ahead:
+    """Ranges on their way: asked for by `will_read`, taken by `read`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pool: ThreadPoolExecutor | None = None
+        self.coming: OrderedDict[tuple[int, int, int], Future[bytes]] = OrderedDict()
+        self.size = 0
+
+    def ask(self, key: tuple[int, int, int], fetch: Callable[[], bytes]) -> None:
+        size = key[2] - key[1]
+        with self.lock:
+            if key in self.coming or self.size + size > _AHEAD:
+                return
+            self.pool = self.pool or ThreadPoolExecutor(8, thread_name_prefix="stockpot-remote")
+            self.coming[key] = self.pool.submit(fetch)
+            self.size += size
+
+    def take(self, key: tuple[int, int, int]) -> Future[bytes] | None:
+        with self.lock:
+            future = self.coming.pop(key, None)
+            if future is not None:
+                self.size -= key[2] - key[1]
+            return future
+
+    def close(self) -> None:
+        with self.lock:
+            for future in self.coming.values():
+                future.cancel()
+            self.coming.clear()
+            self.size = 0
+            if self.pool is not None:
+                self.pool.shutdown(wait=False, cancel_futures=True)
+                self.pool = None
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint(Checkpoint):
+    """A checkpoint behind a URL; `path` is the URL, `directory` a local one with its small files."""
+
+    folder: RemoteFolder | None = field(default=None, repr=False, compare=False)
+    _ahead: _Ahead = field(default_factory=_Ahead, repr=False, compare=False)
+
+    @property
+    def directory(self) -> str:
+        assert self.folder is not None
+        return self.folder.local
+
+    @property
+    def resident(self) -> int:
+        return _AHEAD
+
+    def _fetch(self, index: int, start: int, stop: int) -> bytes:
+        assert self.folder is not None
+        path = self.files[index].path
+        try:
+            data = self.folder.store.read(path, start, stop)
+        except Exception as e:
+            raise ReadError(f"{self.ref}: {path}: bytes {start} to {stop} can't be read: {e}") from e
+        if len(data) != stop - start:
+            raise ReadError(
+                f"{self.ref}: {path}: asked for bytes {start} to {stop}, got {len(data)} bytes; was it replaced meanwhile?"
+            )
+        return data
+
+    def _fill_all(self, extents: Sequence[tuple[int, int, int]], out: memoryview[Any]) -> None:
+        """What was read ahead is taken from there; the rest is fetched at once, near neighbours by one request."""
+        position, waiting = 0, []
+        for extent in extents:
+            size = extent[2] - extent[1]
+            waiting.append((extent, position, self._ahead.take(extent)))
+            position += size
+        missing = sorted(extent for extent, _, future in waiting if future is None)
+        fetched = dict(self._fetch_many(missing))
+        for extent, at, future in waiting:
+            data = future.result() if future is not None else fetched[extent]
+            out[at : at + len(data)] = data
+
+    def _fetch_many(
+        self, extents: Sequence[tuple[int, int, int]]
+    ) -> Iterator[tuple[tuple[int, int, int], bytes | memoryview[Any]]]:
+        groups: list[list[tuple[int, int, int]]] = []
+        for extent in extents:
+            last = groups[-1][-1] if groups else None
+            if (
+                last
+                and last[0] == extent[0]
+                and extent[1] - last[2] <= _GAP
+                and extent[2] - groups[-1][0][1] <= 4 * _PART
+            ):
+                groups[-1].append(extent)
+            else:
+                groups.append([extent])
+        spans = [(g[0][0], g[0][1], max(e[2] for e in g)) for g in groups]
+        if len(spans) == 1:
+            found = [self._fetch(*spans[0])]
+        else:
+            with ThreadPoolExecutor(min(8, len(spans) or 1)) as pool:
+                found = list(pool.map(lambda s: self._fetch(*s), spans))
+        for group, span, data in zip(groups, spans, found, strict=True):
+            view = memoryview(data)
+            for extent in group:
+                yield extent, view[extent[1] - span[1] : extent[2] - span[1]]
+
+    def will_read(self, request: ReadRequest) -> None:
+        for index, start, stop in self._extents([request]):
+            if stop - start < _BLOCK:
+                continue  # small ones are fetched together when they are read
+            self._ahead.ask((index, start, stop), lambda i=index, a=start, b=stop: self._fetch(i, a, b))  # type: ignore[misc]
+
+    def changed(self) -> str | None:
+        assert self.folder is not None
+        for header in self.files:
+            try:
+                found = self.folder.store.find(header.path)
+            except OSError as e:
+                return f"{self.ref}: {header.path}: {e}"
+            if (found.size, found.stamp) != (header.size, header.mtime_ns):
+                return f"{self.ref}: {header.path}: was changed after its header was read"
+        return None
+
+    def close(self) -> None:
+        self._ahead.close()

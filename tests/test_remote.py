@@ -1,0 +1,317 @@
+"""Inputs and outputs behind URLs, against servers that the tests start: S3 (moto), HTTP, and a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+import stockpot
+from servers import serving
+from stockpot.checkpoints import ReadRequest, open_checkpoint
+from stockpot.checkpoints.remote import Store
+from stockpot.errors import CheckpointError, OutputError, ReadError
+
+from helpers import load
+
+LINEAR = {"merge_method": "linear", "models": ["s3://models/a", "s3://models/b"]}
+
+
+@pytest.fixture(scope="module")
+def s3(family):
+    """An S3 server with the family's models in the bucket `models`; the file system that reaches it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {k: os.environ.get(k) for k in settings}
+    os.environ.update(settings)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("models")
+    for name in ("base", "a", "b"):
+        fs.put(str(family / name), f"models/{name}", recursive=True)
+    yield fs
+    server.stop()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+@pytest.fixture
+def local(family, tmp_path):
+    out = tmp_path / "local"
+    stockpot.merge({"merge_method": "linear", "models": [family / "a", family / "b"]}, out)
+    return load(out)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+
+
+def test_s3_inputs_give_the_same_bytes(s3, local, tmp_path):
+    result = stockpot.merge(LINEAR, tmp_path / "out")
+    assert same(load(tmp_path / "out"), local)
+    assert result.lineage["inputs"][0]["path"] == "s3://models/a"
+    assert len(result.lineage["inputs"][0]["files"][0]["digest"]) == 64
+    stockpot.verify(tmp_path / "out")
+
+
+def test_s3_two_passes_and_a_base(s3, family, tmp_path):
+    recipe = {"merge_method": "ties", "parameters": {"density": 0.4}}
+    stockpot.merge(
+        {**recipe, "base_model": "s3://models/base", "models": ["s3://models/a", "s3://models/b"]}, tmp_path / "x"
+    )
+    stockpot.merge({**recipe, "base_model": family / "base", "models": [family / "a", family / "b"]}, tmp_path / "y")
+    assert same(load(tmp_path / "x"), load(tmp_path / "y"))
+
+
+def test_merge_into_s3(s3, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path))
+    result = stockpot.merge(LINEAR, "s3://models/merged", stockpot.Options(shard_size="100kB"))
+    assert result.path == "s3://models/merged"
+    assert os.listdir(tmp_path) == ["local"]  # no scratch is left
+    names = {Path(n).name for n in s3.ls("models/merged", refresh=True)}
+    assert {"config.json", "stockpot.json", "README.md", "model.safetensors.index.json"} <= names
+    stockpot.verify("s3://models/merged")
+    s3.get("models/merged", str(tmp_path / "copy"), recursive=True)
+    assert same(load(tmp_path / "copy"), local)
+    with pytest.raises(OutputError, match="exists and is not empty; use --overwrite"):
+        stockpot.merge(LINEAR, "s3://models/merged")
+    stockpot.merge(LINEAR, "s3://models/merged", overwrite=True)
+    left = {Path(n).name for n in s3.ls("models/merged", refresh=True)}
+    assert "model.safetensors" in left
+    assert not any("-of-" in n for n in left)  # the old shards are gone
+    stockpot.verify("s3://models/merged")
+
+
+def test_an_upload_that_fails_keeps_the_result(s3, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    real = s3.put_file
+
+    def broken(source, target, **kwargs):
+        if target.endswith("model.safetensors"):
+            raise ConnectionResetError("the line is dead")
+        return real(source, target, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(s3, "put_file", broken)
+        with pytest.raises(
+            OutputError, match=r"upload failed: .*the line is dead; the result is in .*the same command goes on"
+        ):
+            stockpot.merge(LINEAR, "s3://models/late")
+    assert not s3.exists("models/late/stockpot.json")
+    result = stockpot.merge(LINEAR, "s3://models/late", overwrite=True)
+    assert result.lineage["bytes_resumed"] > 0
+    stockpot.verify("s3://models/late")
+
+
+def test_ranges_only(family, tmp_path):
+    """One tensor of a large file costs its bytes, not the file's."""
+    with serving(family) as (url, log):
+        checkpoint = open_checkpoint(f"{url}/base/model.safetensors")
+        log.clear()
+        spec = checkpoint.spec("model.norm.weight")
+        raw = bytearray(spec.nbytes)
+        checkpoint.read([ReadRequest("model.norm.weight", 0, spec.numel)], memoryview(raw))
+        asked = [r for _, _, r in log if r]
+        assert len(asked) == 1
+        start, stop = asked[0].removeprefix("bytes=").split("-")
+        assert int(stop) - int(start) + 1 == spec.nbytes
+        assert bytes(raw) == load(family / "base")["model.norm.weight"].view(torch.uint8).numpy().tobytes()
+
+
+def test_http_directory(family, local, tmp_path):
+    with serving(family) as (url, _):
+        stockpot.merge({"merge_method": "linear", "models": [f"{url}/a", f"{url}/b"]}, tmp_path / "out")
+    assert same(load(tmp_path / "out"), local)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_memory_and_torch_files(family, local, tmp_path):
+    fs = fsspec.filesystem("memory")
+    for name in "ab":
+        torch.save(load(family / name), tmp_path / f"{name}.pt")
+        fs.put_file(str(tmp_path / f"{name}.pt"), f"/zips/{name}.pt")
+    stockpot.merge({"merge_method": "linear", "models": ["memory://zips/a.pt", "memory://zips/b.pt"]}, tmp_path / "out")
+    assert same(load(tmp_path / "out"), local)
+    stockpot.merge({"merge_method": "linear", "models": ["memory://zips/a.pt", "memory://zips/b.pt"]}, "memory://out/x")
+    stockpot.verify("memory://out/x")
+    fs.rm("/zips", recursive=True)
+
+
+def test_a_failing_line_is_tried_again(family, tmp_path, local, monkeypatch):
+    """Every third read fails; the result is the same."""
+    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(family / "a"), "/flaky/a", recursive=True)
+    fs.put(str(family / "b"), "/flaky/b", recursive=True)
+    count = 0
+    real = type(fs).cat_file
+
+    def flaky(self, path, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count % 3 == 0:
+            raise TimeoutError("no answer")
+        return real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(type(fs), "cat_file", flaky)
+    stockpot.merge({"merge_method": "linear", "models": ["memory://flaky/a", "memory://flaky/b"]}, tmp_path / "out")
+    assert same(load(tmp_path / "out"), local)
+    assert count > 6
+
+
+def test_a_dead_line_is_an_error(family, monkeypatch):
+    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(family / "a"), "/dead/a", recursive=True)
+    checkpoint = open_checkpoint("memory://dead/a")
+
+    def dead(self, *args, **kwargs):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(type(fs), "cat_file", dead)
+    with pytest.raises(ReadError, match="failed 5 times; the last time: TimeoutError: no answer"):
+        checkpoint.read([ReadRequest("model.norm.weight", 0, 64)], memoryview(bytearray(128)))
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("memory://nowhere/model", "no such file or directory"),
+        ("memory://nowhere/model.safetensors", "no such file or directory"),
+        ("gopher://a/b", "gopher"),
+        ("s3://models/absent", "no such file or directory"),
+    ],
+)
+def test_urls_that_lead_nowhere(ref, message, s3):
+    with pytest.raises((CheckpointError, stockpot.errors.ArgumentError), match=message):
+        open_checkpoint(ref)
+
+
+def test_replaced_behind_our_back(family, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(family / "a"), "/moving/a", recursive=True)
+    checkpoint = open_checkpoint("memory://moving/a")
+    assert checkpoint.changed() is None
+    fs.put_file(str(family / "a" / "config.json"), "/moving/a/model.safetensors")
+    assert "was changed after its header was read" in str(checkpoint.changed())
+
+
+def test_read_ahead_gives_the_same_bytes_and_stays_within_its_bounds(family):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(family / "a"), "/ahead/a", recursive=True)
+    checkpoint = open_checkpoint("memory://ahead/a")
+    plain = open_checkpoint(family / "a")
+    for name in checkpoint.names():
+        n = checkpoint.spec(name).numel
+        checkpoint.will_read(ReadRequest(name, 0, n))
+    for name in checkpoint.names():
+        n = checkpoint.spec(name).numel
+        a, b = bytearray(2 * n), bytearray(2 * n)
+        checkpoint.read([ReadRequest(name, 0, n)], memoryview(a))
+        plain.read([ReadRequest(name, 0, n)], memoryview(b))
+        assert a == b
+    assert checkpoint._ahead.size == 0
+    checkpoint.close()
+
+
+def test_long_ranges_come_in_parts(monkeypatch):
+    monkeypatch.setattr("stockpot.checkpoints.remote._PART", 1000)
+    fs = fsspec.filesystem("memory")
+    data = os.urandom(12_345)
+    fs.pipe_file("/parts/x", data)
+    assert Store(fs, "memory://").read("/parts/x", 17, 12_000) == data[17:12_000]
+
+
+# the Hub
+
+
+@pytest.fixture
+def hub(family, tmp_path):
+    """(environment, log) of a Hub that has org/base, org/a (sharded) and org/b, and of an empty cache."""
+    root = tmp_path / "hub"
+    for name in ("base", "a", "b"):
+        shutil.copytree(family / name, root / "org" / name)
+    with serving(root, hub=True) as (url, log):
+        home = str(tmp_path / "home")
+        yield {**os.environ, "HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}, log
+
+
+def run(env, *args, cwd):
+    command = [sys.executable, "-m", "stockpot", *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_hub_models_are_planned_then_downloaded_then_found_in_the_cache(hub, recipe, tmp_path, local):
+    env, log = hub
+    path = recipe("merge_method: linear\nmodels: [org/a, org/b@main]\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    planned = run(env, "plan", path, cwd=elsewhere)
+    assert planned.returncode == 0, planned.stderr
+    assert "org/a: 1 file of 364 kB in all will be downloaded into the Hub's cache" in planned.stdout + planned.stderr
+    weights = [r for method, p, r in log if p.endswith(".safetensors") and method == "GET"]
+    assert all(weights)  # ranges only: headers
+    merged = run(env, "merge", path, "out", cwd=elsewhere)
+    assert merged.returncode == 0, merged.stderr
+    assert same(load(elsewhere / "out"), local)
+    log.clear()
+    offline = run({**env, "HF_HUB_OFFLINE": "1"}, "merge", path, "again", cwd=elsewhere)
+    assert offline.returncode == 0, offline.stderr
+    assert not log
+    assert same(load(elsewhere / "again"), local)
+
+
+def test_a_misspelt_parameter_is_found_before_anything_is_downloaded(hub, recipe, tmp_path):
+    env, log = hub
+    path = recipe("merge_method: linear\nmodels: [org/a, org/b]\nparameters: {wieght: 1}\n")
+    result = run(env, "merge", path, tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "did you mean 'weight'?" in result.stderr
+    assert not any(p.endswith(".safetensors") and not r for m, p, r in log if m == "GET")
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("org/missing", "no model of this name on the Hub"),
+        ("org/a@v7", "or no revision 'v7'"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub, ref, message, tmp_path):
+    env, _ = hub
+    result = run(env, "inspect", ref, cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_offline_says_what_is_missing(hub, tmp_path):
+    env, log = hub
+    result = run({**env, "HF_HUB_OFFLINE": "1"}, "inspect", "org/a", cwd=tmp_path)
+    assert result.returncode == 3
+    assert "org/a: no such file or directory, and as a Hub id it is not complete in the cache" in result.stderr
+    assert not log
+
+
+def test_unreachable_hub(hub, tmp_path):
+    env, _ = hub
+    result = run({**env, "HF_ENDPOINT": "http://127.0.0.1:9"}, "inspect", "org/a", cwd=tmp_path)
+    assert result.returncode == 3
+    assert "the Hugging Face Hub can't be reached" in result.stderr
+    assert "Traceback" not in result.stderr
