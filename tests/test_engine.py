@@ -183,7 +183,7 @@ def interrupted(path: Path, out: Path, sent: int) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_cleanly(wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path], sent: int) -> None:
     path = recipe(text_of("ties paper", wide_family))
     done = interrupted(path, tmp_path / "out", sent)

@@ -26,7 +26,7 @@ from stockpot.runs import Run, Soup, SoupSpec, open_run, resolve_soup, resolve_w
 from stockpot.specs import format_size, parse_size
 
 if TYPE_CHECKING:
-    from stockpot.engine.run import Progress
+    from stockpot.engine.run import Outcome, Progress
 
 __all__ = ["MergeResult", "Options", "inspect", "merge", "open_run", "plan", "soup", "soup_recipe", "verify"]
 
@@ -49,6 +49,7 @@ class Options:
     max_memory  bytes (or "2GiB") of memory for the merge, over what the interpreter takes; None: 512 MiB
     shard_size  bytes of tensor data in a file, at most
     seed        of random masks
+    allow_nonfinite  publish although an input or the output holds NaN or infinities
     """
 
     device: str = "cpu"
@@ -56,6 +57,7 @@ class Options:
     max_memory: int | str | None = None
     shard_size: int | str = DEFAULT_SHARD_SIZE
     seed: int = 0
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -159,6 +161,8 @@ def merge_planned(
     check_side_files(planned)
     outcome = run_plan(planned, target, device, resume=resume, progress=progress)
     try:
+        if not options.allow_nonfinite:
+            check_finite(planned, outcome)
         facts = options.__dict__ | {"budget": planned.budget.__dict__}
         lineage = write_side_files(planned, outcome, facts, adapter=adapter_report(planned))
         if url is not None:
@@ -180,6 +184,22 @@ def merge_planned(
         tuple(outcome.warnings),
         planned.notes,
     )
+
+
+def check_finite(planned: Plan, outcome: Outcome) -> None:
+    """Raise NonfiniteError where an input or the output holds what is no number."""
+    from stockpot.engine.measures import nonfinite_report
+    from stockpot.errors import NonfiniteError
+
+    refs = {t.name: [planned.inputs[o.model].ref for o in t.inputs] for t in planned.tensors}
+    lines = nonfinite_report(outcome.sizes, refs)
+    if lines:
+        listed = "\n".join(f"  - {line}" for line in lines)
+        raise NonfiniteError(
+            f"not everything is a number, so nothing is published:\n{listed}\n"
+            f"the work is kept in {outcome.partial}: the same command with --allow-nonfinite (Options.allow_nonfinite) "
+            "publishes it all the same"
+        )
 
 
 def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool) -> str:

@@ -8,6 +8,7 @@ StockpotError
 ├── InputError           exit code 3   the data can't be used
 │   ├── CheckpointError    (ValueError)  a file or directory is not a readable checkpoint
 │   ├── MismatchError      (ValueError)  checkpoints that do not fit each other
+│   ├── NonfiniteError     (ValueError)  NaN or infinities in an input or in the output
 │   └── ReadError          (OSError)     a read failed although the headers were sound
 ├── VerificationError    exit code 4   an output does not match its lineage
 └── ProblemsError        exit code 2 or 3   several of the above, found together by `plan`
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "MismatchError",
+    "NonfiniteError",
     "OutputError",
     "ProblemsError",
     "ReadError",
@@ -75,6 +77,10 @@ class CheckpointError(InputError, ValueError):
 
 class MismatchError(InputError, ValueError):
     """The checkpoints do not fit each other: names, shapes, settings."""
+
+
+class NonfiniteError(InputError, ValueError):
+    """An input or the output holds NaN or infinities."""
 
 
 class ReadError(InputError, OSError):

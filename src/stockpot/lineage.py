@@ -18,6 +18,7 @@ from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
+from stockpot.engine.measures import nonfinite_report
 from stockpot.engine.publish import write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest
@@ -159,6 +160,10 @@ def make_lineage(
         row["from" if t.action is not Action.MERGE else "group"] = (
             {"model": t.operands[0].model, "name": t.operands[0].name} if t.action is not Action.MERGE else t.group
         )
+        norm, ratio = outcome.sizes.norm(t.name), outcome.sizes.ratio(t.name)
+        if norm is not None and t.spec.dtype.is_float:
+            row["norm"] = float(f"{norm:.6g}")
+            row["norm_ratio"] = None if ratio is None else float(f"{ratio:.6g}")
         tensors[t.name] = row
     return {
         "format": 1,
@@ -187,6 +192,10 @@ def make_lineage(
         },
         "notes": list(plan.notes),
         "warnings": outcome.warnings,
+        "nonfinite": nonfinite_report(
+            outcome.sizes, {t.name: [plan.inputs[o.model].ref for o in t.inputs] for t in plan.tensors}
+        ),
+        "parameters": {"output": plan.parameters, "inputs": [m.checkpoint.parameters for m in plan.inputs]},
         "bytes_read": outcome.bytes_read,
         "bytes_written": outcome.bytes_written,
         "bytes_resumed": outcome.resumed_bytes,

@@ -68,6 +68,9 @@ class DerivedCheckpoint(Checkpoint):
     def will_read(self, request: ReadRequest) -> None:
         pass
 
+    def changed(self) -> str | None:
+        return next((why for why in (s.changed() for s in self.sources) if why), None)
+
     def close(self) -> None:
         for source in self.sources:
             source.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -24,7 +25,9 @@ def boundary(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        signal.signal(signal.SIGTERM, _stop)
+        for name in ("SIGTERM", "SIGHUP"):  # `kill`, and a terminal that was closed
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup
+                signal.signal(getattr(signal, name), _stop)
         try:
             return command(*args, **kwargs)
         except ProblemsError as e:
@@ -54,7 +57,8 @@ def boundary(command: F) -> F:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

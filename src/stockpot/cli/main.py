@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from stockpot.cli.boundary import boundary
-from stockpot.cli.options import AsJson, Device, MaxMemory, Overwrite, Quiet, Seed, ShardSize, Threads
+from stockpot.cli.options import AllowNonfinite, AsJson, Device, MaxMemory, Overwrite, Quiet, Seed, ShardSize, Threads
 from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
@@ -60,6 +60,7 @@ def merge(
     shard_size: ShardSize = "5GB",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    allow_nonfinite: AllowNonfinite = False,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
     ] = False,
@@ -74,7 +75,7 @@ def merge(
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
 
-    options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size, seed=seed)
+    options = api.Options(device, threads, max_memory, shard_size, seed, allow_nonfinite)
     planned = api.plan(recipe, options)
     show_notes(planned.notes, quiet=quiet or as_json)
     planned = api.fetched(planned, options)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-__all__ = ["AsJson", "Device", "MaxMemory", "Overwrite", "Quiet", "Seed", "ShardSize", "Threads"]
+__all__ = ["AllowNonfinite", "AsJson", "Device", "MaxMemory", "Overwrite", "Quiet", "Seed", "ShardSize", "Threads"]
 
 Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
 Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
@@ -14,5 +14,8 @@ MaxMemory = Annotated[str, typer.Option(help="Memory for the merge, over what th
 ShardSize = Annotated[str, typer.Option(help="Most bytes of tensor data in one file.")]
 Seed = Annotated[int, typer.Option(help="Seed of random masks; always recorded.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Publish although inputs or output hold NaN or infinities.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]

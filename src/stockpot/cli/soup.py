@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stockpot.cli.boundary import boundary
-from stockpot.cli.options import AsJson, Device, MaxMemory, Overwrite, Quiet, ShardSize, Threads
+from stockpot.cli.options import AllowNonfinite, AsJson, Device, MaxMemory, Overwrite, Quiet, ShardSize, Threads
 
 if TYPE_CHECKING:
     from stockpot import api
@@ -104,6 +104,7 @@ def soup(
     max_memory: MaxMemory = "512MiB",
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
+    allow_nonfinite: AllowNonfinite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -128,7 +129,7 @@ def soup(
     if out is None and not dry_run:
         raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
     opened = open_run(run, snapshots=snapshots, metrics=metrics)
-    options = api.Options(device=device, threads=threads, max_memory=max_memory, shard_size=shard_size)
+    options = api.Options(device, threads, max_memory, shard_size, allow_nonfinite=allow_nonfinite)
     if spec.kind == "lawa":
         how: dict[str, Any] = {"adapter": adapter, "rank": rank, "base": base}
         _windows(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.engine.measures import Measure
 from stockpot.errors import OutputError
 
 __all__ = ["Journal", "Record"]
@@ -24,13 +25,16 @@ _INTERVAL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Pieces first..last of a tensor: digests of the output's pieces and of each input's, and a warning if any."""
+    """Pieces first..last of a tensor: digests of the output's pieces and of each input's, measures of the output and of each
+    input, and a warning if any.
+    """
 
     tensor: int
     first: int
     last: int
     out: tuple[bytes, ...]
     inputs: tuple[tuple[bytes, ...], ...]
+    measures: tuple[Measure, ...]
     warning: str | None = None
 
     def encode(self) -> str:
@@ -40,6 +44,7 @@ class Record:
             self.last,
             b"".join(self.out).hex(),
             [b"".join(d).hex() for d in self.inputs],
+            [[m.squares, m.nans, m.infinities] for m in self.measures],
         ]
         if self.warning:
             row.append(self.warning)
@@ -48,13 +53,24 @@ class Record:
     @classmethod
     def decode(cls, row: Any) -> Record:
         """The inverse of encode. ValueError for anything that encode does not write."""
-        if not (isinstance(row, list) and len(row) in (5, 6) and all(type(v) is int for v in row[:3])):
+        if not (isinstance(row, list) and len(row) in (6, 7) and all(type(v) is int for v in row[:3])):
             raise ValueError("not a record")
-        if not isinstance(row[4], list) or not all(isinstance(v, str) for v in (row[3], *row[4], *row[5:])):
+        if not isinstance(row[4], list) or not all(isinstance(v, str) for v in (row[3], *row[4], *row[6:])):
             raise ValueError("not a record")
-        return cls(
-            row[0], row[1], row[2], _split(row[3]), tuple(map(_split, row[4])), row[5] if len(row) == 6 else None
-        )
+        if not isinstance(row[5], list) or not all(_is_measure(m) for m in row[5]):
+            raise ValueError("not a record")
+        measures = tuple(Measure(float(s), nans, infinities) for s, nans, infinities in row[5])
+        warning = row[6] if len(row) == 7 else None
+        return cls(row[0], row[1], row[2], _split(row[3]), tuple(map(_split, row[4])), measures, warning)
+
+
+def _is_measure(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and type(value[0]) in (int, float)
+        and all(type(v) is int and v >= 0 for v in value[1:])
+    )
 
 
 def _split(text: str) -> tuple[bytes, ...]:
@@ -108,7 +124,7 @@ class Journal:
         if not resumed:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-            self._append(json.dumps({"stockpot_journal": 1, "plan": self.identity}) + "\n")
+            self._append(json.dumps({"stockpot_journal": 2, "plan": self.identity}) + "\n")
         self._thread = threading.Thread(target=self._run, name="stockpot-journal", daemon=True)
         self._thread.start()
 
@@ -121,9 +137,12 @@ class Journal:
 
     def _append(self, text: str) -> None:
         view = memoryview(text.encode())
-        while len(view):
-            view = view[os.write(self._fd, view) :]
-        os.fsync(self._fd)
+        try:
+            while len(view):
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError as e:
+            raise OutputError(f"{self.path}: can't be written: {e.strerror or e}") from e
 
     def commit(self) -> None:
         """Flush data, then record it."""
@@ -165,7 +184,7 @@ def _first_line(line: bytes) -> str | None:
         doc = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == 1 else None
+    return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == 2 else None
 
 
 def _lock_file(fd: int, path: str) -> None:

@@ -73,9 +73,10 @@ def write_file(path: str, text: str) -> None:
 
 
 def publish(partial: str, out: str, *, overwrite: bool) -> None:
-    """Flush the directory, drop the journal, rename it to OUT. An old OUT is set aside, replaced, and then removed.
+    """Flush the directory, rename it to OUT, drop the journal. An old OUT is set aside, replaced, and then removed.
 
-    Whether OUT is free is looked at once more: something may have appeared there during the merge.
+    Whether OUT is free is looked at once more: something may have appeared there during the merge. Where renaming fails, all is
+    as before, journal included, and the same command goes on.
     """
     target = os.path.abspath(out)
     _check_free(out, target, overwrite=overwrite)
@@ -88,13 +89,19 @@ def publish(partial: str, out: str, *, overwrite: bool) -> None:
                 os.rename(target, old)
             else:
                 os.rmdir(target)
-        os.unlink(os.path.join(partial, JOURNAL_NAME))
-        os.rename(partial, target)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if old is not None:
+                os.rename(old, target)
+            raise
+        os.unlink(os.path.join(target, JOURNAL_NAME))
         _sync_directory(os.path.dirname(target))
         if old is not None:
             shutil.rmtree(old)
     except OSError as e:
-        raise OutputError(f"{out}: could not be put into place: {e.strerror or e}; the result is in {partial}") from e
+        where = partial if os.path.isdir(partial) else out
+        raise OutputError(f"{out}: could not be put into place: {e.strerror or e}; the result is in {where}") from e
 
 
 def _sync_directory(path: str) -> None:

@@ -25,12 +25,14 @@ from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
+from stockpot.engine.measures import Measure, Sizes, far_out, measure
+from stockpot.engine.native import load_kernels
 from stockpot.engine.publish import partial_path
 from stockpot.engine.scheduler import Job, Scheduler, Work
 from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import Segment, Unit
-from stockpot.errors import Interrupted, OutputError
+from stockpot.errors import Interrupted, OutputError, ReadError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, Plan
 
@@ -52,6 +54,7 @@ class Outcome:
     output_digests: dict[str, str] = field(default_factory=dict)
     input_digests: dict[tuple[int, str], str] = field(default_factory=dict)
     part_digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
     warnings: list[str] = field(default_factory=list)
     bytes_read: int = 0
     bytes_written: int = 0
@@ -91,6 +94,7 @@ class _Runner:
     def run(self, resume: bool, progress: Progress | None) -> Outcome:
         keep_pages()
         began = time.monotonic()
+        self._check_unchanged()
         partial = self.outcome.partial
         try:
             os.makedirs(partial, exist_ok=True)
@@ -118,19 +122,15 @@ class _Runner:
             journal.begin(resumed=resumed)
             with _one_blas_thread(any(m.checkpoint.parts for m in self.plan.inputs)):
                 self._work(sink, journal, progress)
+            self._check_unchanged()
             finished = True
         finally:
             try:
-                if sink is not None:
-                    journal.close(commit=True)
+                self._wind_down(sink, journal, resumed=resumed, finished=finished)
+            except BaseException:
+                finished = False
+                raise
             finally:
-                if sink is not None:
-                    if finished:
-                        sink.flush()
-                    sink.close()
-                elif not resumed:
-                    journal.close(commit=False)
-                    _clear(partial)
                 if not finished:
                     journal.unlock()
                 for model in self.plan.inputs:
@@ -139,9 +139,31 @@ class _Runner:
         self.outcome.output_digests = {**self.out_book.done, **{name: tensor_digest(()) for name in empty}}
         self.outcome.input_digests = self.in_book.done
         self.outcome.part_digests = {path: book.done for path, book in part_books.items()}
+        self.outcome.warnings += far_out(self.outcome.sizes)
         self.outcome.seconds = time.monotonic() - began
         self.outcome.journal = journal
         return self.outcome
+
+    def _wind_down(self, sink: ShardSink | None, journal: Journal, *, resumed: bool, finished: bool) -> None:
+        """Commit what is done, or remove what never began."""
+        if sink is None:
+            if not resumed:
+                journal.close(commit=False)
+                _clear(self.outcome.partial)
+            return
+        try:
+            journal.close(commit=True)
+            if finished:
+                sink.flush()
+        finally:
+            sink.close()
+
+    def _check_unchanged(self) -> None:
+        """Inputs must be those that were planned with. Raises ReadError."""
+        for model in self.plan.inputs:
+            why = model.checkpoint.changed()
+            if why:
+                raise ReadError(f"{why}; merge again to take it as it is now")
 
     def _observe_parts(self) -> dict[str, DigestBook]:
         """Hash what is read inside computed checkpoints: whole pieces as they come by."""
@@ -190,6 +212,7 @@ class _Runner:
             0 <= record.first < record.last <= grid_of(t.spec.shape).pieces
             and len(record.out) == count
             and len(record.inputs) == len(t.inputs)
+            and len(record.measures) == len(t.inputs) + 1
             and all(len(d) == count for d in record.inputs)
         )
 
@@ -199,6 +222,7 @@ class _Runner:
         self.out_book.add(t.name, pieces, record.first, record.out)
         for operand, digests in zip(t.inputs, record.inputs, strict=True):
             self.in_book.add((operand.model, operand.name), pieces, record.first, digests)
+        self.outcome.sizes.add(t.name, record.measures)
         if record.warning and record.warning not in self.outcome.warnings:
             self.outcome.warnings.append(record.warning)
 
@@ -340,8 +364,10 @@ class _Runner:
         """Digests of all that passed through, one record a segment."""
         records = []
         at = 0
-        out_size = data.unit.lead.spec.dtype.itemsize
-        for s in data.unit.segments:
+        lead = data.unit.lead
+        out_size = lead.spec.dtype.itemsize
+        measures = self._measures(data, out)
+        for place, s in enumerate(data.unit.segments):
             grid = grid_of(s.tensor.spec.shape)
             bounds = [(at + a - s.start, at + b - s.start) for a, b in map(grid.bounds, range(s.first, s.last))]
             inputs = tuple(tuple(piece_digest(data.part(i, a, b)) for a, b in bounds) for i in range(len(data.raws)))
@@ -349,9 +375,20 @@ class _Runner:
                 produced = tuple(piece_digest(out[a * out_size : b * out_size]) for a, b in bounds)
             else:
                 produced = inputs[0]
-            records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, warning))
+            records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, measures[place], warning))
             at += s.stop - s.start
         return records
+
+    def _measures(self, data: UnitData, out: memoryview[Any]) -> list[tuple[Measure, ...]]:
+        """For each segment the measures of the output and of each input."""
+        edges = [0]
+        for s in data.unit.segments:
+            edges.append(edges[-1] + s.stop - s.start)
+        kernels = self.device.kernels or load_kernels()
+        rows = [measure(kernels, raw, dtype, edges) for raw, dtype in zip(data.raws, data.dtypes, strict=True)]
+        lead = data.unit.lead
+        produced = rows[0] if lead.action is not Action.MERGE else measure(kernels, out, lead.spec.dtype, edges)
+        return list(zip(produced, *rows, strict=True))
 
 
 def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:

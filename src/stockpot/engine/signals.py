@@ -11,9 +11,12 @@ from types import FrameType
 __all__ = ["noted_signals"]
 
 
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 @contextlib.contextmanager
 def noted_signals() -> Iterator[threading.Event]:
-    """Within it SIGINT and SIGTERM set the event. Outside the main thread signals go where they went."""
+    """Within it SIGINT, SIGTERM and SIGHUP (a closed terminal) set the event. Outside the main thread they go where they went."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -22,7 +25,8 @@ def noted_signals() -> Iterator[threading.Event]:
     def note(signum: int, frame: FrameType | None) -> None:
         asked.set()
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    # what is ignored stays so: SIGHUP under nohup
+    before = {s: signal.signal(s, note) for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
     try:
         yield asked
     finally:

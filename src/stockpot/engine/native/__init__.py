@@ -81,6 +81,8 @@ class Kernels:
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
+        library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
+        library.stockpot_measure.restype = None
 
     @staticmethod
     def takes(dtypes: Sequence[DType]) -> bool:
@@ -167,6 +169,14 @@ class Kernels:
         _check(self._library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
         del alive
         return [(int(below[i]), inside[i, : int(held[i])].copy()) for i in range(m)]
+
+    def measure(self, raw: Any, dtype: DType, edges: Any) -> tuple[Any, Any, Any]:
+        """(sums of squares, counts of NaN, of infinities) of the ranges between neighbouring `edges` (int64 `[k + 1]`)."""
+        k = len(edges) - 1
+        squares, nans, infinities = np.empty(k), np.empty(k, np.int64), np.empty(k, np.int64)
+        pointers = (x.ctypes.data for x in (squares, nans, infinities))
+        self._library.stockpot_measure(_address(raw), _CODES[dtype], edges.ctypes.data, k, *pointers)
+        return squares, nans, infinities
 
     def mask(self, key: int, start: int, whole: int, rest: int, out: Any) -> None:
         """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""

@@ -183,6 +183,32 @@ EXPORT int32_t stockpot_deltas(const Task *task, int32_t wide, const int64_t *st
     return wide ? deltas_f64(task, starts, runs, run, out) : deltas_f32(task, starts, runs, run, out);
 }
 
+/* For each of `count` neighbouring ranges [edges[i], edges[i + 1]) of one input: sum of squares, how many NaN, how many
+ * infinities. Counted only where the sum is not finite, which it is wherever all numbers are. */
+CLONES static void measure(const void *raw, int32_t dtype, const int64_t *edges, int64_t count, double *squares,
+                           int64_t *nans, int64_t *infinities) {
+    for (int64_t i = 0; i < count; i++) {
+        squares[i] = dtype == F64 ? squares_f64(raw, dtype, edges[i], edges[i + 1])
+                                  : squares_f32(raw, dtype, edges[i], edges[i + 1]);
+        nans[i] = infinities[i] = 0;
+        if (squares[i] < INFINITY) continue;
+        double total = 0;
+        for (int64_t at = edges[i]; at < edges[i + 1]; at++) {
+            double x;
+            load_f64(raw, dtype, at, 1, &x);
+            nans[i] += x != x;
+            infinities[i] += x == INFINITY || x == -INFINITY;
+            if (x - x == 0) total += x * x;
+        }
+        squares[i] = total;
+    }
+}
+
+EXPORT void stockpot_measure(const void *raw, int32_t dtype, const int64_t *edges, int64_t count, double *squares,
+                             int64_t *nans, int64_t *infinities) {
+    measure(raw, dtype, edges, count, squares, nans, infinities);
+}
+
 /* Random masks: see engine/masks.py, which defines the stream. */
 
 static inline void philox(const uint64_t counter[4], uint64_t k0, uint64_t k1, uint64_t out[4]) {

@@ -1,0 +1,108 @@
+"""What passes through the engine is looked at on the way: how large it is, and whether it is made of numbers.
+
+A NaN or an infinity in an input or the output stops a merge before it is published, unless they are allowed; a tensor
+whose norm is far from those of its inputs is worth a warning. Both are in the lineage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stockpot.engine.codecs import decode_into
+from stockpot.engine.native import Kernels
+from stockpot.specs import DType
+
+__all__ = ["Measure", "Sizes", "far_out", "measure", "nonfinite_report"]
+
+#: output norm over the mean of the inputs' norms beyond which a warning is given
+LOW, HIGH = 0.5, 2.0
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Of a run of elements: the sum of the squares of its finite numbers, and counts of NaN and infinities."""
+
+    squares: float = 0.0
+    nans: int = 0
+    infinities: int = 0
+
+    def __add__(self, other: Measure) -> Measure:
+        return Measure(self.squares + other.squares, self.nans + other.nans, self.infinities + other.infinities)
+
+
+def measure(kernels: Kernels | None, raw: Any, dtype: DType, edges: Sequence[int]) -> list[Measure]:
+    """One Measure for each range between neighbouring edges (elements); empty ones for what is no float."""
+    if not dtype.is_float:
+        return [Measure()] * (len(edges) - 1)
+    if kernels is not None and kernels.takes([dtype]):
+        found = kernels.measure(raw, dtype, np.array(edges, np.int64))
+        return [Measure(float(s), int(n), int(i)) for s, n, i in zip(*found)]
+    out = []
+    for start, stop in itertools.pairwise(edges):
+        values = np.empty(stop - start, np.float64)
+        decode_into(raw[start * dtype.itemsize : stop * dtype.itemsize], dtype, values)
+        nans, infinities = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+        if nans or infinities:
+            values = values[np.isfinite(values)]
+        out.append(Measure(float(values @ values), nans, infinities))
+    return out
+
+
+@dataclass
+class Sizes:
+    """Measures of whole tensors, put together from those of their parts: of the output, and of each input by its place."""
+
+    of: dict[str, list[Measure]] = field(default_factory=dict)
+
+    def add(self, name: str, measures: Sequence[Measure]) -> None:
+        """measures: the output's, then those of the inputs."""
+        known = self.of.get(name)
+        self.of[name] = list(measures) if known is None else [a + b for a, b in zip(known, measures, strict=True)]
+
+    def norm(self, name: str) -> float | None:
+        """The output's L2 norm."""
+        return math.sqrt(self.of[name][0].squares) if name in self.of else None
+
+    def ratio(self, name: str) -> float | None:
+        """The output's norm over the mean of the inputs'; None where these are zero."""
+        if name not in self.of or len(self.of[name]) < 2:
+            return None
+        out, *inputs = (math.sqrt(m.squares) for m in self.of[name])
+        mean = sum(inputs) / len(inputs)
+        return out / mean if mean > 0 else None
+
+
+def far_out(sizes: Sizes) -> list[str]:
+    """Warnings about norms."""
+    found = {n: r for n in sizes.of if (r := sizes.ratio(n)) is not None and not LOW <= r <= HIGH}
+    if not found:
+        return []
+    worst = sorted(found, key=lambda n: -abs(math.log(max(found[n], 1e-300))))
+    listed = ", ".join(f"{n} ({found[n]:.3g})" for n in worst[:3])
+    return [
+        f"{len(found)} tensor{'s' if len(found) > 1 else ''} with a norm under {LOW:g} or over {HIGH:g} times the mean of the "
+        f"inputs': {listed}{', ...' if len(found) > 3 else ''}"
+    ]
+
+
+def nonfinite_report(sizes: Sizes, refs: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each tensor and model that holds NaN or infinities. refs: by tensor, what its inputs are called."""
+    lines = []
+    for name, measures in sizes.of.items():
+        for i, m in enumerate(measures):
+            if m.nans or m.infinities:
+                where = refs[name][i - 1] if i else "the output"
+                lines.append(f"{name!r} in {where}: {_counts(m)}")
+    return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]
+
+
+def _counts(m: Measure) -> str:
+    words: Iterable[tuple[int, str]] = ((m.nans, "NaN"), (m.infinities, "infinite"))
+    return ", ".join(f"{n} {word}" for n, word in words if n)

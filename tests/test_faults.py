@@ -1,0 +1,207 @@
+"""What may go wrong outside: numbers that are none, files that change, disks that fail. Nothing is half-written, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import stockpot
+from stockpot.api import Options, merge_planned
+from stockpot.engine import measures
+from stockpot.engine.native import load_kernels
+from stockpot.errors import NonfiniteError, OutputError, ReadError
+from stockpot.specs import DType
+
+from helpers import load, write_model
+
+
+def linear(*models: Path) -> dict[str, object]:
+    return {"merge_method": "linear", "models": list(models)}
+
+
+@pytest.fixture
+def copies(family, tmp_path):
+    """Two models that a test may spoil."""
+    for name in "ab":
+        shutil.copytree(family / name, tmp_path / name)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def spoil(path: Path, name: str, values: list[float]) -> None:
+    tensors = load(path)
+    tensors[name].view(-1)[: len(values)] = torch.tensor(values, dtype=tensors[name].dtype)
+    write_model(path, tensors)
+
+
+# numbers
+
+
+def test_nan_and_infinity_are_named_and_nothing_is_published(copies, tmp_path):
+    a, b = copies
+    nan, inf = float("nan"), float("inf")
+    spoil(b, "model.norm.weight", [nan, inf, -inf, nan, nan])
+    out = tmp_path / "out"
+    with pytest.raises(NonfiniteError) as caught:
+        stockpot.merge(linear(a, b), out)
+    message = str(caught.value)
+    assert f"'model.norm.weight' in {b}: 3 NaN, 2 infinite" in message
+    assert "'model.norm.weight' in the output: 3 NaN, 2 infinite" in message
+    assert "--allow-nonfinite" in message
+    assert caught.value.exit_code == 3
+    assert not out.exists()
+    result = stockpot.merge(linear(a, b), out, Options(allow_nonfinite=True))
+    assert result.lineage["bytes_resumed"] > 0  # nothing is computed twice
+    assert len(result.lineage["nonfinite"]) == 2
+    stockpot.verify(out)
+
+
+def test_overflow_in_the_output_alone(copies, tmp_path):
+    a, b = copies
+    for path in copies:
+        spoil(path, "lm_head.weight", [6e4, 6e4])
+    recipe = {**linear(a, b), "parameters": {"normalize": False}, "dtype": "float16"}
+    with pytest.raises(NonfiniteError, match=r"'lm_head.weight' in the output: 2 infinite") as caught:
+        stockpot.merge(recipe, tmp_path / "out")
+    assert "in /" not in str(caught.value).partition("the work is kept")[0]  # the inputs are fine
+
+
+def test_norms_are_recorded_and_odd_ones_warned_of(family, tmp_path):
+    result = stockpot.merge(linear(family / "a", family / "b"), tmp_path / "one")
+    row = result.lineage["output"]["tensors"]["lm_head.weight"]
+    exact = load(tmp_path / "one")["lm_head.weight"].double().norm().item()
+    assert row["norm"] == pytest.approx(exact, rel=1e-5)
+    assert 0.9 < row["norm_ratio"] < 1.01
+    assert not result.warnings
+    tripled = {**linear(family / "a", family / "b", family / "c"), "parameters": {"normalize": False}}
+    warnings = stockpot.merge(tripled, tmp_path / "three").warnings
+    assert len(warnings) == 1
+    assert "31 tensors with a norm under 0.5 or over 2 times the mean of the inputs'" in warnings[0]
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16, DType.F32, DType.F64])
+def test_measures_by_kernel_and_numpy(dtype):
+    values = torch.randn(5000, dtype=torch.float64)
+    values[17], values[1200], values[1201] = float("nan"), float("inf"), -float("inf")
+    kinds = {DType.BF16: torch.bfloat16, DType.F16: torch.float16, DType.F32: torch.float32, DType.F64: torch.float64}
+    typed = values.to(kinds[dtype])
+    raw = memoryview(typed.view(torch.uint8).numpy().tobytes())
+    edges = [0, 5, 1000, 1000, 3000, 5000]
+    compiled = measures.measure(load_kernels(), raw, dtype, edges)
+    plain = measures.measure(None, raw, dtype, edges)
+    for i, (x, y) in enumerate(zip(compiled, plain, strict=True)):
+        part = typed[edges[i] : edges[i + 1]].double()
+        assert (x.nans, x.infinities) == (y.nans, y.infinities) == (int(part.isnan().sum()), int(part.isinf().sum()))
+        assert x.squares == pytest.approx(float((part[part.isfinite()] ** 2).sum()), rel=1e-5)
+        assert x.squares == pytest.approx(y.squares, rel=1e-5)
+
+
+# files that change
+
+
+@pytest.mark.parametrize("how", ["rewritten", "longer", "gone"])
+def test_an_input_that_changes_after_the_plan(copies, tmp_path, how):
+    a, b = copies
+    planned = stockpot.plan(linear(a, b))
+    path = b / "model.safetensors"
+    if how == "gone":
+        path.unlink()
+    else:
+        raw = path.read_bytes()
+        time.sleep(0.01)
+        path.write_bytes(raw + b"x" if how == "longer" else raw)
+    with pytest.raises(ReadError, match=r"model.safetensors: (was changed after its header was read|No such file)"):
+        merge_planned(planned, tmp_path / "out", Options())
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_input_that_changes_during_the_merge(copies, tmp_path, monkeypatch):
+    a, b = copies
+    from stockpot.engine import run
+
+    original = run._Runner._work
+
+    def work(self, *args):
+        original(self, *args)
+        path = b / "model.safetensors"
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+
+    monkeypatch.setattr(run._Runner, "_work", work)
+    with pytest.raises(ReadError, match="was changed after its header was read; merge again to take it as it is now"):
+        stockpot.merge(linear(a, b), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    stockpot.merge(linear(a, b), tmp_path / "out")  # starts over: what was merged is not of these files
+    stockpot.merge(linear(a, b), tmp_path / "reference")
+    one, two = load(tmp_path / "out"), load(tmp_path / "reference")
+    assert all(torch.equal(one[k], two[k]) for k in two)
+
+
+# disks that fail
+
+
+def failing(real, number: int, after: int):
+    """A system call that fails from its `after`-th call on."""
+    calls = 0
+
+    def call(*args):
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(number, os.strerror(number))
+        return real(*args)
+
+    return call
+
+
+def test_an_io_error_on_one_read(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EIO, 1))
+    with pytest.raises(ReadError, match=r"model.safetensors: read at byte \d+ failed: Input/output error") as caught:
+        stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")
+    stockpot.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fdatasync", "fsync", "rename"])
+def test_a_disk_that_fails_to_take_the_output(family, tmp_path, monkeypatch, number, call):
+    with monkeypatch.context() as m:
+        m.setattr(os, call, failing(getattr(os, call), number, 0 if call != "pwrite" else 1))
+        with pytest.raises(OutputError) as caught:
+            stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert os.strerror(number) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")  # the same command, once there is room
+    stockpot.verify(tmp_path / "out")
+
+
+def test_a_clock_that_jumps_changes_nothing(family, tmp_path, monkeypatch):
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "one")
+    jumping = iter(range(10**9, 0, -7919))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumping)))
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "two")
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_closed_standard_output(family, tmp_path, recipe):
+    """`stockpot plan ... | head -0`: no traceback, and a merge goes through all the same."""
+    path = recipe(f"merge_method: linear\nmodels: [{family}/a, {family}/b]\n")
+    command = f"{sys.executable} -m stockpot merge {path} {tmp_path}/out --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    stockpot.verify(tmp_path / "out")
