@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.checkpoints.codecs import decode_into, encode_into
 from stockpot.specs import DType
 
 TORCH = {

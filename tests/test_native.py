@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.checkpoints.codecs import decode_into, encode_into
 from stockpot.engine.cutoffs import _split_numpy
 from stockpot.engine.masks import MaskStream, mask_key
 from stockpot.engine.native import LIBRARY, Block, load_kernels

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.adapters.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.adapters.peft import PREFIX, Adapter, LowRank
 from stockpot.adapters.product import check_products, module_bytes
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.checkpoints.tied import ties_embeddings
 from stockpot.errors import CheckpointError, MismatchError, nearest

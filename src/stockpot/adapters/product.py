@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.adapters.derived import KEPT_MODULES as _KEPT
-from stockpot.adapters.derived import DerivedCheckpoint
 from stockpot.adapters.peft import Adapter, LowRank
+from stockpot.checkpoints.derived import KEPT_MODULES as _KEPT
+from stockpot.checkpoints.derived import DerivedCheckpoint
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError
 from stockpot.specs import DType, TensorSpec
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stockpot.engine.codecs import decode_into, encode_into
+from stockpot.checkpoints.codecs import decode_into, encode_into
 from stockpot.engine.native import Kernels, load_kernels
 from stockpot.errors import ArgumentError
 from stockpot.specs import DType

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stockpot.engine.codecs import decode_into
+from stockpot.checkpoints.codecs import decode_into
 from stockpot.engine.native import Kernels
 from stockpot.specs import DType
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is computed while it is read: what product adapters and fused models share."""
+"""A checkpoint that is computed while it is read: product adapters, fused models, dequantised ones."""
 
 from __future__ import annotations
 

@@ -1,0 +1,158 @@
+"""FP8 checkpoints are read as real numbers; other quantised ones are refused with the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import stockpot
+from stockpot.checkpoints import ReadRequest, open_checkpoint
+from stockpot.errors import CheckpointError
+
+from helpers import CONFIG, SHAPES, load, write_model
+
+BLOCK = 48  # divides neither side of most tensors
+
+
+def quantise(weight: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, scale, what the model means) of a matrix."""
+    rows, columns = weight.shape
+    if how == "tensor":
+        blocks = weight.abs().max().reshape(1, 1)
+        spread = blocks.expand(rows, columns)
+    elif how == "row":
+        blocks = weight.abs().amax(1, keepdim=True)
+        spread = blocks.expand(rows, columns)
+    else:
+        tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
+        padded = torch.zeros(tall * BLOCK, wide * BLOCK)
+        padded[:rows, :columns] = weight.abs()
+        blocks = padded.reshape(tall, BLOCK, wide, BLOCK).amax((1, 3))
+        spread = blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
+    scale, spread = (x / 448 for x in (blocks, spread))
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    return codes, scale.reshape(1) if how == "tensor" else scale, (codes.float() * spread).bfloat16()
+
+
+def settings(how: str) -> dict[str, object]:
+    if how == "block":
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [BLOCK, BLOCK],
+            "activation_scheme": "dynamic",
+        }
+    strategy = {"row": "channel", "compressed block": "block", "tensor": "tensor"}[how]
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": [BLOCK, BLOCK]}
+    group = {"targets": ["Linear"], "weights": weights}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+def write_fp8(path: Path, how: str, seed: int) -> dict[str, torch.Tensor]:
+    """An FP8 model; returns what it means in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    stored, meant = {}, {}
+    suffix = "_scale_inv" if how == "block" else "_scale"
+    for name, shape in SHAPES.items():
+        weight = torch.randn(shape, generator=generator) * 0.02
+        if "proj" in name:
+            kind = "block" if "block" in how else how
+            stored[name], stored[name + suffix], meant[name] = quantise(weight, kind)
+            if how == "tensor":
+                stored[name.removesuffix(".weight") + ".input_scale"] = torch.tensor([0.5])
+        else:
+            stored[name] = meant[name] = weight.bfloat16()
+    write_model(path, stored, {**CONFIG, "quantization_config": settings(how)})
+    return meant
+
+
+@pytest.mark.parametrize("how", ["tensor", "row", "block", "compressed block"])
+def test_fp8_is_read_as_what_it_means(how, tmp_path):
+    meant = write_fp8(tmp_path / "m", how, 0)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert set(checkpoint.names()) == set(meant)
+    assert "quantization_config" not in checkpoint.config
+    for name, tensor in meant.items():
+        n = tensor.numel()
+        expected = tensor.view(torch.uint8).numpy().tobytes()
+        for start, stop in [(0, n), (1, n - 1), (n // 3, n // 3 + 7), (n // 2 + 5, n), (63, min(130, n))]:
+            raw = bytearray(2 * (stop - start))
+            checkpoint.read([ReadRequest(name, start, stop)], memoryview(raw))
+            assert raw == expected[2 * start : 2 * stop], (name, start, stop)
+
+
+@pytest.mark.parametrize("how", ["tensor", "block"])
+def test_merging_fp8_models_is_merging_what_they_mean(how, tmp_path):
+    for i in range(2):
+        write_model(tmp_path / f"plain{i}", write_fp8(tmp_path / f"m{i}", how, i))
+    for method in ({"merge_method": "linear"}, {"merge_method": "slerp", "parameters": {"t": 0.3}}):
+        stockpot.merge({**method, "models": [tmp_path / "m0", tmp_path / "m1"]}, tmp_path / "a", overwrite=True)
+        stockpot.merge({**method, "models": [tmp_path / "plain0", tmp_path / "plain1"]}, tmp_path / "b", overwrite=True)
+        a, b = load(tmp_path / "a"), load(tmp_path / "b")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["torch_dtype"] == "bfloat16"
+    lineage = stockpot.verify(tmp_path / "a")
+    assert lineage["inputs"][0]["parts"][0]["files"][0]["tensors_read"] > len(SHAPES)  # scales included
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (
+            {"quant_method": "bitsandbytes"},
+            {"a.weight": torch.zeros(4, dtype=torch.uint8)},
+            r"bitsandbytes.*dequantize\(\)",
+        ),
+        ({"quant_method": "gptq"}, {"a.qweight": torch.zeros(4, dtype=torch.int32)}, "gptq.*merge the original model"),
+        ({"quant_method": "awq"}, {"a.qweight": torch.zeros(4, dtype=torch.int32)}, "awq.*merge the original model"),
+        (
+            {"quant_method": "mxfp4"},
+            {"a.blocks": torch.zeros(4, dtype=torch.uint8)},
+            r"mxfp4.*Mxfp4Config\(dequantize=True\)",
+        ),
+        ({"quant_method": "hqq"}, {"a.W_q": torch.zeros(4, dtype=torch.uint8)}, "hqq.*dequantise the model"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            {"a.weight_packed": torch.zeros(4, dtype=torch.int32)},
+            "compressed-tensors, pack-quantized",
+        ),
+        (
+            {"quant_method": "fp8"},
+            {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)},
+            "'a.weight' is FP8, but has no scale",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [2, 2]},
+            {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(3, 2)},
+            r"'a.weight_scale_inv' is \[3, 2\], which fits 'a.weight' \[4, 4\] neither",
+        ),
+    ],
+)
+def test_other_kinds_are_refused_with_the_way_out(config, tensors, message, tmp_path):
+    write_model(tmp_path / "m", tensors, {**CONFIG, "quantization_config": config})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_gguf_is_refused(tmp_path):
+    (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"GGUF holds quantised weights.*convert_hf_to_gguf"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="GGUF holds quantised weights"):
+        open_checkpoint(tmp_path / "model.Q4_K_M.gguf")
+
+
+def test_a_single_fp8_file_without_config(tmp_path):
+    codes, scale, meant = quantise(torch.randn(10, 20), "row")
+    save_file({"w.weight": codes, "w.weight_scale": scale}, tmp_path / "m.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    raw = bytearray(400)
+    checkpoint.read([ReadRequest("w.weight", 0, 200)], memoryview(raw))
+    assert raw == meant.view(torch.uint8).numpy().tobytes()
