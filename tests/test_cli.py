@@ -193,3 +193,24 @@ def test_nothing_heavy_is_imported(linear: Path, tmp_path: Path, code: str) -> N
     heavy = "{'torch', 'transformers', 'safetensors'}" if "merge(" in code else "{'torch', 'transformers', 'numpy'}"
     code += f"; import sys; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(linear), str(tmp_path / "out")], check=True)
+
+
+def test_doctor(tmp_path: Path) -> None:
+    done = cli("doctor", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["threads"]["available"] >= 1
+    assert facts["memory"]["total"] > facts["memory"]["available"] > 2**27
+    assert facts["packages"]["numpy"]
+    assert facts["disk"]["write_bytes_per_second"] > 10**6
+    assert facts["disk"]["folder"] == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert any("no GPU" in line for line in facts["missing"])
+
+
+def test_doctor_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOCKPOT_NATIVE", "0")
+    done = cli("doctor", tmp_path / "nowhere", "--no-disk")
+    assert done.returncode == 0, done.stderr
+    assert "missing: compiled kernels are switched off by STOCKPOT_NATIVE=0" in done.stdout
+    assert "nowhere: No such file or directory" in done.stdout

@@ -23,7 +23,7 @@ LEVELS = [
     {"adapters", "runs"},
     {"planning"},
     {"engine"},
-    {"lineage"},
+    {"lineage", "doctor"},
     {"training"},
     {"api"},
     {"cli"},

@@ -148,6 +148,22 @@ def methods(
         show_method(name, as_json=as_json)
 
 
+@app.command()
+@boundary
+def doctor(
+    folder: Annotated[str, typer.Argument(help="Where outputs would go.")] = ".",
+    no_disk: Annotated[
+        bool, typer.Option("--no-disk", help="Don't measure the disk's speed (256 MiB written).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this machine has for merging, and what is missing for which feature."""
+    from stockpot.cli.show import show_doctor
+    from stockpot.doctor import examine
+
+    show_doctor(examine(folder, probe_disk=not no_disk), as_json=as_json)
+
+
 def main() -> None:
     """The console script."""
     # plans of many tensors are many small objects without cycles: looking for some among them takes a third of the time

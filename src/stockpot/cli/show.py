@@ -18,6 +18,7 @@ __all__ = [
     "print_json",
     "print_table",
     "show_checkpoint",
+    "show_doctor",
     "show_merge",
     "show_method",
     "show_methods",
@@ -233,3 +234,31 @@ def show_method(name: str, *, as_json: bool) -> None:
             for p in method.parameters.values()
         ),
     )
+
+
+def show_doctor(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+
+    def size(n: int | None, per: str = "") -> str:
+        return "unknown" if n is None else format_size(n) + per
+
+    memory, disk, threads = facts["memory"], facts["disk"], facts["threads"]
+    limit = f", {size(memory['container_limit'])} allowed here" if memory["container_limit"] else ""
+    gpus = ", ".join(f"{d['name']} ({size(d['bytes'])})" for d in facts["devices"]["cuda"])
+    speed = f"writes {size(disk['write_bytes_per_second'], '/s')}, reads {size(disk['read_bytes_per_second'], '/s')}"
+    rows = [
+        ("stockpot", f"{facts['stockpot']}, Python {facts['python']}, {facts['platform']}"),
+        ("threads", f"{threads['available']} of {threads['processors']} processors"),
+        ("memory", f"{size(memory['available'])} free of {size(memory['total'])}{limit}"),
+        ("kernels", "compiled" if facts["kernels"]["compiled"] else "none: numpy does their work"),
+        ("GPU", gpus or "none"),
+        ("disk", f"{disk['folder']}: {size(disk['free'])} free; {speed}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)),
+    ]
+    print_table("", ["", ""], rows)
+    for line in facts["missing"]:
+        print(f"missing: {line}")
+    if not facts["missing"]:
+        print("nothing is missing")
