@@ -512,3 +512,40 @@ def test_every_tensor_is_planned_once(family: Path) -> None:
     assert spans[0][0] == len(plan.shards[0].header)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     assert spans[-1][1] == plan.shards[0].size
+
+
+def test_cropped_vocabulary(tmp_path: Path) -> None:
+    """Embeddings of 20 and 23 tokens: an error that names both, unless cropping is asked for; transformers loads the result."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    paths = []
+    for i, size in enumerate((23, 20, 21)):
+        torch.manual_seed(i)
+        config = LlamaConfig(
+            vocab_size=size,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+        paths.append(tmp_path / f"m{i}")
+        LlamaForCausalLM(config).save_pretrained(paths[-1])
+    recipe = {"merge_method": "linear", "models": paths[:2]}
+    with pytest.raises(ProblemsError, match=r"is \[23, 16\] in .*m0 but \[20, 16\] in .*m1.*'vocab: crop'"):
+        stockpot.plan(recipe)
+    for method in (
+        {"merge_method": "linear", "models": paths},
+        {"merge_method": "ties", "base_model": paths[2], "models": paths[:2], "parameters": {"density": 0.5}},
+        {"merge_method": "slerp", "models": paths[:2], "parameters": {"t": 0.5}},
+    ):
+        planned = stockpot.plan({**method, "vocab": "crop"})
+        assert any("vocab: crop: the rows of" in note for note in planned.notes)
+        result = stockpot.merge({**method, "vocab": "crop"}, tmp_path / "out", overwrite=True)
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+        assert model.config.vocab_size == model.lm_head.weight.shape[0] == 20
+        assert result.path
+    exact = sum(load(p)["model.embed_tokens.weight"][:20].double() for p in paths) / 3
+    stockpot.merge({"merge_method": "linear", "models": paths, "vocab": "crop"}, tmp_path / "one")
+    assert torch.allclose(load(tmp_path / "one")["model.embed_tokens.weight"].double(), exact, atol=1e-7)
+    stockpot.verify(tmp_path / "one")

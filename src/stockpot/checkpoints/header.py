@@ -78,6 +78,10 @@ def header_of(file: ByteFile, path: str) -> Header:
         head = file.read(0, 8)
         if len(head) < 8:
             raise CheckpointError(f"{label}: {size} bytes is too short for a safetensors file")
+        if head == b"version ":
+            raise CheckpointError(
+                f"{label}: is a Git LFS pointer, not the file that it stands for: run `git lfs pull` there"
+            )
         n = int.from_bytes(head, "little")
         if n > MAX_HEADER_BYTES:
             raise CheckpointError(

@@ -221,6 +221,8 @@ class _Runner:
         pieces = grid_of(t.spec.shape).pieces
         self.out_book.add(t.name, pieces, record.first, record.out)
         for operand, digests in zip(t.inputs, record.inputs, strict=True):
+            if self.plan.inputs[operand.model].checkpoint.spec(operand.name).shape != t.spec.shape:
+                continue  # cropped: only a part of that tensor was read
             self.in_book.add((operand.model, operand.name), pieces, record.first, digests)
         self.outcome.sizes.add(t.name, record.measures)
         if record.warning and record.warning not in self.outcome.warnings:

@@ -11,7 +11,7 @@ from stockpot.methods.statistics import Cutoff
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
 from stockpot.recipes.schema import Recipe
 
-__all__ = ["check_fit", "check_kinds", "check_model_wide", "check_patterns"]
+__all__ = ["check_fit", "check_kinds", "check_model_wide", "check_patterns", "is_vocabulary"]
 
 #: settings of a LoRA that must agree before its factors can be combined
 _ADAPTER_KEYS = (
@@ -64,19 +64,26 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
                 )
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: embeddings, output heads and their biases."""
+    return "emb" in name or is_head(name) or name.endswith(("lm_head.bias", "predictions.bias", "final_logits_bias"))
+
+
 def check_fit(
-    name: str, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError]
+    name: str, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError], *, crops: bool
 ) -> bool:
-    """Whether an output tensor's inputs have one shape and kind."""
+    """Whether an output tensor's inputs have one shape and kind. crops: those of a vocabulary may differ in rows."""
     first = inputs[operands[0].model].checkpoint.spec(operands[0].name)
     for other in operands[1:]:
         spec = inputs[other.model].checkpoint.spec(other.name)
         a, b = inputs[operands[0].model].ref, inputs[other.model].ref
         if spec.shape != first.shape:
-            rows_only = len(spec.shape) == 2 and spec.shape[1:] == first.shape[1:]
+            rows_only = len(spec.shape) == len(first.shape) > 0 and spec.shape[1:] == first.shape[1:]
             vocabulary = ""
-            if rows_only and ("emb" in name or is_head(name)):
-                vocabulary = " (different vocabularies? they are never cropped silently)"
+            if rows_only and is_vocabulary(name):
+                if crops:
+                    continue
+                vocabulary = " (different vocabularies? 'vocab: crop' keeps the rows that all have)"
             problems.append(
                 MismatchError(f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}")
             )

@@ -13,7 +13,7 @@ from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import CheckpointError, RecipeError, StockpotError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
-from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns
+from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns, is_vocabulary
 from stockpot.planning.config import output_config
 from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
@@ -64,6 +64,7 @@ class _Planner:
     failed: set[str] = field(default_factory=set)
     computed: dict[str, Checkpoint] = field(default_factory=dict)
     soup: Soup | None = None
+    cropped: dict[int, int] = field(default_factory=dict)
 
     def stop_if_bad(self) -> None:
         raise_problems(self.problems)
@@ -175,6 +176,8 @@ class _Planner:
         groups = tuple(resolver.groups)
         check_model_wide(recipe, groups, placed, self.problems)
         self.stop_if_bad()
+        for before, after in self.cropped.items():
+            self.notes.append(f"vocab: crop: the rows of {before} tokens are cut to the {after} that all models have")
         written = {t.spec.dtype for t in placed if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
         return Plan(
@@ -323,7 +326,7 @@ class _Planner:
         self, match: Match, rule: int, method: Method, resolver: ParameterResolver, outside: list[str],
         static: dict[tuple[int, int, int], MergeGroup | None],
     ) -> TensorPlan | None:  # fmt: skip
-        donor_spec = self.spec(match.donor)
+        donor_spec = self.common_rows(match, self.spec(match.donor))
         target = self.target(donor_spec, match)
         if not match.merged:
             return self.copied(match, donor_spec, target, resolver)
@@ -345,7 +348,7 @@ class _Planner:
         picked: tuple[Operand, ...] = tuple(o for o in operands if o is not None)
         own_base = base if method.space is Space.DELTA else None
         everything = [match.donor, *picked, *([own_base] if own_base else [])]
-        if not check_fit(match.name, everything, self.inputs, self.problems):
+        if not check_fit(match.name, everything, self.inputs, self.problems, crops=self.recipe.crops_vocabulary):
             return None
         if not donor_spec.dtype.is_float:
             kept = tuple(dict.fromkeys(everything))
@@ -387,6 +390,17 @@ class _Planner:
             0, match.name, TensorSpec(target, spec.shape), Action.MERGE, group.index, (match.donor,), None
         )
 
+    def common_rows(self, match: Match, spec: TensorSpec) -> TensorSpec:
+        """Under `vocab: crop` the rows that every model has: a prefix, so that the same elements are read of each."""
+        if not self.recipe.crops_vocabulary or not spec.shape or not is_vocabulary(match.name):
+            return spec
+        involved = [*match.operands, *([match.base] if match.base else [])]
+        rows = min((s.shape[0] for s in map(self.spec, involved) if s.shape), default=spec.shape[0])
+        if rows >= spec.shape[0]:
+            return spec
+        self.cropped[spec.shape[0]] = rows
+        return TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
+
     def spec(self, operand: Operand) -> TensorSpec:
         return self.inputs[operand.model].checkpoint.spec(operand.name)
 
@@ -415,7 +429,9 @@ class _Planner:
                 lead = next((e for e in part.entries if e.model == part.base), part.entries[0])
                 start, stop = lead.layers or (0, primary_stack(self.inputs[lead.model].checkpoint)[1])
                 layers += [min(i, old - 1) for i in range(start, stop)]
-        return output_config(checkpoint.config, dtype=dtype, layers=layers, old_layers=old, untied=bool(untied))
+        return output_config(
+            checkpoint.config, dtype=dtype, layers=layers, old_layers=old, untied=bool(untied), rows=self.cropped
+        )
 
     def adapter_config(self, donor: int) -> dict[str, Any]:
         return dict(self.inputs[donor].checkpoint.config)

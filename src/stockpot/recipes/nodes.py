@@ -14,6 +14,7 @@ __all__ = ["Node", "parse_yaml"]
 
 _MAX_NODES = 200_000
 _MAX_DEPTH = 40
+_CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -71,6 +72,8 @@ class _Converter:
         if self.count > _MAX_NODES or depth > _MAX_DEPTH:
             raise self.fail(node, "nested too deeply or expanded too far (YAML aliases?) for a recipe")
         line = node.start_mark.line + 1
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS:
+            raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in recipes")
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             items = []

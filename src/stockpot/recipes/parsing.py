@@ -16,7 +16,7 @@ __all__ = ["RUN_OPTIONS", "load_recipe", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
-    "tokenizer chat_template modules run adapter"
+    "tokenizer chat_template modules run adapter vocab"
 ).split()
 _COMING = {
     "modules": "merging sub-modules by separate recipes",
@@ -247,6 +247,7 @@ class _Parser:
             rules=self.each(top, "rules", self.rule),
             mergekit_compat=self.compat(top),
             tokenizer_from=self.tokenizer(top),
+            crops_vocabulary=self.vocab(top),
             run=self.run(top["run"]) if "run" in top else None,
             adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
             lines={key: line for key, line, _ in node.value},
@@ -380,6 +381,14 @@ class _Parser:
         if top["compat"].kind == "scalar" and top["compat"].value == "mergekit":
             return True
         self.bad(top["compat"].line, f"compat: expected mergekit, got {top['compat'].what}")
+        return False
+
+    def vocab(self, top: dict[str, Node]) -> bool:
+        if "vocab" not in top:
+            return False
+        if top["vocab"].kind == "scalar" and top["vocab"].value == "crop":
+            return True
+        self.bad(top["vocab"].line, f"vocab: expected crop, got {top['vocab'].what}")
         return False
 
     def tokenizer(self, top: dict[str, Node]) -> str | None:

@@ -97,6 +97,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     mergekit_compat: bool = False
     tokenizer_from: str | None = None
+    crops_vocabulary: bool = False
     run: RunChoice | None = None
     adapter: AdapterChoice | None = None
     lines: Mapping[str, int] = field(default_factory=dict)
