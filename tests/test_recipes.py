@@ -318,7 +318,10 @@ BAD_TEXT: dict[str, tuple[str, str]] = {
     "chat template": ("merge_method: x\nmodels: [a]\nchat_template: auto", "coming feature"),
     "modules": ("merge_method: x\nmodules: {}", "coming feature"),
     "adapter on the fly": ("merge_method: x\nmodels: [base+adapter]", "coming feature"),
-    "two documents": ("merge_method: x\nmodels: [a]\n---\nmerge_method: y\n", ":4: a second document"),
+    "two documents": (
+        "merge_method: x\nmodels: [a]\n---\nmerge_method: y\n",
+        "a step that others are to use needs a 'name'",
+    ),
     "python tag": ("merge_method: !!python/object:os.system x\nmodels: [a]", "tag"),
     "yaml bomb": (
         "a: &a [x,x,x,x,x,x,x,x,x,x]\n"

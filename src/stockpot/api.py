@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,7 @@ def merge_planned(
     from stockpot.engine.devices import open_device
     from stockpot.engine.publish import publish
     from stockpot.engine.run import run_plan
+    from stockpot.engine.steps import prepare_steps, scratch_path
     from stockpot.lineage import NAME as LINEAGE
     from stockpot.lineage import check_side_files, write_side_files
 
@@ -159,8 +161,17 @@ def merge_planned(
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
     check_side_files(planned)
-    outcome = run_plan(planned, target, device, resume=resume, progress=progress)
+    steps = prepare_steps(planned, target, device, resume=resume, progress=progress)
     try:
+        outcome = run_plan(planned, target, device, resume=resume, progress=progress)
+    except BaseException:
+        for step in steps:
+            step.release()
+        raise
+    try:
+        for step in steps:
+            for path, digests in step.part_digests.items():
+                outcome.part_digests[path] = {**digests, **outcome.part_digests.get(path, {})}
         if not options.allow_nonfinite:
             check_finite(planned, outcome)
         facts = options.__dict__ | {"budget": planned.budget.__dict__}
@@ -171,8 +182,11 @@ def merge_planned(
             upload(outcome.partial, url, LINEAGE, overwrite=overwrite)
         else:
             publish(outcome.partial, target, overwrite=overwrite)
+        if steps:
+            shutil.rmtree(scratch_path(target), ignore_errors=True)
     finally:
-        outcome.release()
+        for each in (*steps, outcome):
+            each.release()
         for model in planned.inputs:
             model.checkpoint.close()
     return MergeResult(
@@ -344,8 +358,6 @@ def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, ov
 
 def check_space(planned: Plan, out: str) -> None:
     """Refuse when the disk has less room than the output needs."""
-    import shutil
-
     from stockpot.engine.publish import partial_path
     from stockpot.errors import OutputError
 

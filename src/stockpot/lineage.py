@@ -25,6 +25,7 @@ from stockpot.engine.verify import side_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, ModelInput, Plan
+from stockpot.planning.steps import MergedCheckpoint, why_written
 
 __all__ = ["NAME", "check_side_files", "read_lineage", "write_side_files"]
 
@@ -171,6 +172,7 @@ def make_lineage(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "recipe": {"file": plan.recipe.origin, "sha256": plan.recipe.digest, "text": plan.recipe.text},
         "seed": plan.seed,
+        **({"steps": steps} if (steps := _steps(plan)) else {}),
         **({"soup": plan.soup.to_dict()} if plan.soup else {}),
         "options": dict(options),
         "groups": [{"method": g.method.name, "parameters": g.public_params()} for g in plan.groups],
@@ -204,6 +206,19 @@ def make_lineage(
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _steps(plan: Plan) -> list[dict[str, Any]]:
+    """The steps that a plan reads, the innermost first."""
+    out: list[dict[str, Any]] = []
+    for model in plan.inputs:
+        if isinstance(model.checkpoint, MergedCheckpoint):
+            step = model.checkpoint.step
+            out += [s for s in _steps(step) if s not in out]
+            groups = [{"method": g.method.name, "parameters": g.public_params()} for g in step.groups]
+            row = {"name": model.ref, "streamed": why_written(step) is None, "groups": groups}
+            out += [row] if row not in out else []
+    return out
 
 
 def readable(lineage: Mapping[str, Any]) -> str:

@@ -100,6 +100,11 @@ class Checkpoint:
         return 0
 
     @property
+    def scratch_itemsize(self) -> int:
+        """Bytes of memory for each element that is being read, beside where it is read to."""
+        return 0
+
+    @property
     def download_bytes(self) -> int:
         """Bytes that are better brought here before they are merged (see hub.fetch)."""
         return 0

@@ -45,6 +45,7 @@ def _worker_bytes(
     grid = grid_of(t.spec.shape)
     sizes = [inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs]
     block = min(pieces * PIECE, max(t.spec.numel, 1))
+    sizes.append(max(inputs[o.model].checkpoint.scratch_itemsize for o in t.inputs))
     if t.action is not Action.MERGE:
         return block * (sum(sizes) + t.spec.dtype.itemsize)
     method = groups[t.group].method

@@ -10,7 +10,7 @@ from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import CheckpointError, RecipeError, StockpotError, raise_problems
+from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns, is_vocabulary
@@ -20,6 +20,7 @@ from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models
 from stockpot.planning.parameters import Levels, ParameterResolver, all_settings
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
+from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written
 from stockpot.planning.vocabulary import check_vocabularies
 from stockpot.recipes.schema import Recipe, Rule
 from stockpot.runs import Soup
@@ -65,6 +66,8 @@ class _Planner:
     computed: dict[str, Checkpoint] = field(default_factory=dict)
     soup: Soup | None = None
     cropped: dict[int, int] = field(default_factory=dict)
+    made: dict[str, MergedCheckpoint] = field(default_factory=dict)
+    settings: tuple[int, int, int] = (DEFAULT_LIMIT, 1, 0)
 
     def stop_if_bad(self) -> None:
         raise_problems(self.problems)
@@ -76,6 +79,9 @@ class _Planner:
 
     def open(self, ref: str, line: int) -> int:
         """The index of a model, opened once however often it is named; -1 after a problem."""
+        step = next((s for s in self.recipe.steps if s.name == ref), None)
+        if step is not None:
+            return self.open_step(step)
         if ref in self.computed and ref not in self.by_path:
             self.by_path[ref] = len(self.inputs)
             self.inputs.append(ModelInput(len(self.inputs), ref, self.computed[ref]))
@@ -103,6 +109,32 @@ class _Planner:
             size = format_size(checkpoint.download_bytes)
             self.notes.append(f"{ref}: {files} of {size} in all will be downloaded into the Hub's cache")
         return index
+
+    def open_step(self, step: Recipe) -> int:
+        """An earlier step as an input."""
+        assert step.name is not None
+        if step.name in self.failed:
+            return -1
+        if step.name not in self.by_path:
+            if step.name not in self.made:
+                planner = _Planner(step, made=self.made)
+                try:
+                    planned = planner.plan(DEFAULT_SHARD_SIZE, *self.settings)
+                except ProblemsError as e:
+                    self.problems += e.problems
+                    self.failed.add(step.name)
+                    return -1
+                except StockpotError as e:
+                    self.problems.append(e)
+                    self.failed.add(step.name)
+                    return -1
+                self.made[step.name] = merged_checkpoint(step.name, planned)
+                why = why_written(planned)
+                how = f"is written to a scratch directory first: {why}" if why else "is streamed, not written"
+                self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
+            self.by_path[step.name] = len(self.inputs)
+            self.inputs.append(ModelInput(len(self.inputs), step.name, self.made[step.name]))
+        return self.by_path[step.name]
 
     def locate(self, ref: str) -> str:
         """A relative path is looked for in the working directory, then beside the recipe."""
@@ -142,6 +174,7 @@ class _Planner:
 
     def plan(self, shard_size: int, max_memory: int, threads: int, seed: int) -> Plan:
         asked = self.recipe
+        self.settings = (max_memory, threads, seed)
         self.expand()
         recipe = self.recipe
         main, rule_methods = self.methods_in_use()
@@ -440,7 +473,7 @@ class _Planner:
         ref = self.recipe.tokenizer_from
         if ref is None or ref == "base":
             return donor
-        path = self.locate(ref)
+        path = ref if ref in self.by_path else self.locate(ref)
         if path in self.by_path:
             return self.by_path[path]
         key = "tokenizer_source" if "tokenizer_source" in self.recipe.lines else "tokenizer"

@@ -10,7 +10,7 @@ import yaml
 
 from stockpot.errors import RecipeError
 
-__all__ = ["Node", "parse_yaml"]
+__all__ = ["Node", "parse_documents"]
 
 _MAX_NODES = 200_000
 _MAX_DEPTH = 40
@@ -37,8 +37,8 @@ class Node:
         return "nothing" if self.value is None else repr(self.value)
 
 
-def parse_yaml(text: str, origin: str) -> Node:
-    """One YAML document -> Node. Raises RecipeError with file and line. Nothing is executed or expanded."""
+def parse_documents(text: str, origin: str) -> list[Node]:
+    """Every YAML document -> Node. Raises RecipeError with file and line. Nothing is executed or expanded."""
     try:
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as e:
@@ -50,12 +50,8 @@ def parse_yaml(text: str, origin: str) -> Node:
     documents = [d for d in documents if d is not None]
     if not documents:
         raise RecipeError(f"{origin}: empty; a recipe needs at least merge_method and models")
-    if len(documents) > 1:
-        raise RecipeError(
-            f"{origin}:{documents[1].start_mark.line + 1}: a second document starts here; several recipes in one file "
-            "are a coming feature: put each in a file of its own"
-        )
-    return _Converter(origin).convert(documents[0], 0)
+    converter = _Converter(origin)
+    return [converter.convert(d, 0) for d in documents]
 
 
 class _Converter:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stockpot.errors import ArgumentError, RecipeError, StockpotError, nearest, raise_problems
-from stockpot.recipes.nodes import Node, parse_yaml
+from stockpot.recipes.nodes import Node, parse_documents
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Settings, Slice, Source
 from stockpot.recipes.values import Condition, Setting, Value
 from stockpot.specs import parse_dtype
@@ -16,7 +17,7 @@ __all__ = ["RUN_OPTIONS", "load_recipe", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
-    "tokenizer chat_template modules run adapter vocab"
+    "tokenizer chat_template modules run adapter vocab name"
 ).split()
 _COMING = {
     "modules": "merging sub-modules by separate recipes",
@@ -80,7 +81,7 @@ def _similar(path: str) -> str:
 def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
     """Parse YAML text. Raises RecipeError, or ProblemsError when there are several problems."""
     parser = _Parser(text, origin)
-    recipe = parser.recipe(parse_yaml(text, origin))
+    recipe = parser.file(parse_documents(text, origin))
     raise_problems(parser.problems)
     return recipe
 
@@ -213,6 +214,47 @@ class _Parser:
             pattern = self.text_of(parts["filter"], f"{where}.filter")
         return None if value is None else Condition(pattern, value)
 
+    # several recipes in one file
+
+    def file(self, documents: list[Node]) -> Recipe:
+        """The last recipe of a file, with the steps before it: documents of their own, or entries of `steps`."""
+        nodes = documents
+        first = documents[0]
+        if len(documents) == 1 and first.kind == "map" and any(key == "steps" for key, _, _ in first.value):
+            for key, line, _ in first.value:
+                if key != "steps":
+                    self.bad(line, f"recipe: key {key!r} belongs into one of the steps")
+            nodes = self.listing(next(value for key, _, value in first.value if key == "steps"), "steps")
+        steps: list[Recipe] = []
+        if len(nodes) > 1 and nodes is documents:  # mergekit's order is free: the nameless one is the result
+            nodes = sorted(nodes, key=lambda n: n.kind == "map" and all(key != "name" for key, _, _ in n.value))
+        for i, node in enumerate(nodes):
+            made = replace(self.recipe(node), steps=tuple(steps))
+            last = i == len(nodes) - 1
+            if not last and made.name is None:
+                self.bad(node.line, "a step that others are to use needs a 'name'")
+            elif made.name is not None and any(s.name == made.name for s in steps):
+                self.bad(made.lines["name"], f"name: there are two steps called {made.name!r}")
+            elif last and len(nodes) == 1 and made.name is not None and nodes is documents:
+                return replace(made, steps=())
+            steps.append(made)
+        if not steps:
+            return Recipe(self.text, self.origin, "")
+        self.check_uses(steps)
+        return steps[-1]
+
+    def check_uses(self, steps: list[Recipe]) -> None:
+        """A step that nothing uses is a mistake, and so is one that is used before it is made."""
+        names = [s.name for s in steps]
+        used = {ref for s in steps for ref in s.references()}
+        for i, s in enumerate(steps):
+            for ref in s.references():
+                if ref in names[i:] and ref is not None and not os.path.exists(ref):
+                    self.bad(s.lines.get("merge_method", 1), f"uses the step {ref!r}, which comes later or is this one")
+        for s in steps[:-1]:
+            if s.name is not None and s.name not in used:
+                self.bad(s.lines["name"], f"name: no later step uses {s.name!r}")
+
     # the parts of a recipe
 
     def recipe(self, node: Node) -> Recipe:
@@ -251,6 +293,7 @@ class _Parser:
             run=self.run(top["run"]) if "run" in top else None,
             adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
             lines={key: line for key, line, _ in node.value},
+            name=self.name(top),
         )
 
     def each(self, top: dict[str, Node], key: str, read: Callable[[Node], Any]) -> tuple[Any, ...]:
@@ -382,6 +425,15 @@ class _Parser:
             return True
         self.bad(top["compat"].line, f"compat: expected mergekit, got {top['compat'].what}")
         return False
+
+    def name(self, top: dict[str, Node]) -> str | None:
+        if "name" not in top:
+            return None
+        text = self.text_of(top["name"], "name")
+        if text is not None and (os.path.basename(text) != text or text in (".", "..")):
+            self.bad(top["name"].line, f"name: expected a plain word, got {text!r}")
+            return None
+        return text
 
     def vocab(self, top: dict[str, Node]) -> bool:
         if "vocab" not in top:

@@ -81,7 +81,11 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. `text` is verbatim; `origin` is its file, or `<recipe>`; `lines` are those of top-level keys."""
+    """A parsed recipe. `text` is verbatim; `origin` is its file, or `<recipe>`; `lines` are those of top-level keys.
+
+    name   of a step
+    steps  the recipes that come before it in the same file, which it may name as models
+    """
 
     text: str
     origin: str
@@ -101,11 +105,19 @@ class Recipe:
     run: RunChoice | None = None
     adapter: AdapterChoice | None = None
     lines: Mapping[str, int] = field(default_factory=dict)
+    name: str | None = None
+    steps: tuple[Recipe, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the text, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def references(self) -> set[str]:
+        """Every model that it names."""
+        found = {m.ref for m in self.models} | {s.ref for piece in self.slices for s in piece.sources}
+        bases = {self.base_model, *(piece.base_model for piece in self.slices), self.tokenizer_from}
+        return found | {b for b in bases if b}
 
     def at(self, line: int) -> str:
         """`recipe.yml:12`, for error messages."""

@@ -1,0 +1,111 @@
+"""Makes the steps of a plan readable: streamed ones get their arithmetic, the others are merged into a scratch directory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.header import read_header
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.engine.devices import Device, byte_buffer
+from stockpot.engine.kernel import Kernel, UnitData
+from stockpot.engine.run import Outcome, Progress, run_plan
+from stockpot.engine.units import Segment, Unit
+from stockpot.planning.plan import Action, Plan
+from stockpot.planning.steps import MergedCheckpoint, why_written
+
+__all__ = ["prepare_steps", "scratch_path"]
+
+
+def scratch_path(out: str) -> str:
+    """Where the steps of a merge into `out` are written that can't be streamed."""
+    return os.path.abspath(out).rstrip(os.sep) + ".steps"
+
+
+def prepare_steps(plan: Plan, out: str, device: Device, *, resume: bool, progress: Progress | None) -> list[Outcome]:
+    """Attach a reader to every step that `plan` reads, the innermost first. Returns the outcomes of those written.
+
+    Their locks are held until `release`. Raises what run_plan does.
+    """
+    outcomes: list[Outcome] = []
+    done: set[int] = set()
+    try:
+        _prepare(plan, scratch_path(out), device, outcomes, done, resume=resume, progress=progress)
+    except BaseException:
+        for outcome in outcomes:
+            outcome.release()
+        raise
+    return outcomes
+
+
+def _prepare(
+    plan: Plan, scratch: str, device: Device, outcomes: list[Outcome], done: set[int], *, resume: bool,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    for model in plan.inputs:
+        step = model.checkpoint
+        if not isinstance(step, MergedCheckpoint) or id(step) in done:
+            continue
+        done.add(id(step))
+        _prepare(step.step, scratch, device, outcomes, done, resume=resume, progress=progress)
+        step.reader.clear()
+        if why_written(step.step) is None:
+            step.reader.append(_Streamed(step.step, device))
+            continue
+        os.makedirs(scratch, exist_ok=True)
+        outcome = run_plan(step.step, os.path.join(scratch, step.ref), device, resume=resume, progress=progress)
+        outcomes.append(outcome)
+        for (index, name), digest in outcome.input_digests.items():
+            outcome.part_digests.setdefault(step.step.inputs[index].checkpoint.path, {})[name] = digest
+        step.reader.append(_Written(step.step, outcome.partial))
+
+
+@dataclass
+class _Streamed:
+    """Merges a range when it is asked for, with the engine's own arithmetic."""
+
+    plan: Plan
+    device: Device
+    _local: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self._tensors = {t.name: t for t in self.plan.tensors}
+        self._kernels = [Kernel(self.device, g, self.plan.seed, self.plan.budget.chunk) for g in self.plan.groups]
+
+    def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        t = self._tensors[name]
+        sources = [self.plan.inputs[o.model].checkpoint for o in t.inputs]
+        if t.action is not Action.MERGE:
+            sources[0].read([ReadRequest(t.inputs[0].name, start, stop)], out)
+            return
+        raws, dtypes = [], []
+        for operand, source in zip(t.inputs, sources, strict=True):
+            dtype = source.spec(operand.name).dtype
+            raw = byte_buffer((stop - start) * dtype.itemsize)
+            source.read([ReadRequest(operand.name, start, stop)], raw)
+            raws.append(raw)
+            dtypes.append(dtype)
+        slots: dict[int, dict[Any, Any]] = self._local.__dict__.setdefault("slots", {})
+        data = UnitData(Unit((Segment(t, 0, 0, start, stop),)), raws, dtypes, slots.setdefault(t.group, {}))
+        self._kernels[t.group].combine(data, {}, out)
+
+    def close(self) -> None:
+        for model in self.plan.inputs:
+            model.checkpoint.close()
+
+
+class _Written:
+    """Reads what a step's own run has left."""
+
+    def __init__(self, plan: Plan, partial: str) -> None:
+        headers = tuple(read_header(os.path.join(partial, s.name)) for s in plan.shards)
+        self.files = Checkpoint(partial, partial, plan.kind, {}, headers)
+
+    def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        self.files.read([ReadRequest(name, start, stop)], out)
+
+    def close(self) -> None:
+        self.files.close()

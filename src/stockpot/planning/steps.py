@@ -1,0 +1,102 @@
+"""A step of a recipe as a checkpoint for later steps: a merge that is computed while it is read, or written first.
+
+A step whose every method works element by element and needs no statistics is **streamed**: a range of it is merged when it is
+asked for, and nothing of it is ever written. Other steps are merged into a scratch directory beside OUT before the steps
+that use them. Either way later steps read the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.derived import DerivedCheckpoint
+from stockpot.methods.declaration import Scope
+from stockpot.planning.plan import Action, Plan
+
+__all__ = ["MergedCheckpoint", "Reader", "leaves", "merged_checkpoint", "why_written"]
+
+
+class Reader(Protocol):
+    """What the engine puts into a step: reads elements start..stop of a tensor into `out`; close lets go of files."""
+
+    def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint(DerivedCheckpoint):
+    """The output of `plan`, before it exists. `sources` are the checkpoints on disk at its bottom."""
+
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+    reader: list[Reader] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def step(self) -> Plan:
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def directory(self) -> str:
+        return self.step.inputs[self.step.tokenizer_donor].checkpoint.directory
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(s.download_bytes for s in self.sources)
+
+    @property
+    def resident(self) -> int:
+        return sum(m.checkpoint.resident for m in self.step.inputs)
+
+    @property
+    def scratch_itemsize(self) -> int:
+        """Where it is streamed: the inputs of an element, and what is computed with."""
+        if why_written(self.step):
+            return 0
+        inputs = [m.checkpoint for m in self.step.inputs]
+        widest = max((len(t.inputs) for t in self.step.tensors), default=1)
+        return 4 * widest + 8 + max(c.scratch_itemsize for c in inputs)
+
+    def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        self.reader[0].read(name, start, stop, out)
+
+    def close(self) -> None:
+        super().close()
+        for reader in self.reader:
+            reader.close()
+
+
+def merged_checkpoint(name: str, plan: Plan) -> MergedCheckpoint:
+    """The checkpoint that a planned step is."""
+    sources = leaves(plan)
+    donor = plan.inputs[plan.donor].checkpoint
+    files = tuple(dict.fromkeys(h.path for s in sources for h in s.files))
+    headers = {h.path: h for s in sources for h in s.files}
+    return MergedCheckpoint(
+        name, donor.path, plan.kind, dict(plan.config), tuple(headers[f] for f in files),
+        sources=sources, specs={t.name: t.spec for t in plan.tensors}, plan=plan,
+    )  # fmt: skip
+
+
+def leaves(plan: Plan) -> tuple[Checkpoint, ...]:
+    """The checkpoints that a plan reads at its bottom, through all steps."""
+    out: dict[int, Checkpoint] = {}
+    for model in plan.inputs:
+        for part in model.checkpoint.parts or (model.checkpoint,):
+            out[id(part)] = part
+    return tuple(out.values())
+
+
+def why_written(plan: Plan) -> str | None:
+    """Why a step can't be streamed; None where it can."""
+    for t in plan.tensors:
+        if t.action is Action.MERGE:
+            group = plan.groups[t.group]
+            stats = group.method.active_stats(group.params)
+            if stats:
+                return f"{group.method.name} needs {stats[0].name} of whole tensors first"
+            if group.method.scope is not Scope.ELEMENT:
+                return f"{group.method.name} needs whole {'rows' if group.method.scope is Scope.ROW else 'tensors'}"
+    return None
