@@ -8,23 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError, raise_problems
+from stockpot.errors import RecipeError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns, is_vocabulary
 from stockpot.planning.config import output_config
+from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
 from stockpot.planning.parameters import Levels, ParameterResolver, all_settings
-from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, Plan, TensorPlan
+from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
-from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written
 from stockpot.planning.vocabulary import check_vocabularies
 from stockpot.recipes.schema import Recipe, Rule
 from stockpot.runs import Soup
-from stockpot.specs import BY_LABEL, DType, TensorSpec, format_size
+from stockpot.specs import BY_LABEL, DType, TensorSpec
 
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
@@ -56,94 +54,15 @@ def available_threads() -> int:
 
 
 @dataclass
-class _Planner:
-    recipe: Recipe
-    problems: list[StockpotError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    inputs: list[ModelInput] = field(default_factory=list)
-    by_path: dict[str, int] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    computed: dict[str, Checkpoint] = field(default_factory=dict)
+class _Planner(Inputs):
     soup: Soup | None = None
     cropped: dict[int, int] = field(default_factory=dict)
-    made: dict[str, MergedCheckpoint] = field(default_factory=dict)
-    settings: tuple[int, int, int] = (DEFAULT_LIMIT, 1, 0)
+
+    def plan_step(self, step: Recipe) -> Plan:
+        return _Planner(step, made=self.made).plan(DEFAULT_SHARD_SIZE, *self.settings)
 
     def stop_if_bad(self) -> None:
         raise_problems(self.problems)
-
-    def bad(self, key: str, why: str) -> None:
-        self.problems.append(RecipeError(f"{self.recipe.at(self.recipe.lines.get(key, 1))}: {why}"))
-
-    # opening
-
-    def open(self, ref: str, line: int) -> int:
-        """The index of a model, opened once however often it is named; -1 after a problem."""
-        step = next((s for s in self.recipe.steps if s.name == ref), None)
-        if step is not None:
-            return self.open_step(step)
-        if ref in self.computed and ref not in self.by_path:
-            self.by_path[ref] = len(self.inputs)
-            self.inputs.append(ModelInput(len(self.inputs), ref, self.computed[ref]))
-        path = ref if ref in self.computed else self.locate(ref)
-        if path in self.failed:
-            return -1
-        if path in self.by_path:
-            return self.by_path[path]
-        try:
-            checkpoint = open_checkpoint(path)
-        except StockpotError as e:
-            self.failed.add(path)
-            message = str(e).replace(path, ref, 1) if path != ref else str(e)
-            self.problems.append(type(e)(f"{self.recipe.at(line)}: {message}"))
-            return -1
-        if not len(checkpoint):
-            self.failed.add(path)
-            self.problems.append(CheckpointError(f"{self.recipe.at(line)}: {ref}: holds no tensors"))
-            return -1
-        index = len(self.inputs)
-        self.inputs.append(ModelInput(index, ref, checkpoint))
-        self.by_path[path] = index
-        if checkpoint.download_bytes:
-            files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) != 1 else ''}"
-            size = format_size(checkpoint.download_bytes)
-            self.notes.append(f"{ref}: {files} of {size} in all will be downloaded into the Hub's cache")
-        return index
-
-    def open_step(self, step: Recipe) -> int:
-        """An earlier step as an input."""
-        assert step.name is not None
-        if step.name in self.failed:
-            return -1
-        if step.name not in self.by_path:
-            if step.name not in self.made:
-                planner = _Planner(step, made=self.made)
-                try:
-                    planned = planner.plan(DEFAULT_SHARD_SIZE, *self.settings)
-                except ProblemsError as e:
-                    self.problems += e.problems
-                    self.failed.add(step.name)
-                    return -1
-                except StockpotError as e:
-                    self.problems.append(e)
-                    self.failed.add(step.name)
-                    return -1
-                self.made[step.name] = merged_checkpoint(step.name, planned)
-                why = why_written(planned)
-                how = f"is written to a scratch directory first: {why}" if why else "is streamed, not written"
-                self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
-            self.by_path[step.name] = len(self.inputs)
-            self.inputs.append(ModelInput(len(self.inputs), step.name, self.made[step.name]))
-        return self.by_path[step.name]
-
-    def locate(self, ref: str) -> str:
-        """A relative path is looked for in the working directory, then beside the recipe."""
-        path = os.path.expanduser(ref)
-        if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(self.recipe.origin):
-            beside = os.path.join(os.path.dirname(os.path.abspath(self.recipe.origin)), path)
-            if os.path.exists(beside):
-                path = beside
-        return os.path.realpath(path) if os.path.exists(path) else ref
 
     # methods
 

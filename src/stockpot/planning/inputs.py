@@ -1,0 +1,109 @@
+"""The models of a recipe, opened once each: checkpoints, computed ones, and earlier steps."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.errors import CheckpointError, ProblemsError, StockpotError
+from stockpot.planning.budget import DEFAULT_LIMIT
+from stockpot.planning.plan import ModelInput, Plan
+from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written
+from stockpot.recipes.schema import Recipe
+from stockpot.specs import format_size
+
+__all__ = ["Inputs"]
+
+
+@dataclass
+class Inputs:
+    """Opens what a recipe names and gathers what is wrong with it.
+
+    by_path   path, or name of a step, -> index in `inputs`
+    computed  checkpoints that stand for `adapter:`, by reference
+    made      planned steps by name, shared by all planners of a file
+    settings  memory limit, threads and seed for the plans of steps
+    """
+
+    recipe: Recipe
+    problems: list[StockpotError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    inputs: list[ModelInput] = field(default_factory=list)
+    by_path: dict[str, int] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    computed: dict[str, Checkpoint] = field(default_factory=dict)
+    made: dict[str, MergedCheckpoint] = field(default_factory=dict)
+    settings: tuple[int, int, int] = (DEFAULT_LIMIT, 1, 0)
+
+    def plan_step(self, step: Recipe) -> Plan:
+        """The plan of an earlier step. Raises StockpotError."""
+        raise NotImplementedError
+
+    def open(self, ref: str, line: int) -> int:
+        """The index of a model, opened once however often it is named; -1 after a problem."""
+        step = next((s for s in self.recipe.steps if s.name == ref), None)
+        if step is not None:
+            return self.open_step(step)
+        if ref in self.computed and ref not in self.by_path:
+            self.by_path[ref] = len(self.inputs)
+            self.inputs.append(ModelInput(len(self.inputs), ref, self.computed[ref]))
+        path = ref if ref in self.computed else self.locate(ref)
+        if path in self.failed:
+            return -1
+        if path in self.by_path:
+            return self.by_path[path]
+        try:
+            checkpoint = open_checkpoint(path)
+        except StockpotError as e:
+            self.failed.add(path)
+            message = str(e).replace(path, ref, 1) if path != ref else str(e)
+            self.problems.append(type(e)(f"{self.recipe.at(line)}: {message}"))
+            return -1
+        if not len(checkpoint):
+            self.failed.add(path)
+            self.problems.append(CheckpointError(f"{self.recipe.at(line)}: {ref}: holds no tensors"))
+            return -1
+        index = len(self.inputs)
+        self.inputs.append(ModelInput(index, ref, checkpoint))
+        self.by_path[path] = index
+        if checkpoint.download_bytes:
+            files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) != 1 else ''}"
+            size = format_size(checkpoint.download_bytes)
+            self.notes.append(f"{ref}: {files} of {size} in all will be downloaded into the Hub's cache")
+        return index
+
+    def open_step(self, step: Recipe) -> int:
+        """An earlier step as an input."""
+        assert step.name is not None
+        if step.name in self.failed:
+            return -1
+        if step.name not in self.by_path:
+            if step.name not in self.made:
+                try:
+                    planned = self.plan_step(step)
+                except ProblemsError as e:
+                    self.problems += e.problems
+                    self.failed.add(step.name)
+                    return -1
+                except StockpotError as e:
+                    self.problems.append(e)
+                    self.failed.add(step.name)
+                    return -1
+                self.made[step.name] = merged_checkpoint(step.name, planned)
+                why = why_written(planned)
+                how = f"is written to a scratch directory first: {why}" if why else "is streamed, not written"
+                self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
+            self.by_path[step.name] = len(self.inputs)
+            self.inputs.append(ModelInput(len(self.inputs), step.name, self.made[step.name]))
+        return self.by_path[step.name]
+
+    def locate(self, ref: str) -> str:
+        """A relative path is looked for in the working directory, then beside the recipe."""
+        path = os.path.expanduser(ref)
+        if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(self.recipe.origin):
+            beside = os.path.join(os.path.dirname(os.path.abspath(self.recipe.origin)), path)
+            if os.path.exists(beside):
+                path = beside
+        return os.path.realpath(path) if os.path.exists(path) else ref
