@@ -67,6 +67,14 @@ def measured(command: list[str], timeout: float) -> tuple[float, float, int]:
     return time.monotonic() - began, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
 
 
+def drop(paths: list[str]) -> None:
+    """Out of the page cache, so that the next command reads the disk."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -76,6 +84,8 @@ def main() -> None:
     parser.add_argument("--mergekit", help="mergekit-yaml of an environment of its own")
     parser.add_argument("--threads", help="for stockpot")
     parser.add_argument("--device", help="for stockpot")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each command")
+    parser.add_argument("--one", action="store_true", help="also with one thread, for the gain of the others")
     parser.add_argument("--timeout", type=float, default=600)
     args = parser.parse_args()
     data = args.data.resolve()
@@ -95,6 +105,8 @@ def main() -> None:
     ]
     if args.mergekit:
         columns += ["mergekit s", "mergekit MiB", "times faster"]
+    if args.one:
+        columns += ["one thread s", "gain without start-up"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     with tempfile.TemporaryDirectory(dir=data) as scratch:
         for method in args.methods:
@@ -115,11 +127,15 @@ def main() -> None:
             commands["flushed"] = ["env", "FLUSH=1", *commands["floor"]]
             if args.mergekit and method != "ties_paper":
                 commands["mergekit"] = [args.mergekit, str(path), str(out), "--lazy-unpickle"]
+            if args.one:
+                commands["one"] = [*stockpot, "--threads", "1"]
             results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
             measured(commands["floor"], args.timeout)
             for _ in range(args.repeat):
                 for name, command in commands.items():
                     shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+                    if args.cold:
+                        drop(inputs)
                     results[name].append(measured(command, args.timeout))
                     if results[name][-1][2]:
                         print(f"{name} {method}: exit code {results[name][-1][2]}", file=sys.stderr)
@@ -138,6 +154,11 @@ def main() -> None:
                     cells += [f"{seconds['mergekit'] / seconds['stockpot']:.1f}"]
                 else:
                     cells += ["", "", ""]
+            if args.one:
+                cells += [
+                    f"{seconds['one']:.2f}",
+                    f"{(seconds['one'] - empty[0]) / (seconds['stockpot'] - empty[0]):.2f}",
+                ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 

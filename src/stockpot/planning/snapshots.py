@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,13 +34,19 @@ def expand_run(recipe: Recipe, locate: Callable[[str], str]) -> Expansion:
     """Snapshots as `models`, with their weights where any weighting was asked for. Raises StockpotError."""
     choice = recipe.run
     assert choice is not None
-    where = recipe.at(choice.line)
-    try:
+    with _said_of(f"{recipe.at(choice.line)}: run"):
         return _expanded(recipe, choice, locate)
+
+
+@contextlib.contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Errors begin with the place in the recipe; what would be an argument's mistake is the recipe's."""
+    try:
+        yield
     except ArgumentError as e:
-        raise RecipeError(f"{where}: run: {e}") from e
+        raise RecipeError(f"{where}: {e}") from e
     except StockpotError as e:
-        raise type(e)(f"{where}: run: {e}") from e
+        raise type(e)(f"{where}: {e}") from e
 
 
 def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -> Expansion:
@@ -90,12 +97,8 @@ def compute_adapters(recipe: Recipe, locate: Callable[[str], str]) -> tuple[Reci
     where = recipe.at(choice.line)
     if recipe.slices:
         raise RecipeError(f"{where}: adapter: {choice.mode} goes with models or run, not with slices")
-    try:
+    with _said_of(where):
         return _computed(recipe, choice, locate)
-    except ArgumentError as e:
-        raise RecipeError(f"{where}: {e}") from e
-    except StockpotError as e:
-        raise type(e)(f"{where}: {e}") from e
 
 
 def _computed(

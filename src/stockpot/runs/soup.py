@@ -11,8 +11,8 @@ from stockpot.errors import ArgumentError, CheckpointError
 from stockpot.runs.metrics import MetricValue, known_objective
 from stockpot.runs.naming import soup_name
 from stockpot.runs.run import Run, Snapshot
-from stockpot.runs.spec import DEFAULT_LAST, SoupSpec
-from stockpot.runs.weighting import decay_weights, effective_count, ema_weights, metric_weights, uniform
+from stockpot.runs.spec import DEFAULT_LAST, SoupSpec, scheme_weights
+from stockpot.runs.weighting import effective_count, uniform
 
 __all__ = ["Ingredient", "Soup", "resolve_soup", "resolve_windows"]
 
@@ -172,13 +172,11 @@ def _weights(
     notes: list[str],
 ) -> list[float]:
     kind = spec.kind
-    k = len(chosen)
     if kind == "metric":
         assert metrics is not None
         assert objective is not None
-        penalty = 1.0 if spec.penalty is None else spec.penalty
-        if penalty > 1:
-            notes.append(f"penalty {penalty:g} is above 1: it favours the snapshots that rank worse")
+        if spec.penalty is not None and spec.penalty > 1:
+            notes.append(f"penalty {spec.penalty:g} is above 1: it favours the snapshots that rank worse")
         bad = [
             (s.step, m.value) for s, m in zip(chosen, metrics) if m.value < 0 or (m.value == 0 and objective == "min")
         ]
@@ -187,15 +185,9 @@ def _weights(
                 f"{spec.by!r} is {bad[0][1]:g} at step {bad[0][0]}: weights by a metric need values "
                 f"{'above 0' if objective == 'min' else 'of at least 0'}; choose another metric or scheme"
             )
-        return metric_weights([m.value for m in metrics], objective, penalty, spec.power)
-    if kind in ("linear", "1-sqrt"):
-        return decay_weights(k, kind)
-    if kind == "ema":
-        assert spec.decay is not None
-        return ema_weights([s.step for s in chosen], spec.decay, spec.decay_per)
     if kind == "weights":
         return _given(spec, chosen, notes)
-    return uniform(k)
+    return scheme_weights(spec, [s.step for s in chosen], [m.value for m in metrics or ()], objective or "min")
 
 
 def _given(spec: SoupSpec, chosen: Sequence[Snapshot], notes: list[str]) -> list[float]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from stockpot.errors import ArgumentError, nearest
-from stockpot.runs.weighting import DEFAULT_POWER, check_penalty
+from stockpot.runs.weighting import (
+    DEFAULT_POWER,
+    check_penalty,
+    decay_weights,
+    ema_weights,
+    metric_weights,
+    uniform,
+)
 
-__all__ = ["DEFAULT_LAST", "SCHEMES", "SoupSpec"]
+__all__ = ["DEFAULT_LAST", "SCHEMES", "SoupSpec", "scheme_weights"]
 
 #: the default for `last`, or all regular snapshots where a run has fewer
 DEFAULT_LAST = 10
@@ -188,3 +195,18 @@ def _weights(value: Any) -> dict[int, float]:
             raise ArgumentError(f"weights: step {key} is given twice")
         out[key] = float(weight)
     return dict(sorted(out.items()))
+
+
+def scheme_weights(spec: SoupSpec, steps: Sequence[int], values: Sequence[float], objective: str) -> list[float]:
+    """The weights of snapshots in step order by the spec's scheme, which sum to one.
+
+    values     of the metric, one for each step, where the scheme is by a metric; not looked at otherwise
+    objective  "min" or "max"
+    """
+    if spec.kind == "metric":
+        return metric_weights(values, objective, 1.0 if spec.penalty is None else spec.penalty, spec.power)
+    if spec.kind in ("linear", "1-sqrt"):
+        return decay_weights(len(steps), spec.kind)
+    if spec.kind == "ema":
+        return ema_weights(steps, spec.decay or 0.0, spec.decay_per)
+    return uniform(len(steps))

@@ -14,8 +14,7 @@ import torch
 from stockpot.errors import ArgumentError
 from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import MetricLog, known_objective
-from stockpot.runs.spec import DEFAULT_LAST
-from stockpot.runs.weighting import decay_weights, ema_weights, metric_weights, uniform
+from stockpot.runs.spec import DEFAULT_LAST, scheme_weights
 
 __all__ = ["Held", "SnapshotAverage", "checked_every", "checked_spec", "kept_random_state", "swapped", "trainable"]
 
@@ -97,6 +96,7 @@ class SnapshotAverage:
         """Weight by step, of the snapshots that can be weighted: empty while there is none."""
         usable = self.held
         kind = self.spec.kind
+        objective = "min"
         if kind == "metric":
             objective = self.spec.objective or known_objective(str(self.spec.by)) or "min"
             usable = [h for h in usable if h.metric is not None and math.isfinite(h.metric) and h.metric >= 0]
@@ -105,15 +105,7 @@ class SnapshotAverage:
         if not usable:
             return {}
         steps = [h.step for h in usable]
-        if kind == "metric":
-            penalty = 1.0 if self.spec.penalty is None else self.spec.penalty
-            found = metric_weights([h.metric or 0.0 for h in usable], objective, penalty, self.spec.power)
-        elif kind == "ema":
-            found = ema_weights(steps, self.spec.decay or 0.0, self.spec.decay_per)
-        elif kind == "uniform":
-            found = uniform(len(steps))
-        else:
-            found = decay_weights(len(steps), kind)
+        found = scheme_weights(self.spec, steps, [h.metric or 0.0 for h in usable], objective)
         return dict(zip(steps, found, strict=True))
 
     def average(self) -> Tensors | None:
