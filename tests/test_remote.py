@@ -97,6 +97,13 @@ def test_merge_into_s3(s3, local, tmp_path, monkeypatch):
     stockpot.verify("s3://models/merged")
 
 
+@pytest.mark.parametrize("out", ["s3://models/a", "s3://models/a/", "s3://models"])
+def test_an_input_is_never_overwritten(s3, out):
+    with pytest.raises(OutputError, match="is or holds the input s3://models/a; choose another OUT"):
+        stockpot.merge(LINEAR, out, overwrite=True)
+    assert s3.exists("models/a/model.safetensors")
+
+
 def test_an_upload_that_fails_keeps_the_result(s3, local, tmp_path, monkeypatch):
     monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)

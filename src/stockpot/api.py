@@ -225,14 +225,15 @@ def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool)
     target = os.fspath(out)
     if not isinstance(target, str) or not target or "\0" in target:
         raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
+    parts = [part.path for m in planned.inputs for part in m.checkpoint.parts]
+    inputs = [*(m.checkpoint.path for m in planned.inputs), *parts]
     if is_url(target):
         from stockpot.engine.upload import check_url, scratch_for
 
-        check_url(target, overwrite=overwrite)
+        check_url(target, overwrite=overwrite, inputs=inputs)
         target = scratch_for(target)
         overwrite = True
-    parts = [part.path for m in planned.inputs for part in m.checkpoint.parts]
-    check_out(target, overwrite=overwrite, inputs=[*(m.checkpoint.path for m in planned.inputs), *parts])
+    check_out(target, overwrite=overwrite, inputs=inputs)
     check_space(planned, target)
     return target
 

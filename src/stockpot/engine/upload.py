@@ -11,6 +11,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from stockpot.checkpoints.remote import Store, open_store
@@ -51,8 +52,14 @@ def _listing(store: Store, path: str, url: str) -> set[str]:
     return {*files, *folders}
 
 
-def check_url(url: str, *, overwrite: bool) -> None:
-    """OUT must hold nothing, or `overwrite` be given. Raises OutputError before anything is merged."""
+def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
+    """OUT must hold nothing, or `overwrite` be given; never an input, or a directory that holds one.
+
+    Raises OutputError before anything is merged.
+    """
+    for source in inputs:
+        if (source.rstrip("/") + "/").startswith(url.rstrip("/") + "/"):
+            raise OutputError(f"{url}: is or holds the input {source}; choose another OUT")
     store, path = _open(url)
     if _listing(store, path, url) and not overwrite:
         raise OutputError(f"{url}: exists and is not empty; use --overwrite to replace it")
