@@ -103,6 +103,33 @@ def test_measures_by_kernel_and_numpy(dtype):
         assert x.squares == pytest.approx(y.squares, rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-32, 1e-200, 1e200])
+def test_tiny_and_huge_norms(size, tmp_path):
+    """0.1 a + 0.1 a is a fifth of a: warned of whatever the size, and the lineage stays JSON."""
+    write_model(tmp_path / "a", {"w": torch.randn(30, 30, dtype=torch.float64) * size})
+    recipe = {**linear(tmp_path / "a", tmp_path / "a"), "parameters": {"weight": 0.1, "normalize": False}}
+    result = stockpot.merge(recipe, tmp_path / "out")
+    text = (tmp_path / "out" / "stockpot.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    if 1e-100 < size < 1e100:
+        assert result.lineage["output"]["tensors"]["w"]["norm_ratio"] == pytest.approx(0.2)
+        assert "w (0.2)" in result.warnings[0]
+    else:  # squares are beyond float64
+        assert not result.warnings
+
+
+def test_links_that_leave_a_checkpoint_are_not_copied(copies, tmp_path):
+    a, b = copies
+    (tmp_path / "secret.json").write_text("{}")
+    (a / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(
+        stockpot.errors.CheckpointError, match=r"tokenizer.json: is a symbolic link to .*secret.json, outside"
+    ):
+        stockpot.merge(linear(a, b), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # files that change
 
 

@@ -133,6 +133,14 @@ def test_merging_fp8_models_is_merging_what_they_mean(how, tmp_path):
             {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(3, 2)},
             r"'a.weight_scale_inv' is \[3, 2\], which fits 'a.weight' \[4, 4\] neither",
         ),
+        (
+            {"quant_method": "fp8"},
+            {
+                "a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+                "a.weight_scale": torch.full((4,), 120, dtype=torch.uint8),
+            },
+            "'a.weight_scale' is U8; only scales of float dtypes can be read",
+        ),
     ],
 )
 def test_other_kinds_are_refused_with_the_way_out(config, tensors, message, tmp_path):
@@ -156,3 +164,14 @@ def test_a_single_fp8_file_without_config(tmp_path):
     raw = bytearray(400)
     checkpoint.read([ReadRequest("w.weight", 0, 200)], memoryview(raw))
     assert raw == meant.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6, 8)])
+def test_one_scale_for_a_tensor_of_any_shape(shape, tmp_path):
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    save_file({"w": codes, "w_scale": torch.tensor(0.25)}, tmp_path / "m.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    n = codes.numel()
+    raw = bytearray(2 * n)
+    checkpoint.read([ReadRequest("w", 0, n)], memoryview(raw))
+    assert raw == (codes.float() * 0.25).bfloat16().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -537,13 +537,16 @@ def test_cropped_vocabulary(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": paths[:2]}
     with pytest.raises(ProblemsError, match=r"is \[23, 16\] in .*m0 but \[20, 16\] in .*m1.*'vocab: crop'"):
         stockpot.plan(recipe)
+    pieces = [{"sources": [{"model": str(p), "layer_range": [0, 1]}]} for p in paths[:2]]
+    slices: dict[str, Any] = {"slices": pieces}
     for method in (
         {"merge_method": "linear", "models": paths},
         {"merge_method": "ties", "base_model": paths[2], "models": paths[:2], "parameters": {"density": 0.5}},
         {"merge_method": "slerp", "models": paths[:2], "parameters": {"t": 0.5}},
+        {**slices, "merge_method": "passthrough"},
     ):
         planned = stockpot.plan({**method, "vocab": "crop"})
-        assert any("vocab: crop: the rows of" in note for note in planned.notes)
+        assert any("are cut to the 20 that all models have" in note for note in planned.notes)
         result = stockpot.merge({**method, "vocab": "crop"}, tmp_path / "out", overwrite=True)
         model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
         assert model.config.vocab_size == model.lm_head.weight.shape[0] == 20

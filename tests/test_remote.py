@@ -121,7 +121,8 @@ def test_an_upload_that_fails_keeps_the_result(s3, local, tmp_path, monkeypatch)
         ):
             stockpot.merge(LINEAR, "s3://models/late")
     assert not s3.exists("models/late/stockpot.json")
-    result = stockpot.merge(LINEAR, "s3://models/late", overwrite=True)
+    assert not s3.exists("models/late/config.json")  # the new config never lies beside other weights
+    result = stockpot.merge(LINEAR, "s3://models/late")  # the same command
     assert result.lineage["bytes_resumed"] > 0
     stockpot.verify("s3://models/late")
 
@@ -146,6 +147,43 @@ def test_http_directory(family, local, tmp_path):
         stockpot.merge({"merge_method": "linear", "models": [f"{url}/a", f"{url}/b"]}, tmp_path / "out")
     assert same(load(tmp_path / "out"), local)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_what_lay_beside_an_older_merge_stays(s3, family, tmp_path):
+    stockpot.merge(LINEAR, "s3://models/mine")
+    s3.pipe("models/mine/notes/thesis.txt", b"years of work")
+    s3.pipe("models/mine/plot.png", b"png")
+    stockpot.merge(LINEAR, "s3://models/mine", overwrite=True)
+    assert s3.cat("models/mine/notes/thesis.txt") == b"years of work"
+    assert s3.cat("models/mine/plot.png") == b"png"
+
+
+def test_file_urls_are_paths(family, tmp_path, local):
+    shutil.copytree(family / "a", tmp_path / "a")
+    recipe = {"merge_method": "linear", "models": [f"file://{tmp_path}/a", f"file://{family}/b"]}
+    for out in (f"file://{tmp_path}/a", tmp_path / "a", f"file://{tmp_path}"):
+        with pytest.raises(OutputError, match="is or holds the input"):
+            stockpot.merge(recipe, out, overwrite=True)
+    stockpot.merge(recipe, f"file://{tmp_path}/out")
+    assert same(load(tmp_path / "out"), local)
+
+
+def test_signed_urls_and_servers_without_listings(family, tmp_path):
+    with serving(family) as (url, log):
+        checkpoint = open_checkpoint(f"{url}/a/model.safetensors?X-Signature=abc")
+        assert len(checkpoint) == len(load(family / "a"))
+        assert not any(path.rstrip("/").endswith("/a") for _, path, _ in log)  # the folder was not asked for
+        with pytest.raises(OutputError, match="HTTP servers are read from, not written to"):
+            stockpot.merge({"merge_method": "linear", "models": [f"{url}/a"]}, f"{url}/out")
+
+
+def test_an_adapter_average_over_http(lora_run, tmp_path):
+    adapters = sorted(lora_run.glob("checkpoint-*"))[:2]
+    with serving(lora_run) as (url, _):
+        recipe = {"merge_method": "linear", "adapter": "product"}
+        stockpot.merge({**recipe, "models": [f"{url}/{p.name}" for p in adapters]}, tmp_path / "a")
+    stockpot.merge({**recipe, "models": adapters}, tmp_path / "b")
+    assert same(load(tmp_path / "a"), load(tmp_path / "b"))
 
 
 def test_memory_and_torch_files(family, local, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import is_url, open_checkpoint
+from stockpot.checkpoints.opening import is_url, open_checkpoint, without_file_scheme
 from stockpot.errors import (
     ArgumentError,
     CheckpointError,
@@ -134,7 +134,7 @@ def fetched(planned: Plan, options: Options) -> Plan:
         return planned
     from stockpot.checkpoints.hub import HubCheckpoint, fetch
 
-    for checkpoint in waiting:
+    for checkpoint in (part for c in waiting for part in (c, *c.parts)):
         if isinstance(checkpoint, HubCheckpoint):
             fetch(checkpoint)
     return plan(planned.recipe, options)
@@ -154,10 +154,11 @@ def merge_planned(
     from stockpot.engine.publish import publish
     from stockpot.engine.run import run_plan
     from stockpot.engine.steps import prepare_steps, scratch_path
-    from stockpot.lineage import NAME as LINEAGE
     from stockpot.lineage import check_side_files, write_side_files
 
-    url = os.fspath(out) if isinstance(out, str) and is_url(out) else None
+    if isinstance(out, str):
+        out = without_file_scheme(out)
+    url = out if isinstance(out, str) and is_url(out) else None
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
     check_side_files(planned)
@@ -179,7 +180,7 @@ def merge_planned(
         if url is not None:
             from stockpot.engine.upload import upload
 
-            upload(outcome.partial, url, LINEAGE, overwrite=overwrite)
+            upload(outcome.partial, url, overwrite=overwrite)
         else:
             publish(outcome.partial, target, overwrite=overwrite)
         if steps:
@@ -352,6 +353,8 @@ def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, ov
     """Whether every window's directory can be made, before the first is. Raises OutputError."""
     from stockpot.engine.publish import check_out
 
+    if is_url(out):
+        raise ArgumentError(f"{out}: the windows of LAWA go to a directory on this machine; upload them from there")
     paths = [s.path for s in run.snapshots]
     for step, _ in windows:
         check_out(os.path.join(out, f"checkpoint-{step}"), overwrite=overwrite, inputs=paths)

@@ -14,6 +14,7 @@ from typing import Any
 
 import stockpot
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.files import check_link
 from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
@@ -110,20 +111,23 @@ def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
         if os.path.isdir(path) and name in _FOLDERS:
-            yield from files_below(path, name)
+            check_link(directory, path)
+            yield from files_below(directory, path, name)
         elif not os.path.isfile(path) or _NOT_COPIED.fullmatch(name):
             continue
         elif _COPIED.fullmatch(name) or (code and name.endswith(".py")):
+            check_link(directory, path)
             yield path, name
 
 
-def files_below(folder: str, name: str) -> Iterator[tuple[str, str]]:
-    """Every file in a folder and its folders."""
+def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
+    """Every file in a folder and its folders; links must not lead out of `top`."""
     for entry in sorted(os.listdir(folder)):
         path, relative = os.path.join(folder, entry), os.path.join(name, entry)
         if os.path.isdir(path) and not os.path.islink(path):
-            yield from files_below(path, relative)
+            yield from files_below(top, path, relative)
         elif os.path.exists(path):
+            check_link(top, path)
             yield path, relative
 
 
@@ -143,7 +147,8 @@ def module_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
             continue
         folder = os.path.join(checkpoint.directory, name)
         if os.path.isdir(folder):
-            yield from files_below(folder, name)
+            check_link(checkpoint.directory, folder)
+            yield from files_below(checkpoint.directory, folder, name)
 
 
 def make_lineage(

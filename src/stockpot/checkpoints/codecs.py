@@ -23,7 +23,7 @@ _HALF = np.uint32(0x7FFF)
 def _ml_dtype(dtype: DType) -> Any:
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.float8_e4m3fn if dtype is DType.F8_E4M3 else ml_dtypes.float8_e5m2)
+    return np.dtype({DType.F8_E4M3: ml_dtypes.float8_e4m3fn, DType.F8_E5M2: ml_dtypes.float8_e5m2}[dtype])
 
 
 @cache

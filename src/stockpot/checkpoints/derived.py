@@ -51,6 +51,11 @@ class DerivedCheckpoint(Checkpoint):
         self._specs.update(self.specs)
 
     @property
+    def directory(self) -> str:
+        """That of the source whose config it has."""
+        return next((s.directory for s in self.sources if s.path == self.path), super().directory)
+
+    @property
     def parts(self) -> tuple[Checkpoint, ...]:
         return self.sources
 

@@ -97,10 +97,8 @@ def _online(ref: str, name: str, revision: str, why: str, open_folder: Callable[
             f"{ref}: no such file or directory, and the Hugging Face Hub can't be reached: {_first_line(e)}"
             + (f"; in its cache: {why}" if why else "")
         ) from e
-    opened = open_folder(folder)
-    if type(opened) is not RemoteCheckpoint:
-        return opened
-    return HubCheckpoint(opened.ref, opened.path, opened.kind, opened.config, opened.files, folder=folder)
+    folder.make = HubCheckpoint
+    return open_folder(folder)
 
 
 def _first_line(e: BaseException) -> str:

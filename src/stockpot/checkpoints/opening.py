@@ -16,7 +16,15 @@ from stockpot.checkpoints.quantised import loadable
 from stockpot.checkpoints.torchzip import read_torch_file
 from stockpot.errors import CheckpointError
 
-__all__ = ["TORCH_ENDINGS", "Folder", "is_url", "looks_like_hub_id", "open_checkpoint", "read_json"]
+__all__ = [
+    "TORCH_ENDINGS",
+    "Folder",
+    "is_url",
+    "looks_like_hub_id",
+    "open_checkpoint",
+    "read_json",
+    "without_file_scheme",
+]
 
 TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -47,7 +55,7 @@ def open_checkpoint(ref: str | os.PathLike[str]) -> Checkpoint:
     a path that exists is always taken for one. Only headers and small files are read. Raises CheckpointError that names what
     was found instead.
     """
-    text = os.fspath(ref)
+    text = without_file_scheme(os.fspath(ref))
     if is_url(text):
         from stockpot.checkpoints.remote import open_remote_folder
 
@@ -191,6 +199,11 @@ def _close_name(text: str, path: str) -> str:
     return ""
 
 
+def without_file_scheme(text: str) -> str:
+    """`file:///a/b` and `local:///a/b` -> `/a/b`; anything else as it is."""
+    return re.sub(r"^(file|local)://(?=/)", "", text)
+
+
 def is_url(text: str) -> bool:
     """Whether a reference is a URL rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
@@ -235,7 +248,10 @@ def _sharded(folder: Folder, index_name: str) -> list[Header]:
 
 
 def _config(path: str) -> dict[str, Any]:
-    return read_json(path) if os.path.exists(path) else {}
+    if not os.path.exists(path):
+        return {}
+    check_link(os.path.dirname(path), path)
+    return read_json(path)
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class DequantisedCheckpoint(DerivedCheckpoint):
         self.source.read([ReadRequest(name, start, stop)], raw.data)
         values = np.empty(stop - start, np.float32)
         decode_into(raw.data, stored, values)
-        width = spec.shape[-1]
+        width = spec.shape[-1] if spec.shape else 1
         scale = self._scale(scaled.name)
         row = start // width
         while row * width < stop:
@@ -183,7 +183,10 @@ def _scale_of(checkpoint: Checkpoint, name: str, quantised: Mapping[str, Any]) -
     if scale is None:
         raise CheckpointError(f"{checkpoint.ref}: {name!r} is FP8, but has no scale ({name}_scale or {name}_scale_inv)")
     spec = checkpoint.spec(scale)
-    rows, columns = (shape[0] if len(shape) > 1 else 1, shape[-1]) if shape else (1, 1)
+    if not spec.dtype.is_float:
+        raise CheckpointError(f"{checkpoint.ref}: {scale!r} is {spec.dtype}; only scales of float dtypes can be read")
+    columns = shape[-1] if shape else 1
+    rows = checkpoint.spec(name).numel // columns if columns else 0
     if spec.numel == 1:
         return _Scaled(scale, max(rows, 1), max(columns, 1))
     if len(shape) == 2 and spec.shape in ((rows,), (rows, 1)):

@@ -7,6 +7,7 @@ checkpoint is opened, so that everything else finds them on disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import random
@@ -95,8 +96,20 @@ class Store:
                 files[name] = _found(row)
         return files, folders
 
+    def whole(self, path: str) -> bytes:
+        """All of a file."""
+        data: bytes = self.persist(f"reading {path}", lambda: self.fs.cat_file(path))
+        return data
+
     def read(self, path: str, start: int, stop: int) -> bytes:
         """Bytes start..stop of a file, parts of a long range side by side."""
+        data = self._read(path, start, stop)
+        if len(data) != stop - start:
+            why = "the server may ignore ranges, or the file was replaced"
+            raise OSError(f"{path}: asked for bytes {start} to {stop}, got {len(data)} bytes: {why}")
+        return data
+
+    def _read(self, path: str, start: int, stop: int) -> bytes:
         edges = list(range(start, stop, _PART))
         stops = [min(e + _PART, stop) for e in edges]
         if len(edges) <= 1:
@@ -175,12 +188,13 @@ class RemoteFile:
 class RemoteFolder:
     """A directory behind a URL, or one file in it; see opening.Folder."""
 
-    def __init__(self, text: str, store: Store, root: str, only: str | None = None) -> None:
+    def __init__(self, text: str, store: Store, root: str, only: str | None = None, found: Found | None = None) -> None:
         self.text = text
         self.store = store
         self.only = only
         self.root = root.rstrip("/")
-        self.files, folders = store.list(self.root)
+        self.make = RemoteCheckpoint
+        self.files, folders = self._beside(only, found) if only and found else store.list(self.root)
         self.names = [only] if only else sorted([*self.files, *folders])
         self.local = tempfile.mkdtemp(prefix="stockpot-remote-")
         self._keeper = weakref.finalize(self, shutil.rmtree, self.local, True)
@@ -188,6 +202,13 @@ class RemoteFolder:
         wanted = set(_FOLDERS) | self._module_folders()
         for name in () if only else sorted(wanted & set(folders)):
             self._copy_small(store.list(f"{self.root}/{name}")[0], name)
+
+    def _beside(self, only: str, found: Found) -> tuple[dict[str, Found], list[str]]:
+        """The one file and the config that may lie beside it, without asking for a listing."""
+        files = {only: found}
+        with contextlib.suppress(OSError, ValueError):
+            files["config.json"] = self.store.find(f"{self.root}/config.json")
+        return files, []
 
     def _copy_small(self, files: Mapping[str, Found], folder: str) -> None:
         """Config, tokenizer and the like."""
@@ -206,7 +227,9 @@ class RemoteFolder:
                 found = self.store.find(found.path)
             if found.size > _SMALL:
                 return
-            data = self.store.read(found.path, 0, found.size) if found.size else b""
+            # a server that tells no size is asked for the whole
+            whole = found.size < 0
+            data = self.store.whole(found.path) if whole else self.store.read(found.path, 0, found.size)
             with open(os.path.join(self.local, folder, name), "wb") as f:
                 f.write(data)
 
@@ -233,7 +256,9 @@ class RemoteFolder:
 
     def _header(self, name: str) -> Header:
         # listings and single files may have different stamps: `changed` will look at the single file
-        found = self.store.find(f"{self.root}/{name}")
+        found = self.store.find(self.files[name].path if name in self.files else f"{self.root}/{name}")
+        if found.size < 0:
+            raise CheckpointError(f"{self.text}: the server tells no size of {name}, so its parts can't be read")
         file = RemoteFile(self.store, found, f"{self.text}/{name}" if self.only is None else self.text)
         return torch_file_of(file, found.path).header if name.endswith(TORCH_ENDINGS) else header_of(file, found.path)
 
@@ -247,7 +272,7 @@ class RemoteFolder:
 
     def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header]) -> Checkpoint:
         # the folder goes along: it keeps the temporary directory
-        return RemoteCheckpoint(self.text, self.text, kind, config, tuple(files), folder=self)
+        return self.make(self.text, self.text, kind, config, tuple(files), folder=self)
 
 
 def open_remote_folder(url: str, text: str | None = None) -> RemoteFolder:
@@ -255,9 +280,10 @@ def open_remote_folder(url: str, text: str | None = None) -> RemoteFolder:
     store, path = open_store(url)
     try:
         try:
-            if path.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
-                store.find(path)
-                return RemoteFolder(text or url, store, posixpath.dirname(path), posixpath.basename(path))
+            bare = path.partition("?")[0]  # signed URLs
+            if bare.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
+                found = store.find(path)
+                return RemoteFolder(text or url, store, posixpath.dirname(bare), posixpath.basename(bare), found)
         except IsADirectoryError:
             pass
         return RemoteFolder(text or url, store, path)
@@ -328,10 +354,6 @@ class RemoteCheckpoint(Checkpoint):
             data = self.folder.store.read(path, start, stop)
         except Exception as e:
             raise ReadError(f"{self.ref}: {path}: bytes {start} to {stop} can't be read: {e}") from e
-        if len(data) != stop - start:
-            raise ReadError(
-                f"{self.ref}: {path}: asked for bytes {start} to {stop}, got {len(data)} bytes; was it replaced meanwhile?"
-            )
         return data
 
     def _fill_all(self, extents: Sequence[tuple[int, int, int]], out: memoryview[Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from stockpot.specs import TensorSpec
 
-__all__ = ["head_alias", "is_head", "tied_duplicates", "ties_embeddings"]
+__all__ = ["head_alias", "is_embedding", "is_head", "tied_duplicates", "ties_embeddings"]
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "cls.predictions.decoder.weight",
           "lm_head.decoder.weight", "vocab_projector.weight")  # fmt: skip
@@ -32,6 +32,11 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool | None:
 def is_head(name: str) -> bool:
     """Whether a name is that of an output head which may be tied to the embedding."""
     return any(name == h or name.endswith("." + h) for h in _HEADS)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a name is that of an embedding of tokens."""
+    return any(name == e or name.endswith("." + e) for e in (*_EMBEDDINGS, *_SHARED_COPIES))
 
 
 def _embedding_for(spec: TensorSpec | None, specs: Mapping[str, TensorSpec]) -> str | None:

@@ -23,6 +23,7 @@ __all__ = ["Measure", "Sizes", "far_out", "measure", "nonfinite_report"]
 #: output norm over the mean of the inputs' norms beyond which a warning is given
 LOW, HIGH = 0.5, 2.0
 _SHOWN = 20
+_TILE = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,20 @@ def measure(kernels: Kernels | None, raw: Any, dtype: DType, edges: Sequence[int
     if kernels is not None and kernels.takes([dtype]):
         found = kernels.measure(raw, dtype, np.array(edges, np.int64))
         return [Measure(float(s), int(n), int(i)) for s, n, i in zip(*found)]
-    out = []
-    for start, stop in itertools.pairwise(edges):
-        values = np.empty(stop - start, np.float64)
-        decode_into(raw[start * dtype.itemsize : stop * dtype.itemsize], dtype, values)
-        nans, infinities = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-        if nans or infinities:
-            values = values[np.isfinite(values)]
-        out.append(Measure(float(values @ values), nans, infinities))
-    return out
+    return [
+        sum((_tile(raw, dtype, at, min(at + _TILE, stop)) for at in range(start, stop, _TILE)), Measure())
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _tile(raw: Any, dtype: DType, start: int, stop: int) -> Measure:
+    values = np.empty(stop - start, np.float64)
+    decode_into(raw[start * dtype.itemsize : stop * dtype.itemsize], dtype, values)
+    nans, infinities = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    if nans or infinities:
+        values = values[np.isfinite(values)]
+    with np.errstate(over="ignore", under="ignore"):
+        return Measure(float(np.square(values).sum()), nans, infinities)
 
 
 @dataclass
@@ -67,16 +73,17 @@ class Sizes:
         self.of[name] = list(measures) if known is None else [a + b for a, b in zip(known, measures, strict=True)]
 
     def norm(self, name: str) -> float | None:
-        """The output's L2 norm."""
-        return math.sqrt(self.of[name][0].squares) if name in self.of else None
+        """The output's L2 norm; None where its square is beyond float64."""
+        squares = self.of[name][0].squares if name in self.of else math.inf
+        return math.sqrt(squares) if math.isfinite(squares) else None
 
     def ratio(self, name: str) -> float | None:
-        """The output's norm over the mean of the inputs'; None where these are zero."""
+        """The output's norm over the mean of the inputs'; None where these are zero or beyond float64."""
         if name not in self.of or len(self.of[name]) < 2:
             return None
         out, *inputs = (math.sqrt(m.squares) for m in self.of[name])
         mean = sum(inputs) / len(inputs)
-        return out / mean if mean > 0 else None
+        return out / mean if mean > 0 and math.isfinite(mean) and math.isfinite(out) else None
 
 
 def far_out(sizes: Sizes) -> list[str]:

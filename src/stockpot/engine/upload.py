@@ -7,6 +7,7 @@ directory.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import posixpath
 import shutil
@@ -14,13 +15,16 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from stockpot.checkpoints.opening import is_url
 from stockpot.checkpoints.remote import Store, open_store
 from stockpot.engine.journal import NAME as JOURNAL_NAME
+from stockpot.engine.publish import partial_path
 from stockpot.errors import OutputError, StockpotError
 
 __all__ = ["check_url", "scratch_for", "upload"]
 
 _AT_ONCE = 4
+LINEAGE = "stockpot.json"
 
 
 def scratch_for(url: str) -> str:
@@ -57,20 +61,44 @@ def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
 
     Raises OutputError before anything is merged.
     """
-    for source in inputs:
-        if (source.rstrip("/") + "/").startswith(url.rstrip("/") + "/"):
-            raise OutputError(f"{url}: is or holds the input {source}; choose another OUT")
     store, path = _open(url)
-    if _listing(store, path, url) and not overwrite:
+    if url.startswith(("http://", "https://")):
+        raise OutputError(f"{url}: HTTP servers are read from, not written to")
+    if not path.strip("/"):
+        raise OutputError(f"{url}: is the root of a store; name a directory in it")
+    for source in inputs:
+        if is_url(source):
+            other, held = _open(source)
+            if type(other.fs) is type(store.fs) and (held + "/").startswith(path + "/"):
+                raise OutputError(f"{url}: is or holds the input {source}; choose another OUT")
+    there = _listing(store, path, url)
+    begun = LINEAGE not in there and os.path.isdir(partial_path(scratch_for(url)))  # an upload that did not finish
+    if there and not overwrite and not begun:
         raise OutputError(f"{url}: exists and is not empty; use --overwrite to replace it")
 
 
-def upload(partial: str, url: str, last: str, *, overwrite: bool) -> None:
-    """Upload every file of `partial`, `last` after all others, and remove what lay there before. Then `partial` goes."""
+def _of_older_merge(store: Store, root: str, there: Iterable[str]) -> set[str]:
+    """What an older lineage there lists, and weights that a reader would take for the new model's."""
+    found = {n for n in there if n.endswith((".safetensors", ".safetensors.index.json"))}
+    if LINEAGE in there:
+        path = posixpath.join(root, LINEAGE)
+        try:
+            recorded = json.loads(store.read(path, 0, store.find(path).size))["output"]
+            found |= {name for name in recorded["side_files"] if name in there}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return found
+
+
+def upload(partial: str, url: str, *, overwrite: bool) -> None:
+    """Upload every file of `partial`: tensors, then what lies beside them, then the config, and the lineage after all others.
+    Files of an older merge are removed, nothing else. Then `partial` goes.
+    """
     store, root = _open(url)
     before = _listing(store, root, url)
-    if before and not overwrite:
+    if LINEAGE in before and not overwrite:
         raise OutputError(f"{url}: something has appeared there meanwhile; the result is in {partial}")
+    outdated = _of_older_merge(store, root, before)
     names = [
         os.path.relpath(os.path.join(base, name), partial)
         for base, _, found in os.walk(partial)
@@ -85,15 +113,21 @@ def upload(partial: str, url: str, last: str, *, overwrite: bool) -> None:
         if store.find(target).size != os.path.getsize(source):
             raise OSError(f"{target} has {store.find(target).size} bytes, {os.path.getsize(source)} were sent")
 
+    def rank(name: str) -> int:
+        return (
+            3 if name == LINEAGE else 2 if name.endswith("config.json") else 0 if name.endswith(".safetensors") else 1
+        )
+
     try:
-        if last in before:
-            store.persist(f"removing {last}", lambda: store.fs.rm_file(posixpath.join(root, last)))
+        if LINEAGE in before:
+            store.persist(f"removing {LINEAGE}", lambda: store.fs.rm_file(posixpath.join(root, LINEAGE)))
         store.fs.makedirs(root, exist_ok=True)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(send, [n for n in names if n != last]))
-        for name in before - {n.replace(os.sep, "/").partition("/")[0] for n in names}:
-            store.persist(f"removing {name}", lambda n=name: store.fs.rm(posixpath.join(root, n), recursive=True))  # type: ignore[misc]
-        send(last)
+        for level in range(3):
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(send, [n for n in names if rank(n) == level]))
+        for name in sorted(outdated - {n.replace(os.sep, "/") for n in names}):
+            store.persist(f"removing {name}", lambda n=name: store.fs.rm_file(posixpath.join(root, n)))  # type: ignore[misc]
+        send(LINEAGE)
     except Exception as e:
         raise OutputError(f"{url}: upload failed: {e}; the result is in {partial}, and the same command goes on") from e
     shutil.rmtree(partial)

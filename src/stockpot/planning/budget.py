@@ -70,7 +70,9 @@ def choose_budget(
     """
     threads = max(1, min(threads, 1024))
     most = max((len(t.operands) for t in tensors), default=1)
-    windows = (threads + 2) * most * _CUTOFF_WINDOW if any(g.method.stats for g in groups) else 0
+    window = (
+        min(_CUTOFF_WINDOW, 8 * sum(t.spec.numel for t in tensors)) * most if any(g.method.stats for g in groups) else 0
+    )
     fixed = _FIXED + _PER_TENSOR * len(tensors) + sum(m.checkpoint.resident for m in inputs)
     chunk = chunk_for(most)
     worst: dict[int, tuple[int, TensorPlan | None]] = {}
@@ -86,12 +88,11 @@ def choose_budget(
         )
     for workers in range(threads, 0, -1):
         for pieces in _CHOICES:
-            share = windows * workers // threads
-            peak = fixed + share + int(workers * worst[pieces][0] * _SLACK)
+            peak = fixed + (workers + 2) * window + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
                 return Budget(limit, workers, pieces, chunk, peak)
     need, tensor = worst[_CHOICES[-1]]
-    total = fixed + windows // threads + int(need * _SLACK)
+    total = fixed + 3 * window + int(need * _SLACK)
     raise ArgumentError(
         f"--max-memory {format_size(limit)} is not enough: {tensor.name if tensor else 'the plan'!r} needs "
         f"{format_size(total)} with one worker; allow at least that"

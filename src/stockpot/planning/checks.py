@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from stockpot.checkpoints.tied import is_head
+from stockpot.checkpoints.tied import is_embedding, is_head
 from stockpot.errors import MismatchError, RecipeError, StockpotError
 from stockpot.methods.statistics import Cutoff
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
@@ -66,7 +66,9 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token: embeddings, output heads and their biases."""
-    return "emb" in name or is_head(name) or name.endswith(("lm_head.bias", "predictions.bias", "final_logits_bias"))
+    return (
+        is_embedding(name) or is_head(name) or name.endswith(("lm_head.bias", "predictions.bias", "final_logits_bias"))
+    )
 
 
 def check_fit(

@@ -22,14 +22,14 @@ def output_config(
     layers: Sequence[int] | None,
     old_layers: int,
     untied: bool,
-    rows: Mapping[int, int],
+    vocabulary: int | None,
 ) -> dict[str, Any]:
     """A changed copy.
 
     dtype       what every float tensor was written in, None where they differ
     layers      for each output layer the donor's layer it came from; None when the recipe has no slices
     old_layers  the donor's number of layers
-    rows        vocabulary sizes that were cut: the donor's -> the output's
+    vocabulary  rows that embeddings were cut to, or None
     untied      an output head was written that the donor's config declares tied
     """
     out = copy.deepcopy(dict(config))
@@ -41,8 +41,8 @@ def output_config(
         if "dtype" not in out and "torch_dtype" not in out:
             out["torch_dtype"] = CONFIG_NAMES[dtype]
     for part in parts:
-        if part.get("vocab_size") in rows:
-            part["vocab_size"] = rows[part["vocab_size"]]
+        if vocabulary is not None and isinstance(part.get("vocab_size"), int):
+            part["vocab_size"] = vocabulary
     if untied:
         for part in parts:
             if part is out or "tie_word_embeddings" in part:

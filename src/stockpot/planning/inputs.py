@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.checkpoints.opening import is_url, open_checkpoint, without_file_scheme
 from stockpot.errors import CheckpointError, ProblemsError, StockpotError
 from stockpot.planning.budget import DEFAULT_LIMIT
 from stockpot.planning.plan import ModelInput, Plan
@@ -101,7 +101,9 @@ class Inputs:
 
     def locate(self, ref: str) -> str:
         """A relative path is looked for in the working directory, then beside the recipe."""
-        path = os.path.expanduser(ref)
+        if is_url(ref):
+            return ref.rstrip("/")
+        path = os.path.expanduser(without_file_scheme(ref))
         if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(self.recipe.origin):
             beside = os.path.join(os.path.dirname(os.path.abspath(self.recipe.origin)), path)
             if os.path.exists(beside):

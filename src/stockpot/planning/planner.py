@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from stockpot.errors import RecipeError, raise_problems
+from stockpot.errors import MismatchError, RecipeError, raise_problems
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns, is_vocabulary
@@ -56,7 +56,7 @@ def available_threads() -> int:
 @dataclass
 class _Planner(Inputs):
     soup: Soup | None = None
-    cropped: dict[int, int] = field(default_factory=dict)
+    vocabulary: int | None = None  # rows that embeddings are cut to
 
     def plan_step(self, step: Recipe) -> Plan:
         return _Planner(step, made=self.made).plan(DEFAULT_SHARD_SIZE, *self.settings)
@@ -120,6 +120,7 @@ class _Planner(Inputs):
         self.stop_if_bad()
         resolver.check_filters(all_settings(recipe), [m.name for m in matches])
         check_patterns(recipe, [m.name for m in matches], self.problems)
+        self.vocabulary = self.common_vocabulary(matches)
         tensors = self.tensors(matches, main, methods, resolver)
         check_vocabularies(self.inputs, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
@@ -128,8 +129,6 @@ class _Planner(Inputs):
         groups = tuple(resolver.groups)
         check_model_wide(recipe, groups, placed, self.problems)
         self.stop_if_bad()
-        for before, after in self.cropped.items():
-            self.notes.append(f"vocab: crop: the rows of {before} tokens are cut to the {after} that all models have")
         written = {t.spec.dtype for t in placed if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
         return Plan(
@@ -342,16 +341,31 @@ class _Planner(Inputs):
             0, match.name, TensorSpec(target, spec.shape), Action.MERGE, group.index, (match.donor,), None
         )
 
+    def common_vocabulary(self, matches: Sequence[Match]) -> int | None:
+        """Under `vocab: crop` the number of tokens that every model has rows for, in all tensors that have such rows."""
+        if not self.recipe.crops_vocabulary:
+            return None
+        rows = {
+            self.spec(o).shape[0]
+            for match in matches
+            if is_vocabulary(match.name)
+            for o in (match.donor, *match.operands, *([match.base] if match.base else []))
+            if self.spec(o).shape
+        }
+        if not rows or min(rows) == 0:
+            self.problems.append(MismatchError("vocab: crop: there are no rows that all models have"))
+        elif len(rows) > 1:
+            self.notes.append(
+                f"vocab: crop: embeddings of up to {max(rows)} tokens are cut to the {min(rows)} that all models have; "
+                "the tokenizer must give no others"
+            )
+        return min(rows, default=None)
+
     def common_rows(self, match: Match, spec: TensorSpec) -> TensorSpec:
-        """Under `vocab: crop` the rows that every model has: a prefix, so that the same elements are read of each."""
-        if not self.recipe.crops_vocabulary or not spec.shape or not is_vocabulary(match.name):
+        """A prefix of the rows, so that the same elements are read of each model."""
+        if self.vocabulary is None or not spec.shape or not is_vocabulary(match.name):
             return spec
-        involved = [*match.operands, *([match.base] if match.base else [])]
-        rows = min((s.shape[0] for s in map(self.spec, involved) if s.shape), default=spec.shape[0])
-        if rows >= spec.shape[0]:
-            return spec
-        self.cropped[spec.shape[0]] = rows
-        return TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
+        return TensorSpec(spec.dtype, (self.vocabulary, *spec.shape[1:]))
 
     def spec(self, operand: Operand) -> TensorSpec:
         return self.inputs[operand.model].checkpoint.spec(operand.name)
@@ -382,7 +396,12 @@ class _Planner(Inputs):
                 start, stop = lead.layers or (0, primary_stack(self.inputs[lead.model].checkpoint)[1])
                 layers += [min(i, old - 1) for i in range(start, stop)]
         return output_config(
-            checkpoint.config, dtype=dtype, layers=layers, old_layers=old, untied=bool(untied), rows=self.cropped
+            checkpoint.config,
+            dtype=dtype,
+            layers=layers,
+            old_layers=old,
+            untied=bool(untied),
+            vocabulary=self.vocabulary,
         )
 
     def adapter_config(self, donor: int) -> dict[str, Any]:
