@@ -88,11 +88,11 @@ def choose_budget(
         )
     for workers in range(threads, 0, -1):
         for pieces in _CHOICES:
-            peak = fixed + (workers + 2) * window + int(workers * worst[pieces][0] * _SLACK)
+            peak = fixed + workers * window + window // 2 + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
                 return Budget(limit, workers, pieces, chunk, peak)
     need, tensor = worst[_CHOICES[-1]]
-    total = fixed + 3 * window + int(need * _SLACK)
+    total = fixed + window + window // 2 + int(need * _SLACK)
     raise ArgumentError(
         f"--max-memory {format_size(limit)} is not enough: {tensor.name if tensor else 'the plan'!r} needs "
         f"{format_size(total)} with one worker; allow at least that"
