@@ -331,6 +331,17 @@ def test_a_misspelt_parameter_is_found_before_anything_is_downloaded(hub, recipe
     assert not any(p.endswith(".safetensors") and not r for m, p, r in log if m == "GET")
 
 
+def test_a_bad_out_is_found_before_anything_is_downloaded(hub, recipe, tmp_path):
+    env, log = hub
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    path = recipe("merge_method: linear\nmodels: [org/a, org/b]\n")
+    result = run(env, "merge", path, tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "exists and is not empty" in result.stderr
+    assert not any(p.endswith(".safetensors") and not r for m, p, r in log if m == "GET")
+
+
 @pytest.mark.parametrize(
     ("ref", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -122,9 +123,7 @@ def merge(
     thread about every 0.1 s. Raises StockpotError; nothing is then left at `out`.
     """
     chosen = options or Options()
-    return merge_planned(
-        fetched(plan(recipe, chosen), chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress
-    )
+    return merge_planned(plan(recipe, chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def fetched(planned: Plan, options: Options) -> Plan:
@@ -161,15 +160,16 @@ def merge_planned(
     url = out if isinstance(out, str) and is_url(out) else None
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
+    planned = fetched(planned, options)
     check_side_files(planned)
-    steps = prepare_steps(planned, target, device, resume=resume, progress=progress)
-    try:
-        outcome = run_plan(planned, target, device, resume=resume, progress=progress)
-    except BaseException:
+    with contextlib.ExitStack() as held:
+        for model in planned.inputs:
+            held.callback(model.checkpoint.close)
+        steps = prepare_steps(planned, target, device, resume=resume, progress=progress)
         for step in steps:
-            step.release()
-        raise
-    try:
+            held.callback(step.release)
+        outcome = run_plan(planned, target, device, resume=resume, progress=progress)
+        held.callback(outcome.release)
         for step in steps:
             for path, digests in step.part_digests.items():
                 outcome.part_digests[path] = {**digests, **outcome.part_digests.get(path, {})}
@@ -185,11 +185,6 @@ def merge_planned(
             publish(outcome.partial, target, overwrite=overwrite)
         if steps:
             shutil.rmtree(scratch_path(target), ignore_errors=True)
-    finally:
-        for each in (*steps, outcome):
-            each.release()
-        for model in planned.inputs:
-            model.checkpoint.close()
     return MergeResult(
         url or os.path.abspath(target),
         lineage,
@@ -206,8 +201,7 @@ def check_finite(planned: Plan, outcome: Outcome) -> None:
     from stockpot.engine.measures import nonfinite_report
     from stockpot.errors import NonfiniteError
 
-    refs = {t.name: [planned.inputs[o.model].ref for o in t.inputs] for t in planned.tensors}
-    lines = nonfinite_report(outcome.sizes, refs)
+    lines = nonfinite_report(outcome.sizes, planned)
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
         raise NonfiniteError(
@@ -344,8 +338,9 @@ def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
 def window_done(out: str, step: int, made: Soup) -> bool:
     """Whether the soup of a window stands complete where it belongs."""
     from stockpot.checkpoints.opening import read_json
+    from stockpot.engine.publish import LINEAGE
 
-    path = os.path.join(out, f"checkpoint-{step}", "stockpot.json")
+    path = os.path.join(out, f"checkpoint-{step}", LINEAGE)
     return os.path.isfile(path) and read_json(path).get("soup") == made.to_dict()
 
 

@@ -13,24 +13,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import stockpot
+from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.files import check_link
 from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json
-from stockpot.checkpoints.source import ReadRequest
-from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
+from stockpot.engine.digests import ALGORITHM, file_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.measures import nonfinite_report
+from stockpot.engine.publish import LINEAGE as NAME
 from stockpot.engine.publish import write_file
 from stockpot.engine.run import Outcome
-from stockpot.engine.verify import side_digest
+from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
-from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
 
 __all__ = ["NAME", "check_side_files", "read_lineage", "write_side_files"]
 
-NAME = "stockpot.json"
 _PACKAGES = ("stockpot", "numpy", "blake3", "torch")
 _NOT_COPIED = re.compile(
     r"(.*\.index\.json|config\.json|adapter_config\.json|stockpot\.json|trainer_state\.json|optimizer.*|scheduler.*|"
@@ -39,7 +38,6 @@ _NOT_COPIED = re.compile(
 _COPIED = re.compile(
     r".*\.(json|jinja|txt|model|spm|bpe|tiktoken|vocab)$|(LICENSE|NOTICE|COPYING)(\..*)?$", re.IGNORECASE
 )
-_FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
 def check_side_files(plan: Plan) -> None:
@@ -110,7 +108,7 @@ def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     code = isinstance(checkpoint.config.get("auto_map"), dict)
     for name in sorted(os.listdir(directory)):
         path = os.path.join(directory, name)
-        if os.path.isdir(path) and name in _FOLDERS:
+        if os.path.isdir(path) and name in TEMPLATE_FOLDERS:
             check_link(directory, path)
             yield from files_below(directory, path, name)
         elif not os.path.isfile(path) or _NOT_COPIED.fullmatch(name):
@@ -133,18 +131,7 @@ def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
 
 def module_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """The folders that a sentence encoder's modules.json names (1_Pooling and the like), as they are."""
-    path = os.path.join(checkpoint.directory, "modules.json")
-    if not os.path.isfile(path) or checkpoint.kind != "model":
-        return
-    try:
-        with open(path, encoding="utf-8") as f:
-            modules = json.load(f)
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}") from e
-    for module in modules if isinstance(modules, list) else ():
-        name = module.get("path") if isinstance(module, dict) else None
-        if not isinstance(name, str) or not name or os.path.basename(name) != name or name.startswith("."):
-            continue
+    for name in module_folders(checkpoint.directory) if checkpoint.kind == "model" else ():
         folder = os.path.join(checkpoint.directory, name)
         if os.path.isdir(folder):
             check_link(checkpoint.directory, folder)
@@ -199,9 +186,7 @@ def make_lineage(
         },
         "notes": list(plan.notes),
         "warnings": outcome.warnings,
-        "nonfinite": nonfinite_report(
-            outcome.sizes, {t.name: [plan.inputs[o.model].ref for o in t.inputs] for t in plan.tensors}
-        ),
+        "nonfinite": nonfinite_report(outcome.sizes, plan),
         "parameters": {"output": plan.parameters, "inputs": [m.checkpoint.parameters for m in plan.inputs]},
         "bytes_read": outcome.bytes_read,
         "bytes_written": outcome.bytes_written,
@@ -275,15 +260,7 @@ def _part_digests(part: Checkpoint, outcome: Outcome) -> dict[str, str]:
     known = dict(outcome.part_digests.get(part.path, {}))
     for name in part.names():
         if name not in known:
-            spec = part.spec(name)
-            grid = grid_of(spec.shape)
-            pieces = []
-            for k in range(grid.pieces):
-                start, stop = grid.bounds(k)
-                raw = bytearray((stop - start) * spec.dtype.itemsize)
-                part.read([ReadRequest(name, start, stop)], memoryview(raw))
-                pieces.append(piece_digest(raw))
-            known[name] = tensor_digest(pieces)
+            known[name] = stored_digest(part, name)
     part.close()
     return known
 

@@ -8,12 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from stockpot.adapters.algebra import stacked
 from stockpot.adapters.peft import Adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.specs import DType, TensorSpec
 
-__all__ = ["averaged", "decoded", "encoded", "load_factors", "load_tensor"]
+__all__ = ["averaged", "decoded", "encoded", "load_factors", "load_tensor", "stacked_factors"]
 
 _DTYPES: dict[DType, Any] = {
     DType.F64: np.float64,
@@ -52,6 +53,12 @@ def load_factors(adapter: Adapter, module: str) -> tuple[Array, Array]:
     m = adapter.modules[module]
     a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
+
+
+def stacked_factors(adapters: Sequence[Adapter], weights: Sequence[float], module: str) -> tuple[Array, Array]:
+    """(A, B) of one module of all adapters, weighted and stacked: B A is the weighted sum of the products."""
+    pairs = zip(weights, adapters, strict=True)
+    return stacked([(w * adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
 
 
 def averaged(adapters: Sequence[Adapter], weights: Sequence[float], name: str, start: int, stop: int) -> Array:

@@ -73,11 +73,9 @@ class FusedModel(DerivedCheckpoint):
 
     def _factors(self, module: str) -> tuple[Any, Any]:
         """(left [rows, R], right [R, row]) with the delta's rows as the base stores them."""
-        from stockpot.adapters.algebra import stacked
-        from stockpot.adapters.arrays import load_factors
+        from stockpot.adapters.arrays import stacked_factors
 
-        pairs = zip(self.weights, self.adapters, strict=True)
-        a, b = stacked([(w * adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
+        a, b = stacked_factors(self.adapters, self.weights, module)
         if module in self.transposed:
             return a.T.copy(), b.T.copy()
         return b, a

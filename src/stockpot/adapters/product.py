@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.adapters.peft import Adapter, LowRank
-from stockpot.checkpoints.derived import KEPT_MODULES as _KEPT
-from stockpot.checkpoints.derived import DerivedCheckpoint
+from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError
 from stockpot.specs import DType, TensorSpec
 
@@ -51,16 +50,15 @@ class ProductAdapter(DerivedCheckpoint):
         return values
 
     def _module(self, module: str) -> dict[str, Any]:
-        from stockpot.adapters.algebra import stacked, truncated
-        from stockpot.adapters.arrays import load_factors, load_tensor
+        from stockpot.adapters.algebra import truncated
+        from stockpot.adapters.arrays import load_tensor, stacked_factors
 
         bias: Any = 0.0
         for weight, adapter in zip(self.weights, self.adapters, strict=True):
             m = adapter.modules[module]
             if m.bias is not None:
                 bias = bias + weight * m.scale * load_tensor(adapter.checkpoint, m.bias)
-        pairs = zip(self.weights, self.adapters, strict=True)
-        a, b = stacked([(w * adapter.modules[module].scale, *load_factors(adapter, module)) for w, adapter in pairs])
+        a, b = stacked_factors(self.adapters, self.weights, module)
         if self.rank is not None:
             a, b, lost, total = truncated(a, b, self.spec(self.adapters[0].modules[module].a).shape[0])
             self.errors[module] = (lost, total)
@@ -68,7 +66,7 @@ class ProductAdapter(DerivedCheckpoint):
 
     @property
     def resident(self) -> int:
-        return _KEPT * module_bytes(self.adapters) * (4 if self.rank is not None else 2)
+        return KEPT_MODULES * module_bytes(self.adapters) * (4 if self.rank is not None else 2)
 
 
 def module_bytes(adapters: Sequence[Adapter]) -> int:

@@ -56,6 +56,10 @@ class DerivedCheckpoint(Checkpoint):
         return next((s.directory for s in self.sources if s.path == self.path), super().directory)
 
     @property
+    def download_bytes(self) -> int:
+        return sum(s.download_bytes for s in self.sources)
+
+    @property
     def parts(self) -> tuple[Checkpoint, ...]:
         return self.sources
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,13 +45,13 @@ class LocalFile:
         """Raises CheckpointError."""
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-            stat = os.fstat(fd)
-            if not os.path.isfile(path):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 os.close(fd)
                 raise CheckpointError(f"{path}: is not a regular file")
         except OSError as e:
             raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
-        return cls(path, stat.st_size, stat.st_mtime_ns, fd)
+        return cls(path, found.st_size, found.st_mtime_ns, fd)
 
     def read(self, start: int, stop: int) -> bytes:
         parts = []

@@ -7,6 +7,7 @@ non-negative integers, `dtype x shape == length`, offsets that tile the data exa
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,11 +65,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: str) -> Header:
     """Read and check the header of one `.safetensors` file. Raises CheckpointError naming file and fault."""
-    file = LocalFile.open(path)
-    try:
+    with contextlib.closing(LocalFile.open(path)) as file:
         return header_of(file, path)
-    finally:
-        file.close()
 
 
 def header_of(file: ByteFile, path: str) -> Header:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.remote import RemoteCheckpoint
+from stockpot.checkpoints.remote import RemoteCheckpoint, remote_folder
 from stockpot.errors import CheckpointError
 
 __all__ = ["HubCheckpoint", "fetch", "open_hub"]
@@ -71,20 +71,15 @@ def open_hub(ref: str, open_folder: Callable[[Any], Checkpoint]) -> Checkpoint:
 
 
 def _online(ref: str, name: str, revision: str, why: str, open_folder: Callable[[Any], Checkpoint]) -> Checkpoint:
-    from stockpot.checkpoints.remote import open_remote_folder
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        try:
-            folder = open_remote_folder(f"hf://{name}{'@' + revision if revision else ''}", ref)
-        except CheckpointError as e:
-            raise e.__cause__ or e from e
+        folder = remote_folder(f"hf://{name}{'@' + revision if revision else ''}", ref)
     except GatedRepoError as e:
         raise CheckpointError(f"{ref}: a gated model: ask for access on its page, then log in (`hf auth login`)") from e
     except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError) as e:
@@ -92,7 +87,7 @@ def _online(ref: str, name: str, revision: str, why: str, open_folder: Callable[
         raise CheckpointError(
             f"{ref}: no such file or directory, and no model of this name on the Hub{which} (or a private one: `hf auth login`)"
         ) from e
-    except (HfHubHTTPError, OSError, CheckpointError) as e:
+    except (HfHubHTTPError, OSError, ValueError) as e:
         raise CheckpointError(
             f"{ref}: no such file or directory, and the Hugging Face Hub can't be reached: {_first_line(e)}"
             + (f"; in its cache: {why}" if why else "")

@@ -54,14 +54,6 @@ class DequantisedCheckpoint(DerivedCheckpoint):
         return self.sources[0]
 
     @property
-    def directory(self) -> str:
-        return self.source.directory
-
-    @property
-    def download_bytes(self) -> int:
-        return self.source.download_bytes
-
-    @property
     def resident(self) -> int:
         """The scales, in float32."""
         scales = sum(self.source.spec(s.name).numel * 4 for s in self.scaled.values())

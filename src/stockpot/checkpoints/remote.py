@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.header import Header, header_of
 from stockpot.checkpoints.opening import TORCH_ENDINGS
@@ -30,7 +31,7 @@ from stockpot.checkpoints.source import ReadRequest
 from stockpot.checkpoints.torchzip import torch_file_of
 from stockpot.errors import ArgumentError, CheckpointError, ReadError
 
-__all__ = ["RemoteCheckpoint", "Store", "open_remote_folder", "open_store"]
+__all__ = ["RemoteCheckpoint", "Store", "open_remote_folder", "open_store", "remote_folder"]
 
 T = TypeVar("T")
 
@@ -46,7 +47,6 @@ _AHEAD = 48 * 2**20
 _BLOCK = 2**18
 _SMALL = 64 * 2**20
 _WEIGHTS = (".safetensors", *TORCH_ENDINGS, ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".tflite", ".ot")
-_FOLDERS = ("chat_templates", "additional_chat_templates")
 _HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
 
 
@@ -199,7 +199,9 @@ class RemoteFolder:
         self.local = tempfile.mkdtemp(prefix="stockpot-remote-")
         self._keeper = weakref.finalize(self, shutil.rmtree, self.local, True)
         self._copy_small(self.files, "")
-        wanted = set(_FOLDERS) | self._module_folders()
+        wanted = set(TEMPLATE_FOLDERS)
+        with contextlib.suppress(CheckpointError):  # a damaged modules.json is reported when it is needed
+            wanted |= set(module_folders(self.local))
         for name in () if only else sorted(wanted & set(folders)):
             self._copy_small(store.list(f"{self.root}/{name}")[0], name)
 
@@ -236,20 +238,6 @@ class RemoteFolder:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(copy, chosen))
 
-    def _module_folders(self) -> set[str]:
-        """What a sentence encoder's modules.json names."""
-        path = os.path.join(self.local, "modules.json")
-        if not os.path.exists(path):
-            return set()
-        import json
-
-        try:
-            with open(path, encoding="utf-8") as f:
-                modules = json.load(f)
-            return {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
-        except (ValueError, TypeError):
-            return set()
-
     def headers(self, names: Sequence[str]) -> list[Header]:
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self._header, names))
@@ -275,24 +263,27 @@ class RemoteFolder:
         return self.make(self.text, self.text, kind, config, tuple(files), folder=self)
 
 
-def open_remote_folder(url: str, text: str | None = None) -> RemoteFolder:
-    """The folder of a URL, which may also name one file. Raises CheckpointError."""
+def remote_folder(url: str, text: str) -> RemoteFolder:
+    """The folder of a URL, which may also name one file. Raises what the store raises, and CheckpointError."""
     store, path = open_store(url)
+    bare = path.partition("?")[0]  # signed URLs
+    if bare.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
+        with contextlib.suppress(IsADirectoryError):
+            found = store.find(path)
+            return RemoteFolder(text, store, posixpath.dirname(bare), posixpath.basename(bare), found)
+    return RemoteFolder(text, store, path)
+
+
+def open_remote_folder(url: str) -> RemoteFolder:
+    """The same for a URL that a user wrote. Raises CheckpointError, or ArgumentError for an unknown kind of URL."""
     try:
-        try:
-            bare = path.partition("?")[0]  # signed URLs
-            if bare.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
-                found = store.find(path)
-                return RemoteFolder(text or url, store, posixpath.dirname(bare), posixpath.basename(bare), found)
-        except IsADirectoryError:
-            pass
-        return RemoteFolder(text or url, store, path)
+        return remote_folder(url, url)
+    except (CheckpointError, ArgumentError):
+        raise
     except FileNotFoundError as e:
-        raise CheckpointError(f"{text or url}: no such file or directory") from e
+        raise CheckpointError(f"{url}: no such file or directory") from e
     except (OSError, ValueError, NotImplementedError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(f"{text or url}: can't be reached: {e}") from e
+        raise CheckpointError(f"{url}: can't be reached: {e}") from e
 
 
 class _Ahead:
@@ -351,10 +342,9 @@ class RemoteCheckpoint(Checkpoint):
         assert self.folder is not None
         path = self.files[index].path
         try:
-            data = self.folder.store.read(path, start, stop)
+            return self.folder.store.read(path, start, stop)
         except Exception as e:
             raise ReadError(f"{self.ref}: {path}: bytes {start} to {stop} can't be read: {e}") from e
-        return data
 
     def _fill_all(self, extents: Sequence[tuple[int, int, int]], out: memoryview[Any]) -> None:
         """What was read ahead is taken from there; the rest is fetched at once, near neighbours by one request."""

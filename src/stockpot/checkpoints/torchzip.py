@@ -7,6 +7,7 @@ uncompressed in the zip and are read positionally like those of safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -167,11 +168,8 @@ class _Reader(pickle.Unpickler):
 
 def read_torch_file(path: str) -> TorchFile:
     """Read the descriptions of a zip file's tensors. Raises CheckpointError; executes nothing."""
-    file = LocalFile.open(path)
-    try:
+    with contextlib.closing(LocalFile.open(path)) as file:
         return torch_file_of(file, path)
-    finally:
-        file.close()
 
 
 def torch_file_of(file: ByteFile, where: str) -> TorchFile:

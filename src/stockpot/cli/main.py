@@ -78,7 +78,6 @@ def merge(
     options = api.Options(device, threads, max_memory, shard_size, seed, allow_nonfinite)
     planned = api.plan(recipe, options)
     show_notes(planned.notes, quiet=quiet or as_json)
-    planned = api.fetched(planned, options)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
         result = api.merge_planned(planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress)
     show_merge(result, as_json=as_json, quiet=quiet)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from stockpot.checkpoints.memory import MemorySource
-from stockpot.checkpoints.source import ReadRequest
-from stockpot.engine.devices import NumpyDevice, byte_buffer
+from stockpot.engine.devices import NumpyDevice
 from stockpot.engine.gathering import Gathering
-from stockpot.engine.kernel import Kernel, UnitData
-from stockpot.engine.units import Segment, Unit
+from stockpot.engine.kernel import Kernel, UnitData, read_segment
+from stockpot.engine.units import Segment
 from stockpot.errors import ArgumentError, MismatchError, nearest
 from stockpot.methods.declaration import Method, Space
 from stockpot.methods.parameters import REQUIRED
@@ -127,15 +126,7 @@ def _tensor(index: int, name: str, sources: Sequence[MemorySource], method: Meth
 
 def _data(t: TensorPlan, sources: Sequence[MemorySource]) -> UnitData:
     n = t.spec.numel
-    unit = Unit((Segment(t, 0, grid_of(t.spec.shape).pieces, 0, n),))
-    raws, dtypes = [], []
-    for operand in t.inputs:
-        spec = sources[operand.model].spec(operand.name)
-        raw = byte_buffer(spec.nbytes)
-        sources[operand.model].read([ReadRequest(operand.name, 0, n)], raw)
-        raws.append(raw)
-        dtypes.append(spec.dtype)
-    return UnitData(unit, raws, dtypes)
+    return read_segment(Segment(t, 0, grid_of(t.spec.shape).pieces, 0, n), sources)
 
 
 def _model_stats(kernel: Kernel, tensors: Sequence[TensorPlan], sources: Sequence[MemorySource]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ __all__ = ["Journal", "Record"]
 
 NAME = "stockpot.journal"
 _INTERVAL = 1.0
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class Journal:
         if not resumed:
             os.ftruncate(self._fd, 0)
             os.lseek(self._fd, 0, os.SEEK_SET)
-            self._append(json.dumps({"stockpot_journal": 2, "plan": self.identity}) + "\n")
+            self._append(json.dumps({"stockpot_journal": _FORMAT, "plan": self.identity}) + "\n")
         self._thread = threading.Thread(target=self._run, name="stockpot-journal", daemon=True)
         self._thread.start()
 
@@ -184,7 +185,7 @@ def _first_line(line: bytes) -> str | None:
         doc = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == 2 else None
+    return doc.get("plan") if isinstance(doc, dict) and doc.get("stockpot_journal") == _FORMAT else None
 
 
 def _lock_file(fd: int, path: str) -> None:

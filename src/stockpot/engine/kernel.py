@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.engine.cutoffs import kept_count, kth_magnitudes
-from stockpot.engine.devices import Device
+from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.masks import MaskStream, mask_key
-from stockpot.engine.native import Block
+from stockpot.engine.native import Block, Kernels
 from stockpot.engine.units import Segment, Unit
 from stockpot.methods.arrays import is_numpy, magnitude
 from stockpot.methods.declaration import Method, Scope, Space
+from stockpot.methods.forms import Form
 from stockpot.methods.statistics import Cutoff, Total
 from stockpot.planning.budget import work_itemsize
 from stockpot.planning.grid import PIECE, REDUCE, SMALL, grid_of
 from stockpot.planning.plan import MergeGroup
 from stockpot.specs import DType
 
-__all__ = ["Kernel", "UnitData", "sample_runs"]
+__all__ = ["Kernel", "UnitData", "read_segment", "sample_runs"]
 
 
 @dataclass
@@ -38,6 +40,19 @@ class UnitData:
         """Bytes of elements start..stop of the unit, of input i."""
         size = self.dtypes[i].itemsize
         return self.raws[i][start * size : stop * size]
+
+
+def read_segment(segment: Segment, sources: Sequence[TensorSource], slot: dict[Any, Any] | None = None) -> UnitData:
+    """A unit of one segment, read into memory of its own. sources: by the numbers that the tensor's operands give."""
+    raws, dtypes = [], []
+    for operand in segment.tensor.inputs:
+        source = sources[operand.model]
+        dtype = source.spec(operand.name).dtype
+        raw = byte_buffer((segment.stop - segment.start) * dtype.itemsize)
+        source.read([ReadRequest(operand.name, segment.start, segment.stop)], raw)
+        raws.append(raw)
+        dtypes.append(dtype)
+    return UnitData(Unit((segment,)), raws, dtypes, {} if slot is None else slot)
 
 
 @dataclass(frozen=True)
@@ -68,11 +83,12 @@ class Kernel:
         block -= base
         return block, base
 
-    def _compiled(self, data: UnitData) -> bool:
-        """Whether compiled kernels can do this group's arithmetic on these dtypes."""
-        kernels = self.device.kernels
-        dtypes = [*data.dtypes, data.unit.lead.spec.dtype]
-        return kernels is not None and self.method.form is not None and kernels.takes(dtypes)
+    def _compiled(self, data: UnitData) -> tuple[Kernels, Callable[..., Form]] | None:
+        """The kernels that can do this group's arithmetic on these dtypes, and what makes its form; or None."""
+        kernels, form = self.device.kernels, self.method.form
+        if kernels is None or form is None or not kernels.takes([*data.dtypes, data.unit.lead.spec.dtype]):
+            return None
+        return kernels, form
 
     def _block(self, data: UnitData, start: int, stop: int) -> Block:
         """Elements start..stop of the unit as they are, for a kernel."""
@@ -122,47 +138,35 @@ class Kernel:
     ) -> None:
         """The same for one segment, which begins at element `at` of the unit's data."""
         grid = grid_of(segment.tensor.spec.shape)
-        stat = gathering.current
-        compiled = self._compiled(data) and (isinstance(stat, Cutoff) or (stat is not None and stat.kernel is not None))
+        stat, known = gathering.current, {**stats, **gathering.results}
+        compiled = self._compiled(data) if isinstance(stat, Cutoff) or (stat and stat.kernel) else None
         step = max(self.chunk // REDUCE, 1) * REDUCE
         if isinstance(stat, Total):
             step = PIECE if compiled and not self.method.random else REDUCE
+        offset = at - segment.start
         with np.errstate(all="ignore"):
             for piece in range(segment.first, segment.last):
+                key = (segment.tensor.index, piece)
                 low, high = grid.bounds(piece)
                 for start in range(low, high, step):
                     stop = min(start + step, high)
-                    known = {**stats, **gathering.results}
-                    (self._fold_compiled if compiled else self._fold)(
-                        gathering, data, segment, (start, stop), at - segment.start, known, piece
-                    )
-
-    def _fold(
-        self, gathering: Gathering, data: UnitData, segment: Segment, span: tuple[int, int], offset: int,
-        known: Mapping[str, Any], piece: int,
-    ) -> None:  # fmt: skip
-        block, _ = self._load(data, offset + span[0], offset + span[1])
-        gathering.fold(block, self._keywords(known, [(segment, *span)], data), (segment.tensor.index, piece))
-
-    def _fold_compiled(
-        self, gathering: Gathering, data: UnitData, segment: Segment, span: tuple[int, int], offset: int,
-        known: Mapping[str, Any], piece: int,
-    ) -> None:  # fmt: skip
-        """The same by a kernel."""
-        kernels, stat = self.device.kernels, gathering.current
-        assert kernels is not None
-        assert stat is not None
-        block = self._block(data, offset + span[0], offset + span[1])
-        if isinstance(stat, Cutoff):
-            gathering.put_split(kernels.split(block, gathering.windows()))
-            return
-        form, mask = None, None
-        if stat.kernel != "gram" and self.method.form is not None:
-            keywords = self._keywords(known, [(segment, *span)], data)
-            form, mask = self.method.form(**keywords), keywords.get("mask")
-        key = (segment.tensor.index, piece)
-        assert stat.kernel is not None
-        gathering.put_total(key, kernels.totals(stat.kernel, block, form, mask, gathering.partial(key)))
+                    place = [(segment, start, stop)]
+                    if compiled is None:
+                        block, _ = self._load(data, offset + start, offset + stop)
+                        gathering.fold(block, self._keywords(known, place, data), key)
+                        continue
+                    kernels, form = compiled
+                    raw = self._block(data, offset + start, offset + stop)
+                    if isinstance(stat, Total):
+                        # the Gram matrix is of the inputs as they are, and what the form needs is made from it
+                        keywords = {} if stat.kernel == "gram" else self._keywords(known, place, data)
+                        made = form(**keywords) if keywords else None
+                        total = gathering.partial(key)
+                        gathering.put_total(
+                            key, kernels.totals(str(stat.kernel), raw, made, keywords.get("mask"), total)
+                        )
+                    else:
+                        gathering.put_split(kernels.split(raw, gathering.windows()))
 
     def sample(self, data: UnitData, at: int, n: int) -> Any:
         """A few thousand deltas `[m, s]` from n elements that begin at `at` of the unit's data, for a first guess."""
@@ -170,9 +174,9 @@ class Kernel:
 
     def deltas(self, data: UnitData, runs: Sequence[tuple[int, int]]) -> Any:
         """`[m, n]` numpy: what the method would get for runs of elements, all of one length."""
-        if self._compiled(data) and self.device.kernels is not None:
+        if compiled := self._compiled(data):
             block = self._block(data, 0, data.unit.numel)
-            return self.device.kernels.deltas(block, [start for start, _ in runs], runs[0][1] - runs[0][0])
+            return compiled[0].deltas(block, [start for start, _ in runs], runs[0][1] - runs[0][0])
         return np.concatenate([self.device.to_numpy(self._load(data, a, b)[0]).copy() for a, b in runs], axis=1)
 
     def gather(self, data: UnitData, segment: Segment, at: int, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,10 +216,10 @@ class Kernel:
             step = self.chunk if not compiled else 4 * self.chunk if self.method.random else data.unit.numel
             for segments, start, stop, known in self._runs(data, stats, step):
                 keywords = self._keywords(known, segments, data)
-                if compiled and self.method.form is not None and self.device.kernels is not None:
+                if compiled:
+                    kernels, form = compiled
                     raw = out[start * dtype.itemsize : stop * dtype.itemsize]
-                    form = self.method.form(**keywords)
-                    self.device.kernels.combine(self._block(data, start, stop), form, keywords.get("mask"), raw, dtype)
+                    kernels.combine(self._block(data, start, stop), form(**keywords), keywords.get("mask"), raw, dtype)
                     continue
                 block, base = self._load(data, start, stop)
                 self._store(data, self.method.function(block, **keywords), base, start, stop, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from stockpot.checkpoints.codecs import decode_into
 from stockpot.engine.native import Kernels
+from stockpot.planning.plan import Plan
 from stockpot.specs import DType
 
 __all__ = ["Measure", "Sizes", "far_out", "measure", "nonfinite_report"]
@@ -99,14 +100,15 @@ def far_out(sizes: Sizes) -> list[str]:
     ]
 
 
-def nonfinite_report(sizes: Sizes, refs: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each tensor and model that holds NaN or infinities. refs: by tensor, what its inputs are called."""
+def nonfinite_report(sizes: Sizes, plan: Plan) -> list[str]:
+    """One line for each tensor and model that holds NaN or infinities."""
+    odd = {name for name, measures in sizes.of.items() if any(m.nans or m.infinities for m in measures)}
     lines = []
-    for name, measures in sizes.of.items():
-        for i, m in enumerate(measures):
-            if m.nans or m.infinities:
-                where = refs[name][i - 1] if i else "the output"
-                lines.append(f"{name!r} in {where}: {_counts(m)}")
+    for t in plan.tensors if odd else ():
+        if t.name in odd:
+            places = ["the output", *(plan.inputs[o.model].ref for o in t.inputs)]
+            found = zip(places, sizes.of[t.name], strict=True)
+            lines += [f"{t.name!r} in {where}: {_counts(m)}" for where, m in found if m.nans or m.infinities]
     return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]
 
 

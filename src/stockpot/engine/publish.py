@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.errors import OutputError
 
-__all__ = ["check_out", "partial_path", "publish", "write_file"]
+#: the record of a merge, written last: a directory that has it is complete
+LINEAGE = "stockpot.json"
+
+__all__ = ["LINEAGE", "check_out", "partial_path", "publish", "write_file"]
 
 
 def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.header import read_header
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.engine.devices import Device, byte_buffer
-from stockpot.engine.kernel import Kernel, UnitData
+from stockpot.engine.devices import Device
+from stockpot.engine.kernel import Kernel, read_segment
 from stockpot.engine.run import Outcome, Progress, run_plan
-from stockpot.engine.units import Segment, Unit
+from stockpot.engine.units import Segment
 from stockpot.planning.plan import Action, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
 
@@ -72,29 +72,23 @@ class _Streamed:
     _local: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
+        self._sources = [m.checkpoint for m in self.plan.inputs]
         self._tensors = {t.name: t for t in self.plan.tensors}
         self._kernels = [Kernel(self.device, g, self.plan.seed, self.plan.budget.chunk) for g in self.plan.groups]
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         t = self._tensors[name]
-        sources = [self.plan.inputs[o.model].checkpoint for o in t.inputs]
         if t.action is not Action.MERGE:
-            sources[0].read([ReadRequest(t.inputs[0].name, start, stop)], out)
+            first = t.inputs[0]
+            self._sources[first.model].read([ReadRequest(first.name, start, stop)], out)
             return
-        raws, dtypes = [], []
-        for operand, source in zip(t.inputs, sources, strict=True):
-            dtype = source.spec(operand.name).dtype
-            raw = byte_buffer((stop - start) * dtype.itemsize)
-            source.read([ReadRequest(operand.name, start, stop)], raw)
-            raws.append(raw)
-            dtypes.append(dtype)
         slots: dict[int, dict[Any, Any]] = self._local.__dict__.setdefault("slots", {})
-        data = UnitData(Unit((Segment(t, 0, 0, start, stop),)), raws, dtypes, slots.setdefault(t.group, {}))
+        data = read_segment(Segment(t, 0, 0, start, stop), self._sources, slots.setdefault(t.group, {}))
         self._kernels[t.group].combine(data, {}, out)
 
     def close(self) -> None:
-        for model in self.plan.inputs:
-            model.checkpoint.close()
+        for source in self._sources:
+            source.close()
 
 
 class _Written:

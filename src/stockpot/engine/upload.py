@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from stockpot.checkpoints.opening import is_url
 from stockpot.checkpoints.remote import Store, open_store
 from stockpot.engine.journal import NAME as JOURNAL_NAME
-from stockpot.engine.publish import partial_path
+from stockpot.engine.publish import LINEAGE, partial_path
 from stockpot.errors import OutputError, StockpotError
 
 __all__ = ["check_url", "scratch_for", "upload"]
 
 _AT_ONCE = 4
-LINEAGE = "stockpot.json"
 
 
 def scratch_for(url: str) -> str:
@@ -109,9 +108,9 @@ def upload(partial: str, url: str, *, overwrite: bool) -> None:
     def send(name: str) -> None:
         source, target = os.path.join(partial, name), posixpath.join(root, name.replace(os.sep, "/"))
         store.persist(f"writing {target}", lambda: store.fs.put_file(source, target))
-        store.fs.invalidate_cache()
-        if store.find(target).size != os.path.getsize(source):
-            raise OSError(f"{target} has {store.find(target).size} bytes, {os.path.getsize(source)} were sent")
+        arrived, sent = store.find(target).size, os.path.getsize(source)
+        if arrived != sent:
+            raise OSError(f"{target} has {arrived} bytes, {sent} were sent")
 
     def rank(name: str) -> int:
         return (

@@ -14,25 +14,27 @@ from stockpot.engine.devices import byte_buffer
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
 from stockpot.planning.grid import grid_of
 
-__all__ = ["checkpoint_digests", "compare", "side_digest"]
+__all__ = ["checkpoint_digests", "compare", "side_digest", "stored_digest"]
 
 
 def checkpoint_digests(checkpoint: Checkpoint, threads: int) -> dict[str, str]:
-    """Digest of every tensor, read piece by piece by several threads."""
-
-    def one(name: str) -> tuple[str, str]:
-        spec = checkpoint.spec(name)
-        grid = grid_of(spec.shape)
-        pieces = []
-        for k in range(grid.pieces):
-            start, stop = grid.bounds(k)
-            raw = byte_buffer((stop - start) * spec.dtype.itemsize)
-            checkpoint.read([ReadRequest(name, start, stop)], raw)
-            pieces.append(piece_digest(raw))
-        return name, tensor_digest(pieces)
-
+    """Digest of every tensor, read by several threads."""
+    names = list(checkpoint.names())
     with ThreadPoolExecutor(threads) as pool:
-        return dict(pool.map(one, checkpoint.names()))
+        return dict(zip(names, pool.map(lambda name: stored_digest(checkpoint, name), names), strict=True))
+
+
+def stored_digest(checkpoint: Checkpoint, name: str) -> str:
+    """Digest of one tensor, read piece by piece."""
+    spec = checkpoint.spec(name)
+    grid = grid_of(spec.shape)
+    pieces = []
+    for k in range(grid.pieces):
+        start, stop = grid.bounds(k)
+        raw = byte_buffer((stop - start) * spec.dtype.itemsize)
+        checkpoint.read([ReadRequest(name, start, stop)], raw)
+        pieces.append(piece_digest(raw))
+    return tensor_digest(pieces)
 
 
 def side_digest(path: str) -> str:

@@ -34,14 +34,14 @@ NORMS = (Total("norms", of=_masked_norms, when=_l1, kernel="norms"),)
 def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: bool, norms: Any) -> Any:
     """`[m, ...]` masked, then divided by the density (paper) or scaled back to its L1 norm (`norms`)."""
     kept = keep_where(delta, mask)
-    if not rescale:
-        return kept
-    factor = rescaling(density, norms)
+    factor = rescaling(density, rescale, norms)
     return kept if factor is None else kept * column(factor, kept)
 
 
-def rescaling(density: Sequence[float], norms: Any) -> tuple[float, ...] | None:
+def rescaling(density: Sequence[float], rescale: bool, norms: Any) -> tuple[float, ...] | None:
     """What each delta's rest is multiplied by; None where it is 1 for all."""
+    if not rescale:
+        return None
     factor = norm_ratio(norms) if norms is not None else tuple(1 / d if d > 1e-30 else 1.0 for d in density)
     return None if all(f == 1.0 for f in factor) else factor
 
@@ -50,17 +50,20 @@ def _linear_form(
     mask: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool, rescale: bool,
     dialect: str,
 ) -> Form:  # fmt: skip
-    factor = rescaling(density, norms) if rescale else None
-    return Form(scaled(weight, scale, normalize), masked=True, factor=factor)
+    return Form(scaled(weight, scale, normalize), masked=True, factor=rescaling(density, rescale, norms))
 
 
 def _ties_form(
     mask: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool, rescale: bool,
     dialect: str,
 ) -> Form:  # fmt: skip
-    factor = rescaling(density, norms) if rescale else None
-    election = Election(divide_by="weight" if normalize else "none")
-    return Form(weight, masked=True, factor=factor, election=election, scale=scale)
+    return Form(
+        weight, masked=True, factor=rescaling(density, rescale, norms), election=_election(normalize), scale=scale
+    )
+
+
+def _election(normalize: bool) -> Election:
+    return Election(divide_by="weight" if normalize else "none")
 
 
 @method(
@@ -133,5 +136,5 @@ def dare_ties(
     returns  [*block]     merged delta; the base is added to it
     """
     kept = drop_and_rescale(delta, mask, density, rescale, norms)
-    merged = disjoint_merge(kept, weight, divide_by="weight" if normalize else "none")
+    merged = disjoint_merge(kept, weight, _election(normalize))
     return merged if scale == 1.0 else merged * scale

@@ -16,7 +16,12 @@ DivideBy = Literal["none", "weight", "count"]
 
 @dataclass(frozen=True)
 class Election:
-    """How signs are elected and what agrees is combined: see ties.disjoint_merge."""
+    """How signs are elected and what agrees is combined (ties.disjoint_merge).
+
+    weighted          the sign of sum(w x) rather than of sum(x)
+    divide_by         "weight" (agreeing weight), "count" (agreeing models) or "none"; an empty divisor counts as 1
+    zero_is_positive  the sign that an exactly zero sum takes
+    """
 
     weighted: bool = True
     divide_by: DivideBy = "weight"

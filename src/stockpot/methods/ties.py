@@ -30,21 +30,10 @@ def trim(delta: Any, cutoff: Sequence[float]) -> Any:
     return keep_where(delta, size >= column(cutoff, size))
 
 
-def disjoint_merge(
-    kept: Any,
-    weight: Sequence[float],
-    *,
-    weighted_election: bool = True,
-    divide_by: str = "weight",
-    zero_is_positive: bool = True,
-) -> Any:
-    """Elect a sign for each element and combine what agrees with it.
-
-    kept               [m, ...] trimmed deltas
-    weighted_election  the sign of sum(w x) rather than of sum(x)
-    divide_by          "weight" (agreeing weight), "count" (agreeing models) or "none"; an empty divisor counts as 1
-    zero_is_positive   the sign that an exactly zero sum takes
-    """
+def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> Any:
+    """Elect a sign for each element and combine what agrees with it. kept: `[m, ...]` trimmed deltas."""
+    weighted_election, divide_by = election.weighted, election.divide_by
+    zero_is_positive = election.zero_is_positive
     common = weight[0] if len(set(weight)) == 1 and weight[0] > 0 else None
     if common is not None and divide_by == "weight":
         common = 1.0  # cancels
@@ -140,6 +129,14 @@ def _elected_signs(delta: Any, *, cutoff: Sequence[float], weight: Sequence[floa
 _DIVIDE: dict[str, DivideBy] = {"mergekit": "weight", "paper": "weight", "peft": "count"}
 
 
+def _election(dialect: str, normalize: bool, majority: Any) -> Election:
+    return Election(
+        weighted=dialect != "peft",
+        divide_by=_DIVIDE[dialect] if normalize else "none",
+        zero_is_positive=majority is None or float(majority[0]) >= 0,
+    )
+
+
 def _form(
     cutoff: Any, majority: Any, norms: Any, weight: tuple[float, ...], density: Any, scale: float, normalize: bool,
     rescale: bool, dialect: str,
@@ -148,11 +145,7 @@ def _form(
         weight,
         cutoff=None if all(c == 0 for c in cutoff) else cutoff,
         factor=None if norms is None else norm_ratio(norms),
-        election=Election(
-            weighted=dialect != "peft",
-            divide_by=_DIVIDE[dialect] if normalize else "none",
-            zero_is_positive=majority is None or float(majority[0]) >= 0,
-        ),
+        election=_election(dialect, normalize, majority),
         scale=scale,
     )
 
@@ -198,11 +191,5 @@ def ties(
     kept = trim(delta, cutoff)
     if norms is not None:
         kept = kept * column(norm_ratio(norms), kept)
-    merged = disjoint_merge(
-        kept,
-        weight,
-        weighted_election=dialect != "peft",
-        divide_by=_DIVIDE[dialect] if normalize else "none",
-        zero_is_positive=majority is None or float(majority[0]) >= 0,
-    )
+    merged = disjoint_merge(kept, weight, _election(dialect, normalize, majority))
     return merged if scale == 1.0 else merged * scale

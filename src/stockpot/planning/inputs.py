@@ -47,8 +47,7 @@ class Inputs:
         if step is not None:
             return self.open_step(step)
         if ref in self.computed and ref not in self.by_path:
-            self.by_path[ref] = len(self.inputs)
-            self.inputs.append(ModelInput(len(self.inputs), ref, self.computed[ref]))
+            return self.add(ref, ref, self.computed[ref])
         path = ref if ref in self.computed else self.locate(ref)
         if path in self.failed:
             return -1
@@ -65,13 +64,18 @@ class Inputs:
             self.failed.add(path)
             self.problems.append(CheckpointError(f"{self.recipe.at(line)}: {ref}: holds no tensors"))
             return -1
-        index = len(self.inputs)
+        return self.add(path, ref, checkpoint)
+
+    def add(self, key: str, ref: str, checkpoint: Checkpoint) -> int:
+        """Take in a model under the path or name `key`; its index."""
+        index = self.by_path[key] = len(self.inputs)
         self.inputs.append(ModelInput(index, ref, checkpoint))
-        self.by_path[path] = index
-        if checkpoint.download_bytes:
-            files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) != 1 else ''}"
-            size = format_size(checkpoint.download_bytes)
-            self.notes.append(f"{ref}: {files} of {size} in all will be downloaded into the Hub's cache")
+        for part in checkpoint.parts or (checkpoint,):
+            # what a step needs stands among the step's own notes
+            if part.download_bytes and not isinstance(checkpoint, MergedCheckpoint):
+                files = f"{len(part.files)} file{'s' if len(part.files) != 1 else ''}"
+                size = format_size(part.download_bytes)
+                self.notes.append(f"{part.ref}: {files} of {size} in all will be downloaded into the Hub's cache")
         return index
 
     def open_step(self, step: Recipe) -> int:
@@ -95,8 +99,7 @@ class Inputs:
                 why = why_written(planned)
                 how = f"is written to a scratch directory first: {why}" if why else "is streamed, not written"
                 self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
-            self.by_path[step.name] = len(self.inputs)
-            self.inputs.append(ModelInput(len(self.inputs), step.name, self.made[step.name]))
+            return self.add(step.name, step.name, self.made[step.name])
         return self.by_path[step.name]
 
     def locate(self, ref: str) -> str:

@@ -43,10 +43,6 @@ class MergedCheckpoint(DerivedCheckpoint):
         return self.step.inputs[self.step.tokenizer_donor].checkpoint.directory
 
     @property
-    def download_bytes(self) -> int:
-        return sum(s.download_bytes for s in self.sources)
-
-    @property
     def resident(self) -> int:
         return sum(m.checkpoint.resident for m in self.step.inputs)
 
@@ -72,10 +68,9 @@ def merged_checkpoint(name: str, plan: Plan) -> MergedCheckpoint:
     """The checkpoint that a planned step is."""
     sources = leaves(plan)
     donor = plan.inputs[plan.donor].checkpoint
-    files = tuple(dict.fromkeys(h.path for s in sources for h in s.files))
     headers = {h.path: h for s in sources for h in s.files}
     return MergedCheckpoint(
-        name, donor.path, plan.kind, dict(plan.config), tuple(headers[f] for f in files),
+        name, donor.path, plan.kind, dict(plan.config), tuple(headers.values()),
         sources=sources, specs={t.name: t.spec for t in plan.tensors}, plan=plan,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ class _Parser(Reader):
             elif made.name is not None and any(s.name == made.name for s in steps):
                 self.bad(made.lines["name"], f"name: there are two steps called {made.name!r}")
             elif last and len(nodes) == 1 and made.name is not None and nodes is documents:
-                return replace(made, steps=())
+                return made
             steps.append(made)
         if not steps:
             return Recipe(self.text, self.origin, "")
@@ -160,9 +160,9 @@ class _Parser(Reader):
             include=self.patterns(top["include"], "include") if "include" in top else (),
             exclude=self.patterns(top["exclude"], "exclude") if "exclude" in top else (),
             rules=self.each(top, "rules", self.rule),
-            mergekit_compat=self.compat(top),
+            mergekit_compat=self.switch(top, "compat", "mergekit"),
             tokenizer_from=self.tokenizer(top),
-            crops_vocabulary=self.vocab(top),
+            crops_vocabulary=self.switch(top, "vocab", "crop"),
             run=self.run(top["run"]) if "run" in top else None,
             adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
             lines={key: line for key, line, _ in node.value},
@@ -291,12 +291,13 @@ class _Parser(Reader):
             self.bad(top[key].line, f"{key}: {e}")
             return None
 
-    def compat(self, top: dict[str, Node]) -> bool:
-        if "compat" not in top:
+    def switch(self, top: dict[str, Node], key: str, word: str) -> bool:
+        """Whether a key that takes one word only is given."""
+        if key not in top:
             return False
-        if top["compat"].kind == "scalar" and top["compat"].value == "mergekit":
+        if top[key].kind == "scalar" and top[key].value == word:
             return True
-        self.bad(top["compat"].line, f"compat: expected mergekit, got {top['compat'].what}")
+        self.bad(top[key].line, f"{key}: expected {word}, got {top[key].what}")
         return False
 
     def name(self, top: dict[str, Node]) -> str | None:
@@ -307,14 +308,6 @@ class _Parser(Reader):
             self.bad(top["name"].line, f"name: expected a plain word, got {text!r}")
             return None
         return text
-
-    def vocab(self, top: dict[str, Node]) -> bool:
-        if "vocab" not in top:
-            return False
-        if top["vocab"].kind == "scalar" and top["vocab"].value == "crop":
-            return True
-        self.bad(top["vocab"].line, f"vocab: expected crop, got {top['vocab'].what}")
-        return False
 
     def tokenizer(self, top: dict[str, Node]) -> str | None:
         """`base` or the model whose tokenizer files are copied; everything else is a feature to come."""
