@@ -24,8 +24,11 @@ LEVELS = [
     {"planning"},
     {"engine"},
     {"lineage", "doctor"},
-    {"training"},
+    {"training", "evaluation"},
+    {"search"},
+    {"reports"},
     {"api"},
+    {"evidence"},
     {"cli"},
 ]
 #: the one exception: a method that is called on dicts runs the engine, which it imports when called

@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import is_url, open_checkpoint, without_file_scheme
+from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json, without_file_scheme
 from stockpot.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,7 +24,7 @@ from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from stockpot.recipes.parsing import load_recipe
 from stockpot.recipes.schema import Recipe
-from stockpot.runs import Run, Soup, SoupSpec, open_run, resolve_soup, resolve_windows
+from stockpot.runs import Run, Soup, SoupSpec, open_run, recipe_of, resolve_soup, resolve_windows
 from stockpot.specs import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -128,14 +128,10 @@ def merge(
 
 def fetched(planned: Plan, options: Options) -> Plan:
     """The plan over local files: models of the Hub that are not in its cache are downloaded first. Raises CheckpointError."""
-    waiting = [m.checkpoint for m in planned.inputs if m.checkpoint.download_bytes]
-    if not waiting:
-        return planned
-    from stockpot.checkpoints.hub import HubCheckpoint, fetch
+    from stockpot.checkpoints.hub import fetch_missing
 
-    for checkpoint in (part for c in waiting for part in (c, *c.parts)):
-        if isinstance(checkpoint, HubCheckpoint):
-            fetch(checkpoint)
+    if not fetch_missing(m.checkpoint for m in planned.inputs):
+        return planned
     return plan(planned.recipe, options)
 
 
@@ -147,10 +143,14 @@ def merge_planned(
     overwrite: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
+    release: Callable[[str], None] | None = None,
 ) -> MergeResult:
-    """Run a plan that was made already; see merge."""
+    """Run a plan that was made already; see merge.
+
+    release  called with the finished directory before it is published: what it raises keeps it from that, and the work is kept
+    """
     from stockpot.engine.devices import open_device
-    from stockpot.engine.publish import publish
+    from stockpot.engine.publish import LINEAGE, publish
     from stockpot.engine.run import run_plan
     from stockpot.engine.steps import prepare_steps, scratch_path
     from stockpot.lineage import check_side_files, write_side_files
@@ -177,6 +177,9 @@ def merge_planned(
             check_finite(planned, outcome)
         facts = options.__dict__ | {"budget": planned.budget.__dict__}
         lineage = write_side_files(planned, outcome, facts, adapter=adapter_report(planned))
+        if release is not None:
+            release(outcome.partial)
+            lineage = read_json(os.path.join(outcome.partial, LINEAGE))  # with the verdict in it
         if url is not None:
             from stockpot.engine.upload import upload
 
@@ -274,19 +277,7 @@ def soup_recipe(
 ) -> dict[str, Any]:
     """The recipe of a soup, as a mapping: what `soup` merges, and a start for one of another method."""
     opened = run if isinstance(run, Run) else open_run(run)
-    options: dict[str, Any] = {"path": opened.path}
-    if opened.pattern is not None:
-        options["snapshots"] = opened.pattern
-    if opened.metrics_file is not None:
-        options["metrics"] = opened.metrics_file
-    for key, value in (spec or SoupSpec()).given().items():
-        options[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-    recipe: dict[str, Any] = {"merge_method": "linear", "run": options}
-    if adapter is not None or rank is not None or base is not None:
-        recipe["adapter"] = {"mode": "factors" if adapter is None else adapter}
-        recipe["adapter"] |= {"rank": rank} if rank is not None else {}
-        recipe["adapter"] |= {"base": os.fspath(base)} if base is not None else {}
-    return recipe
+    return recipe_of(opened, spec or SoupSpec(), adapter=adapter, rank=rank, base=base)
 
 
 def soup(
@@ -337,7 +328,6 @@ def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
 
 def window_done(out: str, step: int, made: Soup) -> bool:
     """Whether the soup of a window stands complete where it belongs."""
-    from stockpot.checkpoints.opening import read_json
     from stockpot.engine.publish import LINEAGE
 
     path = os.path.join(out, f"checkpoint-{step}", LINEAGE)

@@ -14,7 +14,7 @@ from typing import Any
 import stockpot
 from stockpot.planning.planner import available_threads
 
-__all__ = ["examine"]
+__all__ = ["examine", "memory"]
 
 _NEEDED = ("numpy", "blake3", "ml_dtypes", "pyyaml", "rich", "typer", "threadpoolctl")
 #: package -> (extra that brings it, what it is for)
@@ -40,7 +40,7 @@ def examine(folder: str = ".", *, probe_disk: bool = True) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": {"available": available_threads(), "processors": os.cpu_count()},
-        "memory": _memory(),
+        "memory": memory(),
         "kernels": {"compiled": load_kernels() is not None, "library": LIBRARY},
         "packages": {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)},
         "devices": _devices(),
@@ -57,7 +57,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _memory() -> dict[str, int | None]:
+def memory() -> dict[str, int | None]:
     """Bytes in all, and those that a merge could take now; also what a container allows."""
     found: dict[str, int | None] = {"total": None, "available": None, "container_limit": None}
     try:

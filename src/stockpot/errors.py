@@ -3,14 +3,17 @@
 StockpotError
 ├── UserError            exit code 2   a mistake in what was asked
 │   ├── RecipeError        (ValueError)  the recipe can't be read or makes no sense
+│   ├── SuiteError         (ValueError)  the evaluation suite can't be read or makes no sense
 │   ├── ArgumentError      (ValueError)  an argument of the API or the command line
 │   └── OutputError        (OSError)     OUT can't be used
 ├── InputError           exit code 3   the data can't be used
 │   ├── CheckpointError    (ValueError)  a file or directory is not a readable checkpoint
 │   ├── MismatchError      (ValueError)  checkpoints that do not fit each other
 │   ├── NonfiniteError     (ValueError)  NaN or infinities in an input or in the output
+│   ├── EvaluationError    (RuntimeError) a checkpoint could not be scored
 │   └── ReadError          (OSError)     a read failed although the headers were sound
 ├── VerificationError    exit code 4   an output does not match its lineage
+├── GateError            exit code 5   a release gate is not passed
 └── ProblemsError        exit code 2 or 3   several of the above, found together by `plan`
 
 Each error is also the fitting standard type, so `except ValueError` works for those who prefer it.
@@ -25,6 +28,8 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "EvaluationError",
+    "GateError",
     "InputError",
     "Interrupted",
     "MismatchError",
@@ -34,6 +39,7 @@ __all__ = [
     "ReadError",
     "RecipeError",
     "StockpotError",
+    "SuiteError",
     "UserError",
     "VerificationError",
     "nearest",
@@ -55,6 +61,10 @@ class UserError(StockpotError):
 
 class RecipeError(UserError, ValueError):
     """The recipe can't be parsed, or asks for something that makes no sense."""
+
+
+class SuiteError(UserError, ValueError):
+    """The suite can't be parsed, its data can't be read, or it asks for something that makes no sense."""
 
 
 class ArgumentError(UserError, ValueError):
@@ -83,6 +93,10 @@ class NonfiniteError(InputError, ValueError):
     """An input or the output holds NaN or infinities."""
 
 
+class EvaluationError(InputError, RuntimeError):
+    """A checkpoint could not be scored: the evaluator raised, hung, died, or gave what is no number."""
+
+
 class ReadError(InputError, OSError):
     """Reading failed although the headers were sound (a truncated or vanished file)."""
 
@@ -91,6 +105,12 @@ class VerificationError(StockpotError):
     """An output is not what its lineage says."""
 
     exit_code = 4
+
+
+class GateError(StockpotError):
+    """A critical release gate failed or could not be decided; nothing is published."""
+
+    exit_code = 5
 
 
 class Interrupted(StockpotError):
@@ -110,6 +130,9 @@ class ProblemsError(StockpotError):
         self.exit_code = min((p.exit_code for p in self.problems), default=2)
         head = f"{len(self.problems)} problems" if len(self.problems) != 1 else "1 problem"
         super().__init__(head + ":\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+    def __reduce__(self) -> tuple[type[ProblemsError], tuple[tuple[StockpotError, ...]]]:
+        return type(self), (self.problems,)  # between processes
 
 
 def raise_problems(problems: Sequence[StockpotError]) -> None:

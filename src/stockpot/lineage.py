@@ -28,7 +28,7 @@ from stockpot.errors import CheckpointError, OutputError, ReadError, Verificatio
 from stockpot.planning.plan import Action, ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
 
-__all__ = ["NAME", "check_side_files", "read_lineage", "write_side_files"]
+__all__ = ["NAME", "check_side_files", "copied_files", "read_lineage", "record_verdict", "write_side_files"]
 
 _PACKAGES = ("stockpot", "numpy", "blake3", "torch")
 _NOT_COPIED = re.compile(
@@ -348,3 +348,35 @@ def read_lineage(directory: str) -> tuple[dict[str, Any], Checkpoint]:
     except (CheckpointError, KeyError, TypeError) as e:
         raise VerificationError(f"{directory}: {e}") from e
     return lineage, checkpoint
+
+
+_GATES = "\n## Release gates\n"
+
+
+def record_verdict(directory: str, verdict: Mapping[str, Any]) -> None:
+    """Write what the release gates said into the lineage, under `gates`, and into the model card. Raises OutputError."""
+    path = os.path.join(directory, NAME)
+    lineage = read_json(path)
+    card = os.path.join(directory, "README.md")
+    try:
+        with open(card, encoding="utf-8", errors="surrogateescape") as f:
+            text = f.read().split(_GATES)[0].rstrip("\n") + "\n"
+        _replace(card, text + _GATES + _gates_text(verdict))
+        lineage["gates"] = dict(verdict)
+        lineage["output"]["side_files"]["README.md"] = side_digest(card)
+        _replace(path, readable(lineage))
+    except (OSError, KeyError, TypeError) as e:
+        raise OutputError(f"{directory}: the verdict of the gates can't be written: {e}") from e
+
+
+def _gates_text(verdict: Mapping[str, Any]) -> str:
+    word = "passed" if verdict["passed"] else "not passed" + ("; published by force" if verdict.get("forced") else "")
+    rows = "\n".join(f"| {g['gate']} | {g['severity']} | {g['status']} | {g['why']} |" for g in verdict["gates"])
+    head = f"The gates of the suite with SHA-256 `{verdict['suite_sha256']}`: {word}."
+    return f"\n{head}\n\n| gate | severity | status | |\n|---|---|---|---|\n{rows}\n"
+
+
+def _replace(path: str, text: str) -> None:
+    """Whole or not at all."""
+    write_file(path + ".tmp", text)
+    os.replace(path + ".tmp", path)

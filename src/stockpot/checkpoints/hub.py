@@ -8,14 +8,14 @@ the weights into the cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.remote import RemoteCheckpoint, remote_folder
 from stockpot.errors import CheckpointError
 
-__all__ = ["HubCheckpoint", "fetch", "open_hub"]
+__all__ = ["HubCheckpoint", "fetch", "fetch_missing", "open_hub"]
 
 
 class HubCheckpoint(RemoteCheckpoint):
@@ -119,3 +119,12 @@ def fetch(checkpoint: HubCheckpoint) -> None:
         huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=checkpoint.downloads)
     except Exception as e:
         raise CheckpointError(f"{checkpoint.ref}: download failed: {_first_line(e)}; what is complete is kept") from e
+
+
+def fetch_missing(checkpoints: Iterable[Checkpoint]) -> bool:
+    """Download what is not in the cache yet, parts of computed checkpoints included. Whether there was anything."""
+    waiting = [c for c in checkpoints if c.download_bytes]
+    for checkpoint in (part for c in waiting for part in (c, *c.parts)):
+        if isinstance(checkpoint, HubCheckpoint):
+            fetch(checkpoint)
+    return bool(waiting)

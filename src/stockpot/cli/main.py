@@ -1,6 +1,7 @@
 """The command line: arguments to api calls, errors to exit codes.
 
-0 done · 1 a bug in stockpot · 2 the user's mistake · 3 unusable input data · 4 verification failed · 130 stopped by a signal
+0 done · 1 a bug in stockpot · 2 the user's mistake · 3 unusable input data · 4 verification failed ·
+5 a release gate not passed · 130 stopped by a signal
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ from typing import Annotated, Optional
 import typer
 
 from stockpot.cli.boundary import boundary
-from stockpot.cli.options import AllowNonfinite, AsJson, Device, MaxMemory, Overwrite, Quiet, Seed, ShardSize, Threads
+from stockpot.cli.evidence import register, release_of
+from stockpot.cli.options import (
+    AllowNonfinite,
+    AsJson,
+    Device,
+    Force,
+    Gates,
+    MaxMemory,
+    Overwrite,
+    Quiet,
+    Seed,
+    ShardSize,
+    Threads,
+)
 from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
@@ -30,6 +44,7 @@ app = typer.Typer(
 
 app.add_typer(run_app)
 app.command()(soup)
+register(app)
 
 
 def _version(value: bool) -> None:
@@ -61,6 +76,8 @@ def merge(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     allow_nonfinite: AllowNonfinite = False,
+    suite: Gates = None,
+    force: Force = False,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
     ] = False,
@@ -75,11 +92,14 @@ def merge(
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
 
+    release = release_of(suite, force=force, quiet=quiet or as_json)
     options = api.Options(device, threads, max_memory, shard_size, seed, allow_nonfinite)
     planned = api.plan(recipe, options)
     show_notes(planned.notes, quiet=quiet or as_json)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
-        result = api.merge_planned(planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress)
+        result = api.merge_planned(
+            planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress, release=release
+        )
     show_merge(result, as_json=as_json, quiet=quiet)
 
 

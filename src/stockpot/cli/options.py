@@ -6,7 +6,19 @@ from typing import Annotated, Optional
 
 import typer
 
-__all__ = ["AllowNonfinite", "AsJson", "Device", "MaxMemory", "Overwrite", "Quiet", "Seed", "ShardSize", "Threads"]
+__all__ = [
+    "AllowNonfinite",
+    "AsJson",
+    "Device",
+    "Force",
+    "Gates",
+    "MaxMemory",
+    "Overwrite",
+    "Quiet",
+    "Seed",
+    "ShardSize",
+    "Threads",
+]
 
 Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
 Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
@@ -19,3 +31,8 @@ AllowNonfinite = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]
+Gates = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--suite", metavar="FILE", help="Publish only if the release gates of this suite pass."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Publish although a critical gate is not passed.")]

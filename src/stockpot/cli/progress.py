@@ -1,4 +1,4 @@
-"""Progress by bytes: a bar with GB/s and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress by bytes, by examples, by candidates: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from stockpot.specs import format_size
 
-__all__ = ["progress_bar"]
+__all__ = ["progress_bar", "scoring_bar", "sweep_bar"]
 
 _PLAIN_SECONDS = 5.0
 
@@ -52,3 +52,47 @@ def _plain() -> Callable[[int, int], None]:
             )
 
     return say
+
+
+@contextlib.contextmanager
+def scoring_bar(*, enabled: bool) -> Iterator[Callable[[str, str, int, int], None] | None]:
+    """A function to call with (checkpoint, slice, examples done, examples in all), or None."""
+    with _counted(enabled=enabled) as show:
+        yield None if show is None else lambda name, label, done, total: show(done, total, f"{name}: {label}")
+
+
+@contextlib.contextmanager
+def sweep_bar(*, enabled: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A function to call with (candidates done, candidates known, what is being done), or None."""
+    with _counted(enabled=enabled) as show:
+        yield show
+
+
+@contextlib.contextmanager
+def _counted(*, enabled: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    if not enabled:
+        yield None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=None)
+            yield lambda done, total, what: progress.update(task, completed=done, total=total or None, description=what)
+    else:
+        last = time.monotonic()
+
+        def say(done: int, total: int, what: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PLAIN_SECONDS:
+                last = now
+                print(f"scoring: {done} of {total or '?'}: {what}", file=sys.stderr, flush=True)
+
+        yield say

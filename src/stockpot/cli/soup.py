@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stockpot.cli.boundary import boundary
-from stockpot.cli.options import AllowNonfinite, AsJson, Device, MaxMemory, Overwrite, Quiet, ShardSize, Threads
+from stockpot.cli.evidence import release_of
+from stockpot.cli.options import (
+    AllowNonfinite,
+    AsJson,
+    Device,
+    Force,
+    Gates,
+    MaxMemory,
+    Overwrite,
+    Quiet,
+    ShardSize,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from stockpot import api
@@ -105,6 +117,8 @@ def soup(
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     allow_nonfinite: AllowNonfinite = False,
+    suite: Gates = None,
+    force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -128,6 +142,9 @@ def soup(
         spec = parse_name(name)
     if out is None and not dry_run:
         raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
+    if spec.kind == "lawa" and suite is not None:
+        raise ArgumentError("--suite decides over one soup; score the windows of lawa afterwards (stockpot gate)")
+    release = release_of(suite, force=force, quiet=quiet or as_json)
     opened = open_run(run, snapshots=snapshots, metrics=metrics)
     options = api.Options(device, threads, max_memory, shard_size, allow_nonfinite=allow_nonfinite)
     if spec.kind == "lawa":
@@ -137,7 +154,9 @@ def soup(
         )
         return
     recipe = api.soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
-    _one(recipe, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet)
+    _one(
+        recipe, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet, release=release
+    )
 
 
 def _one(
@@ -149,6 +168,7 @@ def _one(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    release: Any = None,
 ) -> None:
     from stockpot import api
     from stockpot.cli.progress import progress_bar
@@ -168,7 +188,7 @@ def _one(
     if not (as_json or quiet):
         show_soup(planned.soup)
     with progress_bar(enabled=not (quiet or as_json)) as progress:
-        result = api.merge_planned(planned, out, options, overwrite=overwrite, progress=progress)
+        result = api.merge_planned(planned, out, options, overwrite=overwrite, progress=progress, release=release)
     show_soup_result(result, as_json=as_json, quiet=quiet)
 
 

@@ -1,13 +1,15 @@
-"""Merging plain dicts of tensors with the engine's own arithmetic: for notebooks, and the same bits as on disk."""
+"""Merging in memory with the engine's own arithmetic, to the same bits as on disk: dicts of tensors, and whole plans."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from stockpot.checkpoints.memory import MemorySource
+from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.devices import NumpyDevice
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.kernel import Kernel, UnitData, read_segment
@@ -16,9 +18,11 @@ from stockpot.errors import ArgumentError, MismatchError, nearest
 from stockpot.methods.declaration import Method, Space
 from stockpot.methods.parameters import REQUIRED
 from stockpot.planning.grid import REDUCE, grid_of
-from stockpot.planning.plan import Action, MergeGroup, Operand, TensorPlan
+from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, TensorPlan
 
-__all__ = ["merge_dicts"]
+__all__ = ["merge_dicts", "merge_plan"]
+
+Array = np.ndarray[Any, Any]
 
 
 def merge_dicts(
@@ -52,20 +56,44 @@ def merge_dicts(
     sources = [MemorySource(d) for d in dicts]
     for name in template:
         _check_kinds(sources, name)
-    kernel = Kernel(NumpyDevice(), group, seed, 4 * REDUCE)
     tensors = [_tensor(i, name, sources, method) for i, name in enumerate(template)]
-    merged = [t for t in tensors if t.action is Action.MERGE]
-    stats = _model_stats(kernel, merged, sources)
-    out = {}
-    for t in tensors:
-        raw = np.empty(t.spec.nbytes, np.uint8)
+    return {
+        t.name: _like(template[t.name], raw) for t, raw in merged_tensors(tensors, [group], sources, seed, 4 * REDUCE)
+    }
+
+
+def merge_plan(plan: Plan, sources: Sequence[TensorSource], threads: int = 1) -> Iterator[tuple[TensorPlan, Array]]:
+    """The output of a plan, tensor by tensor, without a file: the bytes that running it would publish.
+
+    sources: what is read for each input of the plan, by its index.
+    """
+    yield from merged_tensors(plan.tensors, plan.groups, sources, plan.seed, plan.budget.chunk, threads)
+
+
+def merged_tensors(
+    tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], sources: Sequence[TensorSource], seed: int, chunk: int,
+    threads: int = 1,
+) -> Iterator[tuple[TensorPlan, Array]]:  # fmt: skip
+    """(tensor, its bytes as uint8) in order. What a method needs of the whole model is gathered first."""
+    kernels = [Kernel(NumpyDevice(), g, seed, chunk) for g in groups]
+    stats = [
+        _model_stats(k, [t for t in tensors if t.action is Action.MERGE and t.group == k.group.index], sources)
+        for k in kernels
+    ]
+
+    def one(t: TensorPlan) -> tuple[TensorPlan, Array]:
         data = _data(t, sources)
-        if t.action is Action.KEEP or t.spec.numel == 0:
-            raw[...] = np.frombuffer(data.raws[-1 if method.space is Space.DELTA else 0], np.uint8)
-        else:
-            kernel.combine(data, stats, raw.data)
-        out[t.name] = _like(template[t.name], raw)
-    return out
+        if t.action is not Action.MERGE or t.spec.numel == 0:
+            return t, np.frombuffer(data.raws[0], np.uint8)
+        raw = np.empty(t.spec.nbytes, np.uint8)
+        kernels[t.group].combine(data, stats[t.group], raw.data)
+        return t, raw
+
+    if threads == 1:
+        yield from map(one, tensors)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(one, tensors)
 
 
 def _parameters(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,18 +146,21 @@ def _check_kinds(sources: Sequence[MemorySource], name: str) -> None:
 
 def _tensor(index: int, name: str, sources: Sequence[MemorySource], method: Method) -> TensorPlan:
     delta = method.space is Space.DELTA
+    first = len(sources) - 1 if delta else 0
+    spec = sources[first].spec(name)
+    if not spec.dtype.is_float:
+        return TensorPlan(index, name, spec, Action.KEEP, -1, (Operand(first, name),), None)
     operands = tuple(Operand(i, name, i) for i in range(len(sources) - (1 if delta else 0)))
-    base = Operand(len(sources) - 1, name) if delta else None
-    spec = sources[-1 if delta else 0].spec(name)
-    return TensorPlan(index, name, spec, Action.MERGE if spec.dtype.is_float else Action.KEEP, 0, operands, base)
+    base = Operand(first, name) if delta else None
+    return TensorPlan(index, name, spec, Action.MERGE, 0, operands, base)
 
 
-def _data(t: TensorPlan, sources: Sequence[MemorySource]) -> UnitData:
+def _data(t: TensorPlan, sources: Sequence[TensorSource]) -> UnitData:
     n = t.spec.numel
     return read_segment(Segment(t, 0, grid_of(t.spec.shape).pieces, 0, n), sources)
 
 
-def _model_stats(kernel: Kernel, tensors: Sequence[TensorPlan], sources: Sequence[MemorySource]) -> dict[str, Any]:
+def _model_stats(kernel: Kernel, tensors: Sequence[TensorPlan], sources: Sequence[TensorSource]) -> dict[str, Any]:
     """Statistics over all tensors together."""
     params = kernel.group.params
     wide = [s for s in kernel.method.active_stats(params) if s.scope_for(params) == "model"]

@@ -14,10 +14,11 @@ from stockpot.engine.devices import Device
 from stockpot.engine.kernel import Kernel, read_segment
 from stockpot.engine.run import Outcome, Progress, run_plan
 from stockpot.engine.units import Segment
+from stockpot.errors import OutputError
 from stockpot.planning.plan import Action, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
 
-__all__ = ["prepare_steps", "scratch_path"]
+__all__ = ["prepare_steps", "scratch_path", "stream_steps"]
 
 
 def scratch_path(out: str) -> str:
@@ -61,6 +62,20 @@ def _prepare(
         for (index, name), digest in outcome.input_digests.items():
             outcome.part_digests.setdefault(step.step.inputs[index].checkpoint.path, {})[name] = digest
         step.reader.append(_Written(step.step, outcome.partial))
+
+
+def stream_steps(plan: Plan, device: Device) -> None:
+    """Attach a reader to every step that `plan` reads without writing any. Raises OutputError where that can't be."""
+    for model in plan.inputs:
+        step = model.checkpoint
+        if isinstance(step, MergedCheckpoint):
+            why = why_written(step.step)
+            if why is not None:
+                raise OutputError(
+                    f"step {step.ref!r} can't be computed in memory: {why}; merge it into a checkpoint first"
+                )
+            stream_steps(step.step, device)
+            step.reader[:] = [_Streamed(step.step, device)]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from stockpot.runs.metrics import MetricLog, MetricValue
 from stockpot.runs.naming import parse_name, soup_name
 from stockpot.runs.opening import open_run
+from stockpot.runs.recipe import recipe_of
 from stockpot.runs.run import Run, Snapshot
 from stockpot.runs.soup import Ingredient, Soup, resolve_soup, resolve_windows
 from stockpot.runs.spec import SoupSpec
@@ -19,6 +20,7 @@ __all__ = [
     "metric_weights",
     "open_run",
     "parse_name",
+    "recipe_of",
     "resolve_soup",
     "resolve_windows",
     "soup_name",

@@ -1,0 +1,261 @@
+"""`stockpot evaluate | aggregate | sweep | gate | path | report` on the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stockpot.cli.boundary import boundary
+from stockpot.cli.options import AsJson, Force, Quiet
+
+__all__ = ["register", "release_of"]
+
+SuiteFile = Annotated[str, typer.Option("--suite", metavar="FILE", help="What to score: a suite, a YAML file.")]
+Base = Annotated[
+    str | None, typer.Option(help="The base model, in place of the suite's or the adapter's own.", metavar="MODEL")
+]
+ModelDevice = Annotated[str | None, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:N.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    for command in (evaluate, aggregate, sweep, gate, path, report):
+        app.command()(command)
+
+
+@boundary
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A model, or an adapter (scored on its base).")],
+    suite: SuiteFile,
+    split: Annotated[
+        str | None, typer.Option(help="selection, report or all [default: report where the suite has report data].")
+    ] = None,
+    base: Base = None,
+    device: ModelDevice = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score CHECKPOINT on a suite."""
+    from stockpot import evidence
+    from stockpot.cli.progress import scoring_bar
+    from stockpot.cli.show_evidence import show_evaluation
+
+    with scoring_bar(enabled=not (quiet or as_json)) as shown:
+        found = evidence.evaluate(checkpoint, suite, split=split, base=base, device=device, shown=shown)
+    show_evaluation(found, as_json=as_json)
+
+
+@boundary
+def aggregate(
+    scores: Annotated[str, typer.Argument(help="A CSV file: a name, then a column for each task.")],
+    weights: Annotated[str, typer.Option(help="Weights of the columns: gsm8k=0.3,gsm_plus=0.7.")],
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="A row that the others are given in percent of; may be repeated.", metavar="NAME"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Weighted averages of a table of scores, and percentages against named rows."""
+    from stockpot.cli.show_evidence import show_aggregate
+    from stockpot.evaluation.aggregate import aggregate_scores, parse_weights
+
+    show_aggregate(aggregate_scores(scores, parse_weights(weights), reference or []), as_json=as_json)
+
+
+@boundary
+def sweep(
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN OUT", help="A training run and the directory to create; with --recipe OUT alone."),
+    ],
+    suite: SuiteFile,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Sweep a recipe's parameters in place of a run.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUES",
+            help="weight=0.2:0.8:0.2 or density=0.3,0.5; models[0].weight, run.penalty. May be repeated.",
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform,interval,weights [default]; also schedules, comparison, greedy, lcsc; 'all' for all of them."
+        ),
+    ] = None,
+    k: Annotated[str | None, typer.Option(help="Numbers of snapshots [default: 2,3,4,5,8,10].", metavar="LIST")] = None,
+    intervals: Annotated[
+        str | None, typer.Option(help="Intervals for the best k [default: 2,3].", metavar="LIST")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Metrics to weight by [default: loss,step].", metavar="LIST")] = None,
+    penalties: Annotated[
+        str | None, typer.Option(help="Penalties [default: 1.0,0.9,0.8,0.7,0.5].", metavar="LIST")
+    ] = None,
+    power: Annotated[float | None, typer.Option(help="q of the penalty.", metavar="Q")] = None,
+    smooth: Annotated[int, typer.Option(metavar="N", help="Mean of the last N logged values.")] = 1,
+    keep: Annotated[int, typer.Option(help="How many candidates go on to the next stage.")] = 2,
+    adapter: Annotated[str, typer.Option(help="How LoRA adapters are averaged: factors or product.")] = "factors",
+    density: Annotated[float, typer.Option(help="Of TIES and DARE-TIES in comparisons.")] = 0.5,
+    lcsc_evaluations: Annotated[int, typer.Option(help="How many candidates CMA-ES may try.")] = 60,
+    lcsc_sum: Annotated[str, typer.Option(help="Coefficients of lcsc sum to one, or are free.")] = "one",
+    lcsc_signs: Annotated[str, typer.Option(help="Coefficients of lcsc: any sign, or positive.")] = "any",
+    seed: Annotated[int, typer.Option(help="Of CMA-ES.")] = 0,
+    base: Base = None,
+    device: ModelDevice = None,
+    jobs: Annotated[int, typer.Option(help="Candidates scored at once, each with a model of its own in memory.")] = 1,
+    no_publish: Annotated[bool, typer.Option("--no-publish", help="Don't merge the winner into OUT/best.")] = False,
+    force: Force = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score again what failed before.")] = False,
+    snapshots: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Where snapshots lie in any other layout.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="FILE", help="Metrics by step, .csv or .jsonl.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try merges of RUN's snapshots, score each on a suite, publish the best with a report.
+
+    stockpot sweep output_dir OUT --suite suite.yml
+
+    A sweep that was stopped goes on when the same command is given again; nothing is scored twice.
+    """
+    from stockpot import evidence
+    from stockpot.cli.progress import sweep_bar
+    from stockpot.cli.show_evidence import show_sweep
+    from stockpot.errors import ArgumentError
+    from stockpot.runs import open_run
+    from stockpot.search import SweepOptions, parse_grid
+    from stockpot.search.options import STAGES
+
+    run, out = _places(places, recipe)
+    if grid and recipe is None:
+        raise ArgumentError("--grid goes with --recipe")
+    lists: dict[str, Any] = {
+        "k": _numbers("--k", k, int), "intervals": _numbers("--intervals", intervals, int),
+        "penalties": _numbers("--penalties", penalties, float), "by": _words(by), "power": power,
+        "stages": STAGES if stages == "all" else _words(stages),
+    }  # fmt: skip
+    options = SweepOptions(
+        **{name: value for name, value in lists.items() if value is not None}, smooth=smooth, keep=keep, adapter=adapter,
+        density=density, lcsc_evaluations=lcsc_evaluations, lcsc_sum=lcsc_sum, lcsc_signs=lcsc_signs, seed=seed,
+    )  # fmt: skip
+    if jobs < 1:
+        raise ArgumentError(f"--jobs: expected a whole number of at least 1, got {jobs}")
+    opened = None if run is None else open_run(run, snapshots=snapshots, metrics=metrics)
+    with sweep_bar(enabled=not (quiet or as_json)) as shown:
+        found = evidence.sweep(
+            opened, out, suite, options, recipe=recipe, grid=parse_grid(grid or []), base=base, device=device, jobs=jobs,
+            publish=not no_publish, force=force, retry_failed=retry_failed, shown=shown,
+        )  # fmt: skip
+    show_sweep(found, as_json=as_json, quiet=quiet)
+
+
+def _places(places: list[str], recipe: str | None) -> tuple[str | None, str]:
+    from stockpot.errors import ArgumentError
+
+    if recipe is not None and len(places) == 1:
+        return None, places[0]
+    if recipe is None and len(places) == 2:
+        return places[0], places[1]
+    expected = "OUT alone beside --recipe" if recipe is not None else "RUN and OUT"
+    raise ArgumentError(f"expected {expected}, got {' '.join(places)}")
+
+
+def _numbers(name: str, text: str | None, kind: Any) -> tuple[Any, ...] | None:
+    from stockpot.errors import ArgumentError
+
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentError(f"{name}: expected numbers with commas between them, got {text!r}") from None
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+@boundary
+def gate(
+    out: Annotated[
+        str, typer.Argument(help="A checkpoint; where stockpot made it, the verdict goes into its lineage.")
+    ],
+    suite: SuiteFile,
+    base: Base = None,
+    device: ModelDevice = None,
+    force: Annotated[bool, typer.Option("--force", help="End with 0 although a critical gate is not passed.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide the release gates of a suite for OUT: exit code 5 where a critical one is not passed."""
+    from stockpot import evidence
+    from stockpot.cli.progress import scoring_bar
+    from stockpot.cli.show_evidence import show_verdict
+    from stockpot.errors import GateError
+
+    with scoring_bar(enabled=not (quiet or as_json)) as shown:
+        verdict = evidence.gate(out, suite, base=base, device=device, force=True, shown=shown)
+    show_verdict(verdict, as_json=as_json, quiet=quiet)
+    try:
+        evidence.check_verdict(verdict, out, force=force)
+    except GateError as e:
+        raise GateError(str(e).rsplit("\n", 1)[0]) from e
+
+
+@boundary
+def path(
+    a: Annotated[str, typer.Argument(help="One end, t = 0.")],
+    b: Annotated[str, typer.Argument(help="The other end, t = 1.")],
+    suite: SuiteFile,
+    base: Base = None,
+    points: Annotated[int, typer.Option(help="How many points, both ends among them.")] = 11,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write path.json, .csv, .png and .html there; into the report of a sweep."),
+    ] = None,
+    device: ModelDevice = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the straight line from A to B: can they be merged at all?"""
+    from stockpot import evidence
+    from stockpot.cli.progress import scoring_bar
+    from stockpot.cli.show_evidence import show_path
+
+    with scoring_bar(enabled=not (quiet or as_json)) as shown:
+        found = evidence.path(a, b, suite, base=base, points=points, out=out, device=device, shown=shown)
+    show_path(found, out, as_json=as_json)
+
+
+@boundary
+def report(
+    out: Annotated[str, typer.Argument(help="The directory of a sweep.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a sweep again, from what it stored."""
+    from stockpot import evidence
+    from stockpot.cli.show import print_json
+
+    page = evidence.report(out)
+    if as_json:
+        print_json({"report": page})
+    else:
+        print(page)
+
+
+def release_of(suite: str | None, *, force: bool, quiet: bool) -> Any:
+    """What merge_planned is to call before it publishes: None where no gates were asked for."""
+    from stockpot.errors import ArgumentError
+
+    if suite is None:
+        if force:
+            raise ArgumentError("--force publishes against the gates of a suite: it needs --suite")
+        return None
+    from stockpot import evidence
+    from stockpot.cli.show_evidence import show_verdict
+
+    return evidence.release_check(suite, force=force, told=lambda v: show_verdict(v, as_json=False, quiet=quiet))

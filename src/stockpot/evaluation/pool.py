@@ -1,0 +1,306 @@
+"""Worker processes that make candidates and score them: several at once, each with one loaded model.
+
+A process of its own is what lets a hanging evaluator be stopped, and keeps torch out of the process that the user talks to.
+A worker that dies or takes too long costs the evaluation it was at; another one takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from stockpot.doctor import memory
+from stockpot.errors import EvaluationError
+from stockpot.evaluation.parts import PartInfo
+from stockpot.evaluation.scores import Scores
+from stockpot.evaluation.suite import Suite
+
+__all__ = ["Pool", "Recorder", "Task", "memory_for_snapshots", "score_all"]
+
+_START_SECONDS = 300.0
+#: what the parent allows over an evaluator's own limit, which a command keeps by itself
+_GRACE = 2.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One candidate: a recipe as a mapping. bare: the base that the recipe's adapter is loaded onto is scored instead."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    bare: bool = False
+    seed: int = 0
+
+
+class Recorder(Protocol):
+    """What is told as it happens, from the thread that called `Pool.run`. Exceptions end the run."""
+
+    def made(self, task: Task, digest: str, seconds: float) -> Sequence[str]:
+        """A candidate is there: the keys of the parts that it must be scored on (none: it is known)."""
+        ...
+
+    def scored(self, task: Task, digest: str, key: str, scores: Scores) -> None: ...
+
+    def failed(self, task: Task, digest: str | None, key: str | None, error: str) -> None: ...
+
+    def progress(self, task: Task, label: str, done: int, total: int) -> None: ...
+
+
+def memory_for_snapshots(jobs: int) -> int:
+    """Bytes that each worker may keep checkpoints in: a third of what is free, shared among them."""
+    found = memory()
+    room = [n for n in (found["available"] or found["total"], found["container_limit"]) if n]
+    return max(min(room, default=4 * 2**30) // 3 // jobs, 64 * 2**20)
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    log: Any
+    task: Task | None = None
+    only: list[str] | None = None
+    digest: str | None = None
+    part: PartInfo | None = None
+    left: deque[str] = field(default_factory=deque)
+    deadline: float = float("inf")
+
+    def tail(self) -> str:
+        """The last lines that it printed."""
+        try:
+            self.log.seek(0, os.SEEK_END)
+            self.log.seek(max(self.log.tell() - 2000, 0))
+            lines = self.log.read().decode(errors="replace").strip().splitlines()[-3:]
+        except (OSError, ValueError):
+            return ""
+        return "".join(f"\n    {line}" for line in lines)
+
+
+class Pool:
+    """Use as a context. `infos` are the parts of the suite, known once the first worker has opened it.
+
+    memory   bytes of snapshots that each worker keeps
+    scratch  a directory of its own, for candidates that an evaluator wants as files; removed at the end
+    """
+
+    def __init__(self, suite: Suite, jobs: int = 1, memory: int | None = None, scratch: str | None = None) -> None:
+        self.suite = suite
+        self.jobs = jobs
+        self.memory = memory if memory is not None else memory_for_snapshots(jobs)
+        self.infos: list[PartInfo] = []
+        self._workers: list[_Worker] = []
+        self._waiting: deque[tuple[Task, list[str] | None]] = deque()
+        self._scratch = scratch
+
+    def __enter__(self) -> Pool:
+        if self._scratch is None:
+            self._scratch = tempfile.mkdtemp(
+                prefix="stockpot-candidates-", dir=os.environ.get("STOCKPOT_SCRATCH") or None
+            )
+        else:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            os.makedirs(self._scratch, exist_ok=True)
+        try:
+            self._workers.append(self._start())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for worker in self._workers:
+            self._stop(worker)
+        self._workers.clear()
+        self._waiting.clear()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def info(self, key: str) -> PartInfo:
+        return next(i for i in self.infos if i.key == key)
+
+    # workers
+
+    def _start(self) -> _Worker:
+        """A worker that has opened the suite. Raises what it found wrong with it."""
+        ours, theirs = socket.socketpair()
+        threads = max(
+            (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // self.jobs, 1
+        )
+        log = tempfile.TemporaryFile()
+        # what runs beside evaluators must be found by them too
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stockpot.evaluation.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+        )  # fmt: skip
+        theirs.close()
+        worker = _Worker(process, Connection(ours.detach()), log)
+        try:
+            worker.connection.send((self.suite, self.memory, threads, self._scratch))
+            if not worker.connection.poll(_START_SECONDS):
+                raise EvaluationError(f"the worker did not open the suite within {_START_SECONDS:g} s{worker.tail()}")
+            kind, content = worker.connection.recv()
+        except (EOFError, OSError) as e:
+            process.wait()
+            raise EvaluationError(f"the worker died with {process.returncode} as it started{worker.tail()}") from e
+        except BaseException:
+            self._stop(worker)
+            raise
+        if kind == "error":
+            self._stop(worker)
+            raise content
+        if self.infos and [i.key for i in content] != [i.key for i in self.infos]:
+            self._stop(worker)
+            raise EvaluationError(f"{self.suite.path}: the suite's data changed while it was used; start again")
+        self.infos = content
+        return worker
+
+    @staticmethod
+    def _stop(worker: _Worker) -> None:
+        with contextlib.suppress(OSError):
+            worker.connection.close()
+        worker.process.terminate()
+        try:
+            worker.process.wait(5)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+        worker.log.close()
+
+    # tasks
+
+    def run(self, tasks: Iterable[Task], recorder: Recorder) -> None:
+        """Make and score every task. Raises only what the recorder raises, and where no worker can be started."""
+        self._waiting.extend((task, None) for task in tasks)
+        while self._waiting or any(w.task is not None for w in self._workers):
+            busy = sum(w.task is not None for w in self._workers)
+            while len(self._workers) < min(self.jobs, len(self._waiting) + busy):
+                self._workers.append(self._start())
+            for worker in list(self._workers):
+                if worker.task is None and self._waiting:
+                    self._give(worker, *self._waiting.popleft(), recorder)
+            self._listen(recorder)
+
+    def _give(self, worker: _Worker, task: Task, only: list[str] | None, recorder: Recorder) -> None:
+        worker.task, worker.only, worker.digest, worker.part = task, only, None, None
+        worker.left.clear()
+        worker.deadline = float("inf")
+        try:
+            worker.connection.send(("make", task))
+        except OSError:
+            self._lost(worker, recorder)
+
+    def _listen(self, recorder: Recorder) -> None:
+        busy = [w for w in self._workers if w.task is not None]
+        nearest = min((w.deadline for w in busy), default=float("inf"))
+        ready = wait([w.connection for w in busy], timeout=min(max(nearest - time.monotonic(), 0.0), 0.5))
+        for worker in busy:
+            if worker.connection in ready:
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._lost(worker, recorder)
+                    continue
+                self._hear(worker, message, recorder)
+            elif time.monotonic() > worker.deadline:
+                self._hang(worker, recorder)
+
+    def _hear(self, worker: _Worker, message: tuple[Any, ...], recorder: Recorder) -> None:
+        kind, *content = message
+        assert worker.task is not None
+        if kind == "made":
+            worker.digest, seconds = content
+            asked = recorder.made(worker.task, str(worker.digest), seconds) if worker.only is None else worker.only
+            worker.left = deque(asked)
+            self._next(worker, recorder)
+        elif kind == "progress":
+            recorder.progress(worker.task, worker.part.label if worker.part else "", *content)
+        elif kind == "scored":
+            key = worker.left.popleft()
+            recorder.scored(worker.task, str(worker.digest), key, content[0])
+            self._next(worker, recorder)
+        elif kind == "failed":
+            key_or_none = worker.left.popleft() if worker.left else None
+            recorder.failed(worker.task, worker.digest, key_or_none, content[0])
+            if key_or_none is None:
+                worker.task = None
+            else:
+                self._next(worker, recorder)
+
+    def _next(self, worker: _Worker, recorder: Recorder) -> None:
+        """Score the next part, or be free."""
+        assert worker.task is not None
+        if not worker.left:
+            worker.task, worker.part, worker.deadline = None, None, float("inf")
+            return
+        worker.part = self.info(worker.left[0])
+        worker.deadline = time.monotonic() + self.suite.slice(worker.part.slice).timeout + _GRACE
+        recorder.progress(worker.task, worker.part.label, 0, worker.part.n)
+        try:
+            worker.connection.send(("score", worker.part.key))
+        except OSError:
+            self._lost(worker, recorder)
+
+    def _hang(self, worker: _Worker, recorder: Recorder) -> None:
+        worker.process.kill()
+        assert worker.part is not None
+        limit = self.suite.slice(worker.part.slice).timeout
+        self._lost(worker, recorder, f"did not end within {limit:g} s and was stopped")
+
+    def _lost(self, worker: _Worker, recorder: Recorder, why: str | None = None) -> None:
+        """A worker is gone: note it, start another, and put what was left of the candidate first in the queue."""
+        code = worker.process.wait()
+        if why is None:
+            signal = f"signal {-code}" + (", out of memory?" if code == -9 else "") if code < 0 else f"exit code {code}"
+            why = f"the process that scored it died ({signal}){worker.tail()}"
+        task, left = worker.task, list(worker.left)
+        assert task is not None
+        self._stop(worker)
+        self._workers.remove(worker)
+        if left[1:]:
+            self._waiting.appendleft((task, left[1:]))
+        recorder.failed(task, worker.digest, left[0] if left else None, why)
+
+
+def score_all(
+    pool: Pool, tasks: Sequence[Task], splits: Sequence[str], recorder: Any = None
+) -> dict[str, dict[tuple[str, str], Scores]]:
+    """Scores of every task by (slice, split). Raises EvaluationError for the first that fails."""
+    collected = _Collector(pool, splits, recorder)
+    pool.run(tasks, collected)
+    return collected.found
+
+
+@dataclass
+class _Collector:
+    pool: Pool
+    splits: Sequence[str]
+    shown: Any = None
+    found: dict[str, dict[tuple[str, str], Scores]] = field(default_factory=dict)
+
+    def made(self, task: Task, digest: str, seconds: float) -> Sequence[str]:
+        self.found.setdefault(task.name, {})
+        return [i.key for i in self.pool.infos if i.split in self.splits]
+
+    def scored(self, task: Task, digest: str, key: str, scores: Scores) -> None:
+        info = self.pool.info(key)
+        self.found[task.name][info.slice, info.split] = scores
+
+    def failed(self, task: Task, digest: str | None, key: str | None, error: str) -> None:
+        what = f", {self.pool.info(key).label}" if key else ""
+        raise EvaluationError(f"{task.name}{what}: {error}")
+
+    def progress(self, task: Task, label: str, done: int, total: int) -> None:
+        if self.shown is not None:
+            self.shown(task.name, label, done, total)

@@ -1,0 +1,158 @@
+"""The process that makes candidates and scores them; `pool.py` is the other end of its connection.
+
+    python -m stockpot.evaluation.worker FD
+
+It gets (suite, bytes for snapshots, threads, scratch directory) and says ("ready", parts). Then it answers "make" with
+("made", digest, seconds) and "score" with ("scored", Scores); what goes wrong is ("failed", text).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import blake3
+
+from stockpot.checkpoints.hub import fetch_missing
+from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.engine.candidates import Candidate, CheckpointCache, make_candidate
+from stockpot.errors import StockpotError
+from stockpot.evaluation.external import stop_commands
+from stockpot.evaluation.loaded import LoadedModel
+from stockpot.evaluation.parts import Part, infos, open_parts
+from stockpot.evaluation.pool import Task
+from stockpot.evaluation.scores import checked_scores
+from stockpot.evaluation.suite import Suite
+from stockpot.planning.planner import build_plan
+from stockpot.recipes.parsing import load_recipe
+
+__all__ = ["main"]
+
+_PROGRESS_SECONDS = 0.2
+
+
+class Worker:
+    """One loaded model, one candidate at a time."""
+
+    def __init__(self, connection: Connection, suite: Suite, memory: int, threads: int, scratch: str | None) -> None:
+        self.connection = connection
+        self.suite = suite
+        self.threads = threads
+        self.cache = CheckpointCache(memory)
+        self.loaded = LoadedModel(suite, threads, scratch)
+        self.parts: dict[str, Part] = {}
+        self._last = 0.0
+
+    def open(self) -> list[Any]:
+        parts = open_parts(self.suite)
+        found = infos(parts, self.suite)
+        self.parts = {i.key: p for i, p in zip(found, parts, strict=True)}
+        return found
+
+    def make(self, task: Task) -> tuple[str, float]:
+        """Put the candidate in; (its digest, seconds)."""
+        began = time.monotonic()
+        plan = build_plan(load_recipe(task.recipe), threads=self.threads, seed=task.seed)
+        if fetch_missing(m.checkpoint for m in plan.inputs):
+            plan = build_plan(plan.recipe, threads=self.threads, seed=task.seed)
+        candidate = make_candidate(plan, self.cache, self.threads)
+        self.loaded.put(candidate)
+        if task.bare:
+            self.loaded.put(None)
+        return self._digest(candidate, bare=task.bare), time.monotonic() - began
+
+    def _digest(self, candidate: Candidate, *, bare: bool) -> str:
+        """Of a candidate's content; for an adapter with that of the base it is loaded onto."""
+        if candidate.kind != "adapter":
+            return candidate.digest
+        base = base_digest(self.loaded.base_path())
+        return base if bare else blake3.blake3((candidate.digest + base).encode()).hexdigest()
+
+    def score(self, key: str) -> Any:
+        part = self.parts[key]
+        raw = part.evaluator.score(self.loaded, self._progress)
+        scores = checked_scores(raw, part.slice.metric, f"slice {part.slice.name!r}")
+        if not scores.ids:
+            scores.ids = part.evaluator.ids
+        return scores
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _PROGRESS_SECONDS:
+            self._last = now
+            self.connection.send(("progress", done, total))
+
+    def serve(self) -> None:
+        """Until the other end is gone."""
+        while True:
+            kind, argument = self.connection.recv()
+            began = time.monotonic()
+            try:
+                if kind == "make":
+                    self.connection.send(("made", *self.make(argument)))
+                else:
+                    scores = self.score(argument)
+                    scores.seconds = scores.seconds or time.monotonic() - began
+                    self.connection.send(("scored", scores))
+            except (EOFError, BrokenPipeError, ConnectionError):
+                raise
+            except StockpotError as e:
+                self.connection.send(("failed", str(e)))
+            except Exception as e:
+                import traceback
+
+                traceback.print_exc()
+                self.connection.send(("failed", f"{type(e).__name__}: {e}"))
+
+
+def base_digest(path: str) -> str:
+    """Of a base model: headers, sizes and times of its files; a change of any of these scores it again."""
+    checkpoint = open_checkpoint(path)
+    hashed = blake3.blake3(b"base")
+    for header in checkpoint.files:
+        hashed.update(header.raw)
+        hashed.update(f"{header.size} {header.mtime_ns}\n".encode())
+    return hashed.hexdigest()
+
+
+def _terminate(*_: object) -> None:
+    stop_commands()
+    os._exit(143)
+
+
+def _watch(parent: int, connection: Connection) -> None:
+    """End with the parent: one that was killed can't say goodbye."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    stop_commands()
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve the connection whose file descriptor is the argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
+    signal.signal(signal.SIGTERM, _terminate)
+    connection = Connection(int(sys.argv[1]))
+    threading.Thread(target=_watch, args=(os.getppid(), connection), daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError, KeyboardInterrupt):
+        worker = Worker(connection, *connection.recv())
+        try:
+            found = worker.open()
+        except StockpotError as e:
+            connection.send(("error", e))
+            return
+        connection.send(("ready", found))
+        try:
+            worker.serve()
+        finally:
+            worker.loaded.discard()
+
+
+if __name__ == "__main__":
+    main()

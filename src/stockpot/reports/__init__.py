@@ -1,0 +1,1 @@
+"""Reports: the leaderboard, charts, and one self-contained HTML page."""
