@@ -1,4 +1,4 @@
-# make demo   a virtual environment, then train, merge and compare small models (about two minutes after installing)
+# make demo   a virtual environment, then train, merge and compare small models (about three minutes after installing)
 # make test   the test suite
 # make check  what CI runs besides: lint, types, docs
 #

@@ -232,3 +232,26 @@ def test_a_closed_standard_output(family, tmp_path, recipe):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     stockpot.verify(tmp_path / "out")
+
+
+# the limit on open files
+
+
+@pytest.mark.parametrize(("soft", "hard", "code"), [(30, 4096, 0), (30, 60, 2)])
+def test_more_shards_than_files_may_be_open(family, tmp_path, soft, hard, code):
+    """The soft limit is raised as far as the merge needs; where the hard one is lower, it is said before anything is written."""
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); "
+        "from stockpot.cli.main import main; main()"
+    )
+    (tmp_path / "r.yml").write_text(f"merge_method: linear\nmodels: [{family}/a, {family}/b]\n")
+    command = [sys.executable, "-c", script, "merge", "r.yml", "out", "--shard-size", "1B", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "files would be open at once" in done.stderr
+        assert "--shard-size" in done.stderr
+        assert not (tmp_path / "out").exists()
+    else:
+        assert len(list((tmp_path / "out").glob("*.safetensors"))) > soft
+        stockpot.verify(tmp_path / "out")

@@ -230,6 +230,15 @@ def test_several_jobs_find_the_same(lora_run: Path, done: tuple[Path, Path, Any]
     assert [r.digest for r in found.rows] == [r.digest for r in result.rows]
 
 
+def test_jobs_are_as_many_as_memory_allows(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "stockpot.evaluation.pool.memory", lambda: {"available": 2**20, "total": 2**30, "container_limit": None}
+    )
+    found = sweep(lora_run, distance_suite(tmp_path), tmp_path / "out", replace(SMALL, stages=("uniform",)), jobs=3)
+    assert any("1 of the jobs asked for" in n for n in found.notes)
+    assert not [r for r in found.rows if r.error]
+
+
 def test_no_room_for_results(lora_run: Path, tmp_path: Path) -> None:
     """The limit on file size stands in for a full disk: clear, and what was scored before is kept."""
     suite = distance_suite(tmp_path)

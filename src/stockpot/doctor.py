@@ -20,8 +20,12 @@ _NEEDED = ("numpy", "blake3", "ml_dtypes", "pyyaml", "rich", "typer", "threadpoo
 #: package -> (extra that brings it, what it is for)
 _OPTIONAL = {
     "torch": ("torch", "--device cuda, merging torch tensors in memory"),
-    "transformers": ("train", "training callbacks"),
-    "safetensors": ("train", "training callbacks"),
+    "transformers": ("train", "training callbacks; evaluate: scoring models"),
+    "safetensors": ("train", "training callbacks; evaluate: scoring models"),
+    "peft": ("evaluate", "scoring adapters"),
+    "matplotlib": ("evaluate", "charts and the HTML report"),
+    "cma": ("evaluate", "learned coefficients (lcsc)"),
+    "lm_eval": ("harness", "tasks of lm-evaluation-harness"),
     "huggingface_hub": ("hub", "models by Hub id"),
     "fsspec": ("remote", "inputs and outputs behind URLs"),
     "s3fs": ("remote", "s3:// URLs"),

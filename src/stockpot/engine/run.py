@@ -25,6 +25,7 @@ from stockpot.engine.digests import piece_digest, tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
+from stockpot.engine.limits import allow_open_files
 from stockpot.engine.measures import Measure, Sizes, far_out, measure
 from stockpot.engine.native import load_kernels
 from stockpot.engine.publish import partial_path
@@ -93,6 +94,7 @@ class _Runner:
 
     def run(self, resume: bool, progress: Progress | None) -> Outcome:
         keep_pages()
+        allow_open_files(self.plan)
         began = time.monotonic()
         self._check_unchanged()
         partial = self.outcome.partial

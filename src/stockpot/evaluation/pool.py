@@ -25,6 +25,7 @@ from stockpot.errors import EvaluationError
 from stockpot.evaluation.parts import PartInfo
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
+from stockpot.specs import format_size
 
 __all__ = ["Pool", "Recorder", "Task", "memory_for_snapshots", "score_all"]
 
@@ -75,6 +76,7 @@ class _Worker:
     part: PartInfo | None = None
     left: deque[str] = field(default_factory=deque)
     deadline: float = float("inf")
+    has_scored: bool = False
 
     def tail(self) -> str:
         """The last lines that it printed."""
@@ -102,6 +104,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._waiting: deque[tuple[Task, list[str] | None]] = deque()
         self._scratch = scratch
+        self.notes: list[str] = []
 
     def __enter__(self) -> Pool:
         if self._scratch is None:
@@ -166,6 +169,23 @@ class Pool:
         self.infos = content
         return worker
 
+    def _room_for_another(self) -> bool:
+        """Whether memory allows one more worker, judged by the largest that one has grown; the first must have scored."""
+        if not self._workers:
+            return True
+        if not any(w.has_scored for w in self._workers):
+            return False
+        grown = max((_peak_memory(w.process.pid) for w in self._workers), default=0)
+        found = memory()
+        room = [n for n in (found["available"], found["container_limit"]) if n]
+        if grown and room and min(room) < 1.2 * grown:
+            self.jobs = len(self._workers)
+            self.notes.append(
+                f"{self.jobs} of the jobs asked for: another would need {format_size(grown)}, {format_size(min(room))} is free"
+            )
+            return False
+        return True
+
     @staticmethod
     def _stop(worker: _Worker) -> None:
         with contextlib.suppress(OSError):
@@ -185,7 +205,7 @@ class Pool:
         self._waiting.extend((task, None) for task in tasks)
         while self._waiting or any(w.task is not None for w in self._workers):
             busy = sum(w.task is not None for w in self._workers)
-            while len(self._workers) < min(self.jobs, len(self._waiting) + busy):
+            while len(self._workers) < min(self.jobs, len(self._waiting) + busy) and self._room_for_another():
                 self._workers.append(self._start())
             for worker in list(self._workers):
                 if worker.task is None and self._waiting:
@@ -228,6 +248,7 @@ class Pool:
             recorder.progress(worker.task, worker.part.label if worker.part else "", *content)
         elif kind == "scored":
             key = worker.left.popleft()
+            worker.has_scored = True
             recorder.scored(worker.task, str(worker.digest), key, content[0])
             self._next(worker, recorder)
         elif kind == "failed":
@@ -271,6 +292,15 @@ class Pool:
         if left[1:]:
             self._waiting.appendleft((task, left[1:]))
         recorder.failed(task, worker.digest, left[0] if left else None, why)
+
+
+def _peak_memory(pid: int) -> int:
+    """Most bytes that a process has had in memory; 0 where that can't be told."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def score_all(

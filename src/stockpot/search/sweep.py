@@ -112,6 +112,7 @@ class _Sweep:
             self._score(list(grid_candidates(self.job.recipe, self.job.grid)))
         self._score_again()
         self.store.set_meta("keys", {s: self._keys(s) for s in ("selection", "report")})
+        self.notes += self.pool.notes
         self.store.set_meta("notes", self.notes)
         if self.shown is not None:
             self.shown(len(self.done), len(self.tried), "intervals")
