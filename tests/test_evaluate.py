@@ -132,6 +132,40 @@ def test_tied_bfloat16_models_are_swapped(tmp_path: Path, tied: bool) -> None:
             )
 
 
+@pytest.mark.parametrize("kind", ["pissa", "dora", "saved"])
+def test_other_kinds_of_adapters_are_scored_as_peft_loads_them(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    """PiSSA changes the base as it loads; DoRA's magnitudes come from the base; modules may be saved whole."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    options = {
+        "pissa": {"init_lora_weights": "pissa"},
+        "dora": {"use_dora": True},
+        "saved": {"modules_to_save": ["lm_head"]},
+    }[kind]
+    loaded = LoadedModel(parse_suite(f"base: {tiny_llama}\nslices: [{{name: a, kind: loss, data: x}}]", "suite.yml"))
+    ids = torch.arange(12)[None]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)  # type: ignore[arg-type]
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama), config)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    p.add_(torch.randn_like(p) * 0.1)
+        model.save_pretrained(tmp_path / f"{kind}{seed}")
+        reference = PeftModel.from_pretrained(
+            LlamaForCausalLM.from_pretrained(tiny_llama), tmp_path / f"{kind}{seed}"
+        ).eval()
+        with torch.no_grad():
+            mine = put(loaded, as_it_is(tmp_path / f"{kind}{seed}"))(input_ids=ids).logits
+            assert torch.allclose(mine, reference(input_ids=ids).logits, atol=1e-6)
+            loaded.put(None)
+            assert torch.equal(
+                loaded.model(input_ids=ids).logits, LlamaForCausalLM.from_pretrained(tiny_llama)(input_ids=ids).logits
+            )
+
+
 # the built-in evaluators
 
 

@@ -10,7 +10,10 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.errors import CheckpointError
 
-__all__ = ["Adapter", "LowRank", "read_adapter"]
+__all__ = ["Adapter", "LowRank", "changes_the_base", "read_adapter"]
+
+#: values of init_lora_weights with which the base is not the base any more
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
@@ -125,3 +128,9 @@ def _patterned(checkpoint: Checkpoint, key: str, module: str, default: Any) -> f
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
         raise CheckpointError(f"{checkpoint.ref}: adapter_config.json: {key} of {module} is {value!r}, not a number")
     return value
+
+
+def changes_the_base(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT changes the base's weights as it loads an adapter of this adapter_config.json."""
+    start = config.get("init_lora_weights")
+    return isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE)

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.adapters.peft import Adapter, LowRank
+from stockpot.adapters.peft import Adapter, LowRank, changes_the_base
 from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError
 from stockpot.specs import DType, TensorSpec
 
 __all__ = ["ProductAdapter", "check_products", "module_bytes", "product_adapter"]
-
-#: values of init_lora_weights with which the base is not the base any more
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def check_products(adapters: Sequence[Adapter]) -> None:
     for other in adapters:
         ref = other.checkpoint.ref
         start = other.checkpoint.config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        if changes_the_base(other.checkpoint.config):
             raise MismatchError(
                 f"{ref}: initialised with {start!r}, for which PEFT changes the base's weights as it loads the adapter, by an "
                 "amount that depends on the rank: average it as factors, or convert it to a plain LoRA with PEFT "

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from stockpot.adapters import changes_the_base
 from stockpot.engine.candidates import Candidate
 from stockpot.errors import EvaluationError, SuiteError
 from stockpot.evaluation.suite import Suite
@@ -42,6 +43,7 @@ class LoadedModel:
         self._signature = ""
         self._module: Any = None
         self._base: Any = None
+        self._plain: Any = None
         self._base_path = ""
         self._views: dict[str, Any] = {}
         self._in_module: Candidate | None = None
@@ -55,6 +57,9 @@ class LoadedModel:
     def model(self) -> Any:
         """The module in eval mode, with the candidate's weights; its adapter switched off where the base alone is scored."""
         self._load()
+        if self.bare and self.candidate is not None and changes_the_base(self.candidate.config):
+            self._plain = self._plain or self._pretrained(self.base_path()).eval()
+            return self._plain
         if self.bare and not self._switched_off:
             self._switched_off.append(self._module.disable_adapter())
             self._switched_off[0].__enter__()
@@ -190,6 +195,7 @@ class LoadedModel:
 
         base_path = self.base_path()
         if self._base is None or self._base_path != base_path:
+            self._module = None
             self._base, self._base_path = self._pretrained(base_path), base_path
         elif hasattr(self._module, "unload"):
             self._base = self._module.unload()
@@ -198,9 +204,9 @@ class LoadedModel:
                 json.dump(dict(candidate.config), f)
             config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
-        if getattr(config, "init_lora_weights", True) not in (True, False, "gaussian"):
-            config.init_lora_weights = True  # what the base was changed to while training is in the saved tensors
         module = get_peft_model(self._base, config)
+        if changes_the_base(candidate.config):
+            self._base = None  # what it was is lost: it is read again when it is needed
         module.to(self.suite.device)
         outcome = set_peft_model_state_dict(module, dict(state))
         unexpected = list(getattr(outcome, "unexpected_keys", ()) or ())
@@ -208,7 +214,10 @@ class LoadedModel:
             raise EvaluationError(
                 f"the base {base_path} has no place for {len(unexpected)} tensors: {unexpected[0]!r}, ..."
             )
-        return module, dict(get_peft_model_state_dict(module, save_embedding_layers=False))
+        views = dict(get_peft_model_state_dict(module, save_embedding_layers=False))
+        if any(n not in views for n in state):  # embeddings that were saved with the adapter
+            views = dict(get_peft_model_state_dict(module, save_embedding_layers=True))
+        return module, views
 
     def _full(self, candidate: Candidate, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         import transformers
@@ -229,7 +238,11 @@ class LoadedModel:
 
         config = transformers.AutoConfig.from_pretrained(path)
         stored = getattr(config, "dtype", None) or "float32"
-        return self._architecture(config).from_pretrained(path, config=config, dtype=self._dtype(stored))
+        return (
+            self._architecture(config)
+            .from_pretrained(path, config=config, dtype=self._dtype(stored))
+            .to(self.suite.device)
+        )
 
     @staticmethod
     def _architecture(config: Any) -> Any:
