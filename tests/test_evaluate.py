@@ -166,6 +166,92 @@ def test_other_kinds_of_adapters_are_scored_as_peft_loads_them(tiny_llama: Path,
             )
 
 
+def lora_of(base: Path, out: Path, seed: int, **options: Any) -> Path:
+    """An adapter that does something, saved by PEFT."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(out)
+    return out
+
+
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    with torch.no_grad():
+        logits: torch.Tensor = (
+            PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+            .eval()(input_ids=torch.arange(12)[None])
+            .logits
+        )
+    return logits
+
+
+@pytest.mark.parametrize("first", [{"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}, {"r": 2}])
+def test_one_adapter_leaves_nothing_to_the_next(tiny_llama: Path, tmp_path: Path, first: dict[str, Any]) -> None:
+    """Not what it saved whole, not what it changed in the base; nor the base alone afterwards."""
+    from transformers import LlamaForCausalLM
+
+    a = lora_of(tiny_llama, tmp_path / "a", 1, **first)
+    b = lora_of(tiny_llama, tmp_path / "b", 2, r=8)
+    loaded = LoadedModel(parse_suite(f"base: {tiny_llama}\nslices: [{{name: a, kind: loss, data: x}}]", "suite.yml"))
+    ids = torch.arange(12)[None]
+    for path in (a, b, a):
+        with torch.no_grad():
+            assert torch.allclose(
+                put(loaded, as_it_is(path))(input_ids=ids).logits, peft_logits(tiny_llama, path), atol=1e-6
+            )
+            loaded.put(None)
+            bare = loaded.model(input_ids=ids).logits
+            assert torch.equal(bare, LlamaForCausalLM.from_pretrained(tiny_llama)(input_ids=ids).logits)
+
+
+def test_a_candidate_that_does_not_fit_spoils_none_after_it(tiny_llama: Path, lora_run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    good, bad = lora_of(tiny_llama, tmp_path / "good", 1), lora_of(tiny_llama, tmp_path / "bad", 2, r=8)
+    tensors = load_file(bad / "adapter_model.safetensors")
+    save_file({k.replace("layers.1.", "layers.7."): v for k, v in tensors.items()}, bad / "adapter_model.safetensors")
+    loaded = LoadedModel(parse_suite(f"base: {tiny_llama}\nslices: [{{name: a, kind: loss, data: x}}]", "suite.yml"))
+    ids = torch.arange(12)[None]
+    for order in ([bad, good], [good, bad, good]):
+        for path in order:
+            if path is bad:
+                with pytest.raises(EvaluationError, match="has no place for"):
+                    put(loaded, as_it_is(path))
+            else:
+                with torch.no_grad():
+                    assert torch.equal(put(loaded, as_it_is(path))(input_ids=ids).logits, peft_logits(tiny_llama, path))
+
+
+def test_tensors_that_are_missing_are_not_made_up(tiny_llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "part")
+    tensors = load_file(tmp_path / "part/model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "part/model.safetensors", {"format": "pt"})
+    loaded = LoadedModel(parse_suite("slices: [{name: a, kind: loss, data: x}]", "suite.yml"))
+    with pytest.raises(EvaluationError, match=r"lacks 1 tensors that the model needs: lm_head\.weight"):
+        put(loaded, as_it_is(tmp_path / "part"))
+
+
+def test_evaluators_can_not_leave_training_on(tiny_llama: Path) -> None:
+    loaded = LoadedModel(parse_suite("slices: [{name: a, kind: loss, data: x}]", "suite.yml"))
+    put(loaded, as_it_is(tiny_llama)).train()
+    assert not loaded.model.training
+
+
 # the built-in evaluators
 
 
@@ -280,7 +366,7 @@ def test_harness_gives_the_numbers_of_its_own_command_line(
     run = open_run(full_run)
     first, last = run.snapshots[0].path, run.snapshots[-1].path
     with Pool(suite) as pool:
-        found = score_all(pool, [Task("first", as_it_is(first)), Task("last", as_it_is(last))], ["report"])
+        found = score_all(pool, [Task("first", as_it_is(first)), Task("last", as_it_is(last))], pool.infos)
     for name, path in (("first", first), ("last", last)):
         out = tmp_path / name
         done = subprocess.run(
@@ -370,6 +456,7 @@ FAULTS = {
     "hangs": ("import time\ndef f(checkpoint):\n    time.sleep(600)\n", "did not end within 1 s and was stopped"),
     "dies": ("import os\ndef f(checkpoint):\n    print('last words', flush=True)\n    os.abort()\n",
              r"died \(signal 6\)(.|\n)*last words"),
+    "no server": ("def f(checkpoint):\n    raise ConnectionRefusedError('the judge is down')\n", "the judge is down"),
     "exits": ("import sys\ndef f(checkpoint):\n    sys.exit(3)\n", "died .exit code 3|SystemExit"),
 }  # fmt: skip
 
@@ -397,6 +484,7 @@ def test_faults_of_functions_are_told(tmp_path: Path, lora_run: Path, fault: str
         ("true", "it printed nothing"),
         ("sleep 600", "did not end within 1 s"),
         ('echo "[1]"', "printed no JSON object"),
+        ("echo {checkpoint}; sleep 987", "did not end within 1 s"),
     ],
 )
 def test_faults_of_commands_are_told(tmp_path: Path, lora_run: Path, command: str, message: str) -> None:
@@ -407,7 +495,39 @@ def test_faults_of_commands_are_told(tmp_path: Path, lora_run: Path, command: st
     done = cli("evaluate", lora_run, "--suite", tmp_path / "suite.yml")
     assert done.returncode == 3
     assert message in done.stderr
-    assert "slice" in done.stderr or "a (report)" in done.stderr
+    assert "a (report)" in done.stderr
+    time.sleep(0.5)
+    assert b"sleep\x00987" not in b"".join(_command_lines())
+
+
+def _command_lines() -> list[bytes]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(entry.read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+def test_a_function_that_hangs_in_a_command_leaves_nothing_behind(tmp_path: Path, lora_run: Path) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import subprocess\ndef f(checkpoint):\n    subprocess.run(['sleep', '986'])\n"
+    )
+    suite = "slices: [{name: a, kind: python, function: 'waiting:f', metric: acc, split: report, timeout: 1}]"
+    (tmp_path / "suite.yml").write_text(suite)
+    with pytest.raises(EvaluationError, match="did not end within 1 s"):
+        evidence.evaluate(lora_run, tmp_path / "suite.yml")
+
+
+def test_slices_of_the_same_data_are_scored_once(room: Path, lora_run: Path) -> None:
+    body = """slices:
+  - {name: right, kind: choice, data: quiz.jsonl, split: report}
+  - {name: sure, kind: choice, data: quiz.jsonl, split: report, metric: loss}
+"""
+    found = evidence.evaluate(lora_run, suite_at(room, body, "twice.yml")).scores
+    assert found["right", "report"] == found["sure", "report"]
+    assert found["right", "report"].seconds == found["sure", "report"].seconds
 
 
 def test_evaluate_on_the_command_line(room: Path, lora_run: Path) -> None:

@@ -106,6 +106,22 @@ def test_what_is_no_score_is_refused(raw: Any, message: str) -> None:
         checked_scores(raw, "acc", "slice 'x'")
 
 
+def test_scores_of_the_users_own_are_made_plain() -> None:
+    class Mine(Scores):
+        pass
+
+    found = checked_scores(Mine({"acc": np.float32(0.5)}, examples={"acc": [1, 0]}), "acc", "x")  # type: ignore[dict-item]
+    assert type(found) is Scores
+    assert type(found["acc"]) is float
+    with pytest.raises(EvaluationError, match="differ in length"):
+        checked_scores(Scores({"acc": 1.0}, examples={"acc": [1.0, 0.0]}, counts=[1.0]), "acc", "x")
+    weighted = checked_scores(
+        {"examples": {"acc": np.array([1.0, 0.0])}, "counts": np.array([9, 1]), "ids": ("a", "b")}, "acc", "x"
+    )
+    assert weighted["acc"] == 0.9
+    assert weighted.ids == ("a", "b")
+
+
 def test_plain_results_with_examples() -> None:
     found = checked_scores(
         {"acc": np.float32(0.5), "note": "text", "examples": {"acc": [1, 0], "other": [2, 4]}}, "acc", "x"
@@ -144,6 +160,14 @@ def test_gates() -> None:
     assert verdict_of("{slice: a, min: 0.9}", base) == ("fail", False)
     assert verdict_of("{slice: score, min: 0.5}", base) == ("pass", True)
     assert verdict_of("{slice: a, max: 0.9}", base) == ("pass", True)
+    # without pairs nothing tells how sure a difference is
+    assert verdict_of(regression, base, Scores({"accuracy": base["accuracy"]})) == ("inconclusive", False)
+    assert (
+        verdict_of(
+            "{slice: a, reference: base, max_drop: 0.01, min_examples: 0}", base, Scores({"accuracy": base["accuracy"]})
+        )[0]
+        == "pass"
+    )
     # the best parent counts, not the average one
     assert (
         verdict_of("{slice: a, reference: best_parent, max_drop: 0.01}", drop, drop, base, reference="best_parent")[0]

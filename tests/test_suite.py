@@ -141,6 +141,10 @@ BAD = {
     "normalize": ("{name: a, kind: exact_match, data: sums.jsonl, normalize: lowr}", "did you mean 'lower'"),
     "extract": ("{name: a, kind: exact_match, data: sums.jsonl, extract: '('}", "not a regular expression"),
     "chunk": ("{name: a, kind: loss, data: code.txt, chunk: 1}", "whole number of at least 16"),
+    "limit of a command": ("{name: a, kind: command, command: 'x {split}', metric: acc, limit: 3}", "chooses its examples by"),
+    "prompt and template": ("{name: a, kind: exact_match, data: sums.jsonl, template: x, prompt: q}", "no effect beside"),
+    "chunk of rows": ("{name: a, kind: loss, data: sums.jsonl, field: prompt, chunk: 50}", "chunk has no effect on JSON lines"),
+    "field of text": ("{name: a, kind: loss, data: code.txt, field: text}", "field has no effect on plain text"),
     "a list": ("[a]", "expected a mapping"),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
     python benchmarks/evidence/runs.py runs --seeds 5
     python benchmarks/evidence/mwa.py runs --write docs/evidence.md
 
-Each family (uniform, by loss, by steps, EMA, greedy, LCSC, TIES, ...) tries its own settings on the selection half of the held-out
+Each family (uniform, by loss, by steps, EMA, greedy, LCSC, TIES, ...) tries its settings on the selection half of the held-out
 text; its best is scored on the report half, and only those scores are compared. Differences are of the mean loss in nats a
 token, positive when the family is better; the interval is Student's over seeds. Results are kept in runs/*/seed-*.json.
 """
@@ -69,7 +69,7 @@ def measure(folder: Path) -> dict[str, Any]:
                 best.setdefault(family, row)
     tasks = {row.name: row.tried.task() for row in best.values()}
     with Pool(suite) as pool:
-        found = score_all(pool, list(tasks.values()), ["report"])
+        found = score_all(pool, list(tasks.values()), [i for i in pool.infos if i.split == "report"])
     scored = [r for r in result.rows if r.seconds_made is not None and r.seconds_scored]
     return {
         "families": {
@@ -121,14 +121,16 @@ def tables(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     out = []
     for setting, found in results.items():
         some = next(iter(found.values()))
-        losses = {r: statistics.fmean(f["families"][r]["report"] for f in found.values()) for r in ("base", "last_merging", "final")
-                  if r in some["families"]}  # fmt: skip
+        names = [r for r in ("base", "last_merging", "final") if r in some["families"]]
+        losses = {r: statistics.fmean(f["families"][r]["report"] for f in found.values()) for r in names}
         out.append(f"## {setting}\n")
         means = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
         share = statistics.fmean(f["seconds_made"] / f["seconds_scored"] for f in found.values())
         out.append(f"{len(found)} seeds, {some['candidates']} candidates each or so. Mean loss: {means}. Making a candidate took "
                    f"{100 * share:.0f} % of the time that scoring it took.\n")  # fmt: skip
-        out.append("| family (its best by the selection half) | over the final | over the last merging | over the best uniform soup |")
+        out.append(
+            "| family (its best by the selection half) | over the final | over the last merging | over the best uniform soup |"
+        )
         out.append("|---|---|---|---|")
         for family in FAMILIES:
             if family in some["families"]:

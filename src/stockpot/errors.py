@@ -23,6 +23,7 @@ Each error is also the fitting standard type, so `except ValueError` works for t
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "UserError",
     "VerificationError",
     "nearest",
+    "nearest_file",
     "raise_problems",
 ]
 
@@ -148,3 +150,11 @@ def nearest(got: str, known: Iterable[str]) -> str:
     options = sorted(set(known))
     match = difflib.get_close_matches(got, options, n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def nearest_file(path: str) -> str:
+    """The same for a path that is not there: the nearest name in its directory."""
+    folder = os.path.dirname(path) or "."
+    if os.path.exists(path) or not os.path.isdir(folder) or not os.access(folder, os.R_OK):
+        return ""
+    return nearest(os.path.basename(path), os.listdir(folder))

@@ -21,7 +21,7 @@ from stockpot.engine.digests import ALGORITHM, file_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.measures import nonfinite_report
 from stockpot.engine.publish import LINEAGE as NAME
-from stockpot.engine.publish import write_file
+from stockpot.engine.publish import replace_file, write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
@@ -361,22 +361,17 @@ def record_verdict(directory: str, verdict: Mapping[str, Any]) -> None:
     try:
         with open(card, encoding="utf-8", errors="surrogateescape") as f:
             text = f.read().split(_GATES)[0].rstrip("\n") + "\n"
-        _replace(card, text + _GATES + _gates_text(verdict))
+        replace_file(card, text + _GATES + _gates_text(verdict))
         lineage["gates"] = dict(verdict)
         lineage["output"]["side_files"]["README.md"] = side_digest(card)
-        _replace(path, readable(lineage))
+        replace_file(path, readable(lineage))
     except (OSError, KeyError, TypeError) as e:
         raise OutputError(f"{directory}: the verdict of the gates can't be written: {e}") from e
 
 
 def _gates_text(verdict: Mapping[str, Any]) -> str:
     word = "passed" if verdict["passed"] else "not passed" + ("; published by force" if verdict.get("forced") else "")
-    rows = "\n".join(f"| {g['gate']} | {g['severity']} | {g['status']} | {g['why']} |" for g in verdict["gates"])
+    cells = [[g["gate"], g["severity"], g["status"], g["why"]] for g in verdict["gates"]]
+    rows = "\n".join("| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in row) + " |" for row in cells)
     head = f"The gates of the suite with SHA-256 `{verdict['suite_sha256']}`: {word}."
     return f"\n{head}\n\n| gate | severity | status | |\n|---|---|---|---|\n{rows}\n"
-
-
-def _replace(path: str, text: str) -> None:
-    """Whole or not at all."""
-    write_file(path + ".tmp", text)
-    os.replace(path + ".tmp", path)

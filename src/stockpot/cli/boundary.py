@@ -17,6 +17,9 @@ from stockpot.errors import ProblemsError, StockpotError
 
 __all__ = ["boundary"]
 
+#: of many problems, how many are printed
+_SHOWN = 50
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -31,8 +34,10 @@ def boundary(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except ProblemsError as e:
-            for problem in e.problems:
+            for problem in e.problems[:_SHOWN]:
                 _say(f"error: {problem}")
+            if len(e.problems) > _SHOWN:
+                _say(f"error: and {len(e.problems) - _SHOWN} more")
             raise typer.Exit(e.exit_code) from None
         except StockpotError as e:
             _say(f"error: {e}" if e.exit_code != 130 else str(e))

@@ -99,6 +99,11 @@ def sweep(
     keep: Annotated[int, typer.Option(help="How many candidates go on to the next stage.")] = 2,
     adapter: Annotated[str, typer.Option(help="How LoRA adapters are averaged: factors or product.")] = "factors",
     density: Annotated[float, typer.Option(help="Of TIES and DARE-TIES in comparisons.")] = 0.5,
+    comparison_k: Annotated[str | None, typer.Option(help="Of comparisons [default: 3,5,10].", metavar="LIST")] = None,
+    comparison_spaced: Annotated[
+        str | None,
+        typer.Option(help="More comparisons, as K:INTERVAL: 5:3 is the last 5, every third.", metavar="LIST"),
+    ] = None,
     lcsc_evaluations: Annotated[int, typer.Option(help="How many candidates CMA-ES may try.")] = 60,
     lcsc_sum: Annotated[str, typer.Option(help="Coefficients of lcsc sum to one, or are free.")] = "one",
     lcsc_signs: Annotated[str, typer.Option(help="Coefficients of lcsc: any sign, or positive.")] = "any",
@@ -135,7 +140,8 @@ def sweep(
         raise ArgumentError("--grid goes with --recipe")
     lists: dict[str, Any] = {
         "k": _numbers("--k", k, int), "intervals": _numbers("--intervals", intervals, int),
-        "penalties": _numbers("--penalties", penalties, float), "by": _words(by), "power": power,
+        "penalties": _numbers("--penalties", penalties, float), "comparison_k": _numbers("--comparison-k", comparison_k, int),
+        "comparison_spaced": _pairs(comparison_spaced), "by": _words(by), "power": power,
         "stages": STAGES if stages == "all" else _words(stages),
     }  # fmt: skip
     options = SweepOptions(
@@ -173,6 +179,17 @@ def _numbers(name: str, text: str | None, kind: Any) -> tuple[Any, ...] | None:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ArgumentError(f"{name}: expected numbers with commas between them, got {text!r}") from None
+
+
+def _pairs(text: str | None) -> tuple[tuple[Any, ...], ...] | None:
+    from stockpot.errors import ArgumentError
+
+    if text is None:
+        return None
+    found = tuple(_numbers("--comparison-spaced", part.replace(":", ","), int) or () for part in text.split(","))
+    if any(len(pair) != 2 for pair in found):
+        raise ArgumentError(f"--comparison-spaced: expected K:INTERVAL,..., got {text!r}")
+    return found
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ alike are kept once.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,7 @@ class CheckpointCache:
         self.held = 0
         self._sources: dict[tuple[Any, ...], _CachedSource] = {}
         self._by_digest: dict[bytes, memoryview[Any]] = {}
+        self._lock = threading.Lock()
 
     def source(self, checkpoint: Checkpoint) -> TensorSource:
         """What reads `checkpoint`: from memory what was kept of the same files. Computed ones are computed each time."""
@@ -66,14 +68,17 @@ class CheckpointCache:
 
     def keep(self, raw: memoryview[Any]) -> memoryview[Any] | None:
         """The memory to keep a tensor in: that of an equal one where there is one. None where it does not fit."""
-        digest = blake3.blake3(raw).digest()
-        found = self._by_digest.get(digest)
-        if found is not None:
-            return found
-        if self.held + len(raw) > self.limit:
+        if self.held >= self.limit:
             return None
-        self.held += len(raw)
-        self._by_digest[digest] = raw
+        digest = blake3.blake3(raw).digest()
+        with self._lock:
+            found = self._by_digest.get(digest)
+            if found is not None:
+                return found
+            if self.held + len(raw) > self.limit:
+                return None
+            self.held += len(raw)
+            self._by_digest[digest] = raw
         return raw
 
 

@@ -13,7 +13,7 @@ from stockpot.errors import OutputError
 #: the record of a merge, written last: a directory that has it is complete
 LINEAGE = "stockpot.json"
 
-__all__ = ["LINEAGE", "check_out", "partial_path", "publish", "write_file"]
+__all__ = ["LINEAGE", "check_out", "partial_path", "publish", "replace_file", "write_file"]
 
 
 def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
@@ -73,6 +73,16 @@ def write_file(path: str, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+
+
+def replace_file(path: str, content: str | bytes) -> None:
+    """Write a file whole, flushed, in place of what was there; or leave that."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with open(path + ".tmp", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
 
 
 def publish(partial: str, out: str, *, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.errors import SuiteError, nearest
+from stockpot.errors import SuiteError, nearest, nearest_file
 from stockpot.evaluation.suite import Slice, Suite
 
 __all__ = ["Document", "document_id", "filled", "in_selection", "read_documents"]
@@ -56,6 +56,9 @@ def read_documents(part: Slice, suite: Suite) -> list[Document]:
         raise SuiteError(f"{where}: data: {path} is larger than 4 GiB; give a sample")
     ending = os.path.splitext(path)[1].lower()
     language = part.kind in ("loss", "perplexity")
+    unused, what = ("chunk", "JSON lines") if ending in _JSON_ENDINGS else ("field", "plain text")
+    if unused in part.options:
+        raise SuiteError(f"{where}: {unused} has no effect on {what} ({path}): remove it")
     if ending in _JSON_ENDINGS:
         rows = _rows(path, where)
         found = [
@@ -80,13 +83,9 @@ def read_documents(part: Slice, suite: Suite) -> list[Document]:
 
 
 def _missing(path: str) -> str:
-    folder = os.path.dirname(path)
     if os.path.isdir(path):
         return f"{path} is a directory; expected a file"
-    if not os.path.isdir(folder):
-        return f"{path}: no such file"
-    hint = nearest(os.path.basename(path), os.listdir(folder)) if os.access(folder, os.R_OK) else ""
-    return f"{path}: no such file{hint}"
+    return f"{path}: no such file{nearest_file(path)}"
 
 
 def _read(path: str, where: str) -> str:

@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -123,6 +122,8 @@ class PythonEvaluator:
             raise SuiteError(
                 f"{self._where}: {self.slice.options['function']} is not callable, it is {type(target).__name__}"
             )
+        if self.slice.options.get("options") and not inspect.isclass(target) and hasattr(target, "score"):
+            raise SuiteError(f"{self._where}: an object takes no options: name a class or a function")
         if self.slice.split == "auto" and "split" not in self._accepted(target):
             raise SuiteError(
                 f"{self._where}: what a function scores can't be divided: give split: selection or report, or let it take a "
@@ -190,17 +191,17 @@ def _files(part: Slice) -> list[str]:
     return list(files) if isinstance(files, list) else [files]
 
 
-def file_digests(names: list[str], suite: Suite) -> dict[str, str]:
-    """SHA-256 of files by name, relative to the suite; of very large ones size and time. Raises SuiteError."""
-    out = {}
+def file_digests(names: list[str], suite: Suite) -> list[list[str]]:
+    """[path relative to the suite, SHA-256] of files; of very large ones size and time. Raises SuiteError."""
+    out = []
     for name in dict.fromkeys(names):
         path = suite.locate(name)
         if not os.path.isfile(path):
             raise SuiteError(f"{suite.path}: files: {name}: no such file")
         if os.path.getsize(path) > _MAX_HASHED:
             stat = os.stat(path)
-            out[name] = f"{stat.st_size} {stat.st_mtime_ns}"
+            out.append([os.path.relpath(path, suite.directory), f"{stat.st_size} {stat.st_mtime_ns}"])
             continue
         with open(path, "rb") as f:
-            out[re.sub(r".*/", "", name)] = hashlib.sha256(f.read()).hexdigest()
-    return out
+            out.append([os.path.relpath(path, suite.directory), hashlib.sha256(f.read()).hexdigest()])
+    return sorted(out)

@@ -1,4 +1,6 @@
-"""Release gates: conditions that a checkpoint must meet, decided with the uncertainty of its scores."""
+"""Release gates: conditions that a checkpoint must meet. Regressions are decided with the uncertainty of the difference; `min`
+and `max` by the value itself, from enough examples.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +85,7 @@ def _decide(
 ) -> GateOutcome:
     value, n = _value(suite, gate, scores)
     if n < gate.min_examples:
-        known = f"{n} examples" if n else "how many examples there are is not known"
-        why = f"{known}, {gate.min_examples} are needed" + ("" if n else " (min_examples: 0 takes the value as it is)")
-        return GateOutcome(gate, "inconclusive", why, value)
+        return GateOutcome(gate, "inconclusive", _too_few(n, gate), value)
     if gate.reference is None:
         bound, ok = (gate.low, value >= gate.low) if gate.low is not None else (gate.high, value <= (gate.high or 0.0))
         relation = "at least" if gate.low is not None else "at most"
@@ -94,14 +94,18 @@ def _decide(
     if not found:
         return GateOutcome(gate, "inconclusive", f"{gate.reference} was not scored", value)
     other = max(found, key=lambda s: _signed(suite, gate, s))
-    reference, _ = _value(suite, gate, other)
+    reference, others = _value(suite, gate, other)
     assert gate.max_drop is not None
     margin = gate.max_drop * (abs(reference) / 100 if gate.percent else 1.0)
     difference = paired_difference(suite, scores, other, only=None if gate.slice == "score" else gate.slice)
     against = f"{gate.reference} has {reference:.6g}, this {value:.6g}"
     if difference.low is None:
-        status = "pass" if difference.value >= -margin else "fail"
-        return GateOutcome(gate, status, f"{against}; no examples to tell how sure that is", value, reference)
+        if gate.min_examples:
+            why = f"{against}; no scores of the same examples tell how sure that is (min_examples: 0 takes it so)"
+            return GateOutcome(gate, "inconclusive", why, value, reference)
+        return GateOutcome(gate, "pass" if difference.value >= -margin else "fail", against, value, reference)
+    if others < gate.min_examples:
+        return GateOutcome(gate, "inconclusive", f"{gate.reference}: {_too_few(others, gate)}", value, reference)
     span = f"difference {difference.value:+.4g}, 95 % from {difference.low:+.4g} to {difference.high:+.4g} (more is better)"
     if difference.low >= -margin:
         return GateOutcome(gate, "pass", f"{against}; {span}", value, reference)
@@ -109,6 +113,11 @@ def _decide(
         return GateOutcome(gate, "fail", f"{against}; {span}; {margin:.4g} is allowed", value, reference)
     why = f"{against}; {span}: within {margin:.4g}, but too few examples to be sure of it"
     return GateOutcome(gate, "inconclusive", why, value, reference)
+
+
+def _too_few(n: int, gate: Gate) -> str:
+    known = f"{n} examples" if n else "how many examples there are is not known"
+    return f"{known}, {gate.min_examples} are needed" + ("" if n else " (min_examples: 0 takes the value as it is)")
 
 
 def _value(suite: Suite, gate: Gate, scores: SliceScores) -> tuple[float, int]:

@@ -133,7 +133,7 @@ class HarnessEvaluator:
     def _wrapped(self, checkpoint: LoadedModel) -> Any:
         """The harness's own model class around the loaded module, made once for it."""
         module, tokenizer = checkpoint.model, checkpoint.tokenizer
-        held = self._state.get("lm")
+        held = checkpoint.attached.get("harness")
         if held is None or held[0] is not module or held[1] is not tokenizer:
             from lm_eval.models.huggingface import HFLM
 
@@ -144,7 +144,7 @@ class HarnessEvaluator:
                 batch_size=self.suite.batch_size,
                 device=checkpoint.device,
             )
-            held = self._state["lm"] = (module, tokenizer, lm)
+            held = checkpoint.attached["harness"] = (module, tokenizer, lm)
         return held[2]
 
 

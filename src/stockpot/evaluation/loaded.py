@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stockpot.adapters import changes_the_base
@@ -43,6 +43,7 @@ class LoadedModel:
         self._signature = ""
         self._module: Any = None
         self._base: Any = None
+        self._base_intact = True
         self._plain: Any = None
         self._base_path = ""
         self._views: dict[str, Any] = {}
@@ -50,20 +51,22 @@ class LoadedModel:
         self._tokenizer: tuple[str, Any, str] | None = None
         self._saved: str | None = None
         self._switched_off: list[Any] = []
+        #: what evaluators keep with the module (the harness its own wrapper); emptied when the module is made anew
+        self.attached: dict[str, Any] = {}
 
     # what evaluators use
 
     @property
     def model(self) -> Any:
-        """The module in eval mode, with the candidate's weights; its adapter switched off where the base alone is scored."""
+        """The module in eval mode, with the candidate's weights; the base without any adapter where that is scored."""
         self._load()
-        if self.bare and self.candidate is not None and changes_the_base(self.candidate.config):
-            self._plain = self._plain or self._pretrained(self.base_path()).eval()
-            return self._plain
-        if self.bare and not self._switched_off:
+        module = self._module
+        if self.bare and not self._base_intact:
+            module = self._plain = self._plain or self._pretrained(self.base_path())
+        elif self.bare and not self._switched_off:
             self._switched_off.append(self._module.disable_adapter())
             self._switched_off[0].__enter__()
-        return self._module
+        return module.eval()
 
     @property
     def device(self) -> str:
@@ -95,6 +98,13 @@ class LoadedModel:
         known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
         return int(next((n for n in known if n), 2**17))
 
+    def tokenizer_files(self) -> str:
+        """A digest of the files of the tokenizer that would be used, without loading it; empty where there is none."""
+        try:
+            return _digest_of_files(self._tokenizer_place())
+        except SuiteError:
+            return ""
+
     def encode(self, text: str) -> list[int]:
         """Tokens as the tokenizer gives them, with its own beginning of text where it has one."""
         return list(self.tokenizer(text, verbose=False)["input_ids"])
@@ -104,8 +114,13 @@ class LoadedModel:
         if self._saved is None:
             if self.bare:
                 return self.base_path()
-            self._saved = tempfile.mkdtemp(prefix="candidate-", dir=self.scratch)
-            self._write(self._saved)
+            folder = tempfile.mkdtemp(prefix="candidate-", dir=self.scratch)
+            try:
+                self._write(folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._saved = folder
         return self._saved
 
     # putting candidates in
@@ -119,6 +134,11 @@ class LoadedModel:
         if candidate is not None:
             self.candidate = candidate
 
+    def forget(self) -> None:
+        """Let go of the candidate before the next is made: two need not be held at once. Its module stays."""
+        self.put(None)
+        self.candidate = self._in_module = None
+
     def discard(self) -> None:
         """Remove what `save` wrote."""
         if self._saved is not None:
@@ -129,8 +149,7 @@ class LoadedModel:
         """The model that an adapter is loaded onto. Raises SuiteError where it is not known."""
         named = None if self.candidate is None else self.candidate.config.get("base_model_name_or_path")
         if self.suite.base is not None:
-            local = self.suite.locate(self.suite.base)
-            return local if os.path.exists(local) else self.suite.base
+            return self.suite.resolve(self.suite.base)
         if isinstance(named, str) and named:
             return named
         raise SuiteError("an adapter is scored on its base model: name it with base in the suite, or --base")
@@ -145,8 +164,8 @@ class LoadedModel:
 
         if self._module is None and self.threads:
             torch.set_num_threads(self.threads)
-        signature = self._signature_of(candidate)
         try:
+            signature = self._signature_of(candidate)
             if signature != self._signature:
                 self._make(candidate)
                 self._signature = signature
@@ -154,14 +173,20 @@ class LoadedModel:
                 with torch.inference_mode():
                     for name, (spec, raw) in candidate.tensors.items():
                         self._views[name].copy_(_tensor(spec, raw))
-        except (StopIteration, MemoryError):
-            raise
-        except (SuiteError, EvaluationError):
-            raise
-        except Exception as e:
-            self._signature, self._module, self._in_module = "", None, None
+        except BaseException as e:
+            # half of it may be in place: nothing of it is used again
+            self._release()
+            self._base = self._plain = None
+            if isinstance(e, (SuiteError, EvaluationError)) or not isinstance(e, Exception):
+                raise
             raise EvaluationError(f"the model can't be loaded: {type(e).__name__}: {e}") from e
         self._in_module = candidate
+
+    def _release(self) -> None:
+        """Let go of the module and of all that refers to it; the base under an adapter stays."""
+        self._signature, self._module, self._in_module = "", None, None
+        self._views = {}
+        self.attached.clear()
 
     def _signature_of(self, candidate: Candidate) -> str:
         shapes = [(n, spec.dtype.label, spec.shape) for n, (spec, _) in candidate.tensors.items()]
@@ -178,7 +203,7 @@ class LoadedModel:
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        state = {n: _tensor(spec, raw) for n, (spec, raw) in candidate.tensors.items()}
+        state = {n: _tensor(spec, raw).clone() for n, (spec, raw) in candidate.tensors.items()}
         if candidate.kind == "adapter":
             self._module, self._views = self._with_adapter(candidate, state)
         else:
@@ -194,18 +219,21 @@ class LoadedModel:
         from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         base_path = self.base_path()
-        if self._base is None or self._base_path != base_path:
-            self._module = None
-            self._base, self._base_path = self._pretrained(base_path), base_path
-        elif hasattr(self._module, "unload"):
+        if self._base is not None and self._base_path == base_path and self._module is not None:
             self._base = self._module.unload()
+            self._release()
+        else:
+            self._release()
+            self._base = self._plain = None
+            self._base, self._base_path = self._pretrained(base_path), base_path
         with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "adapter_config.json"), "w", encoding="utf-8") as f:
                 json.dump(dict(candidate.config), f)
             config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         module = get_peft_model(self._base, config)
-        if changes_the_base(candidate.config):
+        self._base_intact = leaves_the_base_alone(candidate.config, candidate.tensors)
+        if not self._base_intact:
             self._base = None  # what it was is lost: it is read again when it is needed
         module.to(self.suite.device)
         outcome = set_peft_model_state_dict(module, dict(state))
@@ -226,10 +254,13 @@ class LoadedModel:
             raise EvaluationError(
                 "no config.json with a model_type beside the weights, so transformers can't load them"
             )
+        self._release()
         config = transformers.AutoConfig.for_model(**_copied(candidate.config))
-        module = self._architecture(config).from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=self._dtype(next(iter(state.values())).dtype)
-        )
+        module, info = self._architecture(config).from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=self._dtype(next(iter(state.values())).dtype),
+            output_loading_info=True,
+        )  # fmt: skip
+        _check_complete(info, "the checkpoint")
         module.to(self.suite.device)
         return module, dict(module.state_dict())
 
@@ -277,8 +308,7 @@ class LoadedModel:
 
     def _tokenizer_place(self) -> str:
         if self.suite.tokenizer is not None:
-            local = self.suite.locate(self.suite.tokenizer)
-            return local if os.path.exists(local) else self.suite.tokenizer
+            return self.suite.resolve(self.suite.tokenizer)
         own = "" if self.candidate is None else self.candidate.tokenizer
         if own and any(os.path.exists(os.path.join(own, f)) for f in _TOKENIZER_FILES):
             return own
@@ -305,7 +335,8 @@ class LoadedModel:
             with open(
                 os.path.join(folder, "adapter_config.json" if adapter else "config.json"), "w", encoding="utf-8"
             ) as f:
-                json.dump(dict(candidate.config), f, indent=2)
+                base = {"base_model_name_or_path": self.base_path()} if adapter else {}
+                json.dump({**candidate.config, **base}, f, indent=2)
         if candidate.tokenizer and os.path.isdir(candidate.tokenizer):
             for source, name in copied_files(open_checkpoint(candidate.tokenizer)):
                 target = os.path.join(folder, name)
@@ -326,6 +357,20 @@ def _tensor(spec: Any, raw: Any) -> Any:
         return torch.empty(spec.shape, dtype=dtype)
     array = raw if raw.flags.writeable else raw.copy()
     return torch.from_numpy(array).view(dtype).reshape(spec.shape)
+
+
+def leaves_the_base_alone(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Whether the base is as it was once PEFT has unloaded such an adapter, or has it switched off."""
+    whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
+    biases = config.get("bias", "none") != "none"
+    return not (whole or biases or changes_the_base(config)) and all(".lora_" in name for name in tensors)
+
+
+def _check_complete(info: Mapping[str, Any], what: str) -> None:
+    """transformers makes up what a checkpoint lacks, by chance: such scores mean nothing."""
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise EvaluationError(f"{what} lacks {len(missing)} tensors that the model needs: {', '.join(missing[:4])}")
 
 
 def _copied(config: Mapping[str, Any]) -> dict[str, Any]:

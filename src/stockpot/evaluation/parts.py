@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from stockpot.errors import SuiteError
@@ -16,7 +16,7 @@ from stockpot.evaluation.scores import Progress
 from stockpot.evaluation.suite import SPLITS, Slice, Suite
 from stockpot.evaluation.text import ChoiceEvaluator, GenerationEvaluator, LossEvaluator
 
-__all__ = ["Part", "PartInfo", "heavy", "open_parts"]
+__all__ = ["Part", "PartInfo", "infos", "open_parts"]
 
 #: raised when scores of an unchanged suite would come out different
 SCORING_VERSION = 1
@@ -69,11 +69,6 @@ class Part:
         return PartInfo(self.slice.name, self.split, key, len(self.evaluator.ids), self.evaluator.ids)
 
 
-def heavy(part: Slice) -> bool:
-    """Whether opening it needs packages that take seconds to import: left to the worker."""
-    return part.kind == "harness"
-
-
 def open_parts(suite: Suite, *, light: bool = False) -> list[Part]:
     """Every slice and split of a suite, data read and checked. Raises SuiteError.
 
@@ -114,11 +109,6 @@ def _parts(part: Slice, suite: Suite) -> list[Part]:
             )
         out.append(Part(part, split, whole.only(ids)))
     return out
-
-
-def with_split(suite: Suite, split: str) -> Suite:
-    """The suite with every document counted to one split, for scoring it as a whole."""
-    return replace(suite, slices=tuple(replace(s, split=split) for s in suite.slices))
 
 
 def infos(parts: Sequence[Part], suite: Suite) -> list[PartInfo]:

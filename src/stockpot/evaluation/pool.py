@@ -27,11 +27,12 @@ from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
 from stockpot.specs import format_size
 
-__all__ = ["Pool", "Recorder", "Task", "memory_for_snapshots", "score_all"]
+__all__ = ["Pool", "Recorder", "Task", "as_it_is", "memory_for_snapshots", "score_all"]
 
 _START_SECONDS = 300.0
 #: what the parent allows over an evaluator's own limit, which a command keeps by itself
 _GRACE = 2.0
+_COMMAND_GRACE = 120.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Task:
     name: str
     recipe: Mapping[str, Any]
     bare: bool = False
-    seed: int = 0
 
 
 class Recorder(Protocol):
@@ -130,6 +130,7 @@ class Pool:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def info(self, key: str) -> PartInfo:
+        """The first part of a key: slices of the same data and options share one."""
         return next(i for i in self.infos if i.key == key)
 
     # workers
@@ -155,8 +156,8 @@ class Pool:
                 raise EvaluationError(f"the worker did not open the suite within {_START_SECONDS:g} s{worker.tail()}")
             kind, content = worker.connection.recv()
         except (EOFError, OSError) as e:
-            process.wait()
-            raise EvaluationError(f"the worker died with {process.returncode} as it started{worker.tail()}") from e
+            tail = worker.tail()
+            raise EvaluationError(f"the worker died with {self._stop(worker)} as it started{tail}") from e
         except BaseException:
             self._stop(worker)
             raise
@@ -187,16 +188,18 @@ class Pool:
         return True
 
     @staticmethod
-    def _stop(worker: _Worker) -> None:
+    def _stop(worker: _Worker) -> int:
+        """End it, asking first: it stops the commands that it runs. Its exit code."""
         with contextlib.suppress(OSError):
             worker.connection.close()
         worker.process.terminate()
         try:
-            worker.process.wait(5)
+            code = worker.process.wait(2)
         except subprocess.TimeoutExpired:
             worker.process.kill()
-            worker.process.wait()
+            code = worker.process.wait()
         worker.log.close()
+        return code
 
     # tasks
 
@@ -208,9 +211,13 @@ class Pool:
             while len(self._workers) < min(self.jobs, len(self._waiting) + busy) and self._room_for_another():
                 self._workers.append(self._start())
             for worker in list(self._workers):
-                if worker.task is None and self._waiting:
+                if worker.task is None and worker.process.poll() is not None:
+                    self._stop(worker)  # it died while there was nothing to do
+                    self._workers.remove(worker)
+                elif worker.task is None and self._waiting:
                     self._give(worker, *self._waiting.popleft(), recorder)
-            self._listen(recorder)
+            if any(w.task is not None for w in self._workers):
+                self._listen(recorder)
 
     def _give(self, worker: _Worker, task: Task, only: list[str] | None, recorder: Recorder) -> None:
         worker.task, worker.only, worker.digest, worker.part = task, only, None, None
@@ -266,7 +273,9 @@ class Pool:
             worker.task, worker.part, worker.deadline = None, None, float("inf")
             return
         worker.part = self.info(worker.left[0])
-        worker.deadline = time.monotonic() + self.suite.slice(worker.part.slice).timeout + _GRACE
+        part = self.suite.slice(worker.part.slice)
+        # a command keeps its limit by itself, once the candidate that it wants was written
+        worker.deadline = time.monotonic() + part.timeout + (_COMMAND_GRACE if part.kind == "command" else _GRACE)
         recorder.progress(worker.task, worker.part.label, 0, worker.part.n)
         try:
             worker.connection.send(("score", worker.part.key))
@@ -274,19 +283,24 @@ class Pool:
             self._lost(worker, recorder)
 
     def _hang(self, worker: _Worker, recorder: Recorder) -> None:
-        worker.process.kill()
         assert worker.part is not None
         limit = self.suite.slice(worker.part.slice).timeout
-        self._lost(worker, recorder, f"did not end within {limit:g} s and was stopped")
+        self._lost(
+            worker,
+            recorder,
+            f"did not end within {limit:g} s and was stopped (after raising the timeout: --retry-failed)",
+        )
 
     def _lost(self, worker: _Worker, recorder: Recorder, why: str | None = None) -> None:
-        """A worker is gone: note it, start another, and put what was left of the candidate first in the queue."""
-        code = worker.process.wait()
-        if why is None:
-            signal = f"signal {-code}" + (", out of memory?" if code == -9 else "") if code < 0 else f"exit code {code}"
-            why = f"the process that scored it died ({signal}){worker.tail()}"
+        """A worker is gone or is to go: note it, and put what was left of the candidate first in the queue."""
         task, left = worker.task, list(worker.left)
         assert task is not None
+        if why is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its end and live on
+                worker.process.wait(1)
+            code, tail = worker.process.returncode, worker.tail()
+            how = "it closed its connection" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+            why = f"the process that scored it died ({how}{', out of memory?' if code == -9 else ''}){tail}"
         self._stop(worker)
         self._workers.remove(worker)
         if left[1:]:
@@ -303,11 +317,16 @@ def _peak_memory(pid: int) -> int:
         return 0
 
 
+def as_it_is(ref: str) -> dict[str, Any]:
+    """The recipe of a checkpoint itself."""
+    return {"merge_method": "passthrough", "models": [{"model": os.path.abspath(ref) if os.path.exists(ref) else ref}]}
+
+
 def score_all(
-    pool: Pool, tasks: Sequence[Task], splits: Sequence[str], recorder: Any = None
+    pool: Pool, tasks: Sequence[Task], wanted: Sequence[PartInfo], shown: Any = None
 ) -> dict[str, dict[tuple[str, str], Scores]]:
-    """Scores of every task by (slice, split). Raises EvaluationError for the first that fails."""
-    collected = _Collector(pool, splits, recorder)
+    """Scores of every task on the wanted parts, by (slice, split). Raises EvaluationError for the first that fails."""
+    collected = _Collector(pool, wanted, shown)
     pool.run(tasks, collected)
     return collected.found
 
@@ -315,17 +334,18 @@ def score_all(
 @dataclass
 class _Collector:
     pool: Pool
-    splits: Sequence[str]
+    wanted: Sequence[PartInfo]
     shown: Any = None
     found: dict[str, dict[tuple[str, str], Scores]] = field(default_factory=dict)
 
     def made(self, task: Task, digest: str, seconds: float) -> Sequence[str]:
         self.found.setdefault(task.name, {})
-        return [i.key for i in self.pool.infos if i.split in self.splits]
+        return list(dict.fromkeys(i.key for i in self.wanted))
 
     def scored(self, task: Task, digest: str, key: str, scores: Scores) -> None:
-        info = self.pool.info(key)
-        self.found[task.name][info.slice, info.split] = scores
+        for info in self.wanted:
+            if info.key == key:  # slices of the same data and options are scored once
+                self.found[task.name][info.slice, info.split] = scores
 
     def failed(self, task: Task, digest: str | None, key: str | None, error: str) -> None:
         what = f", {self.pool.info(key).label}" if key else ""

@@ -80,7 +80,7 @@ def checked_scores(raw: Any, metric: str, where: str) -> Scores:
     """What an evaluator gave, as Scores that hold `metric` as a finite number. Raises EvaluationError."""
     if not isinstance(raw, Mapping):
         raise EvaluationError(f"{where}: expected a mapping from metrics to numbers, got {_short(raw)}")
-    scores = raw if isinstance(raw, Scores) else _from_mapping(raw, where)
+    scores = _plain(raw, where)
     if metric not in scores:
         known = ", ".join(sorted(scores)) or "none"
         raise EvaluationError(f"{where}: gave no metric {metric!r}; there are {known}{nearest(metric, scores)}")
@@ -94,34 +94,37 @@ def checked_scores(raw: Any, metric: str, where: str) -> Scores:
     return scores
 
 
-def _from_mapping(raw: Mapping[Any, Any], where: str) -> Scores:
-    """Plain numbers by metric; `examples` may hold lists by metric, `counts` and `ids` lists of that length."""
-    metrics: dict[str, float] = {}
-    extras = {key: raw[key] for key in ("examples", "counts", "ids") if isinstance(raw.get(key), (list, dict))}
+def _plain(raw: Mapping[Any, Any], where: str) -> Scores:
+    """Plain numbers by metric, whoever made the mapping. In one that is no Scores, `examples` may hold lists by metric, `counts`
+    and `ids` lists of that length. Raises EvaluationError where these don't fit each other.
+    """
+    seconds = 0.0
+    if isinstance(raw, Scores):
+        extras: dict[str, Any] = {"examples": raw.examples, "counts": raw.counts, "ids": raw.ids}
+        seconds = raw.seconds
+    else:
+        extras = {key: raw.get(key) for key in ("examples", "counts", "ids") if _number(raw.get(key)) is None}
+    metrics = {}
     for key, value in raw.items():
-        if key in extras:
-            continue
         number = _number(value)
         if isinstance(key, str) and number is not None:
             metrics[key] = number
-    examples = extras.get("examples") or {}
     try:
-        arrays = {str(k): np.asarray(v, np.float64) for k, v in dict(examples).items()}
-        counts = None if "counts" not in extras else np.asarray(extras["counts"], np.float64)
+        arrays = {str(k): np.asarray(v, np.float64) for k, v in dict(extras.get("examples") or {}).items()}
+        counts = None if extras.get("counts") is None else np.asarray(extras["counts"], np.float64)
+        ids = tuple(str(i) for i in (() if extras.get("ids") is None else extras["ids"]))
     except (TypeError, ValueError) as e:
-        raise EvaluationError(f"{where}: examples and counts must be lists of numbers: {e}") from e
-    ids = tuple(str(i) for i in extras.get("ids", ()))
-    lengths = (
-        {len(a) for a in arrays.values()}
-        | ({len(ids)} if ids else set())
-        | (set() if counts is None else {len(counts)})
-    )
-    if len(lengths) > 1:
-        raise EvaluationError(f"{where}: examples, counts and ids differ in length: {sorted(lengths)}")
+        raise EvaluationError(f"{where}: examples and counts must be lists of numbers, ids a list: {e}") from e
+    lengths = {len(a) if a.ndim == 1 else -1 for a in (*arrays.values(), *(() if counts is None else (counts,)))}
+    lengths |= {len(ids)} if ids else set()
+    if len(lengths) > 1 or -1 in lengths:
+        raise EvaluationError(f"{where}: examples, counts and ids differ in length, or are no plain lists")
+    if counts is not None and not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
+        raise EvaluationError(f"{where}: counts must be numbers of at least 0, not all of them 0")
     for name, values in arrays.items():
         if name not in metrics and len(values):
             metrics[name] = float(np.average(values, weights=counts))
-    return Scores(metrics, examples=arrays, counts=counts, ids=ids)
+    return Scores(metrics, examples=arrays, counts=counts, ids=ids, seconds=seconds)
 
 
 def _number(value: Any) -> float | None:

@@ -110,7 +110,7 @@ def _equal(x: Scores, y: Scores, metric: str) -> bool:
     a, b = x.of(metric), y.of(metric)
     if a is None or b is None:
         return False
-    return len(a[0]) == len(b[0]) and bool(np.array_equal(a[0], b[0]))
+    return x.ids == y.ids and np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
 
 
 def _resampled(scores: Sequence[Scores], part: Slice, draws: int) -> list[Array] | None:

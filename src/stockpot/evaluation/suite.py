@@ -6,10 +6,10 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.errors import RecipeError, SuiteError, nearest, raise_problems
+from stockpot.errors import RecipeError, SuiteError, nearest, nearest_file, raise_problems
 from stockpot.recipes.nodes import Node, parse_documents
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.runs.metrics import known_objective
@@ -33,7 +33,7 @@ class Kind:
     data: bool = True
 
 
-_TEXT = {"prompt": False, "answer": False, "template": False, "max_length": False}
+_TEXT = {"prompt": False, "answer": False, "template": False}
 KINDS: dict[str, Kind] = {
     "loss": Kind({"field": False, "chunk": False, "max_length": False}, {"loss": "min", "perplexity": "min"}, "loss"),
     "perplexity": Kind({"field": False, "chunk": False, "max_length": False}, {"loss": "min", "perplexity": "min"}, "perplexity"),
@@ -42,7 +42,11 @@ KINDS: dict[str, Kind] = {
         {"exact_match": "max", "length": "min", "truncated": "min"},
         "exact_match",
     ),
-    "choice": Kind({**_TEXT, "choices": False}, {"accuracy": "max", "accuracy_norm": "max", "loss": "min"}, "accuracy"),
+    "choice": Kind(
+        {**_TEXT, "choices": False, "max_length": False},
+        {"accuracy": "max", "accuracy_norm": "max", "loss": "min"},
+        "accuracy",
+    ),
     "harness": Kind({"task": True, "include_path": False, "num_fewshot": False, "limit": False}, metric="acc", data=False),
     "command": Kind({"command": True, "files": False}, data=False),
     "python": Kind({"function": True, "options": False, "files": False}, data=False),
@@ -149,6 +153,11 @@ class Suite:
     def slice(self, name: str) -> Slice:
         return next(s for s in self.slices if s.name == name)
 
+    def resolve(self, ref: str) -> str:
+        """A checkpoint that the suite names: relative to its file where it is there, else as written (a Hub id)."""
+        local = self.locate(ref)
+        return local if os.path.exists(local) else ref
+
     def locate(self, path: str) -> str:
         """A path of the suite, relative to its file."""
         return os.path.normpath(os.path.join(self.directory, os.path.expanduser(path)))
@@ -163,7 +172,7 @@ def load_suite(path: str | os.PathLike[str]) -> Suite:
         with open(where, encoding="utf-8") as f:
             text = f.read()
     except OSError as e:
-        raise SuiteError(f"{where}: can't be read: {e.strerror or e}{_similar(where)}") from e
+        raise SuiteError(f"{where}: can't be read: {e.strerror or e}{nearest_file(where)}") from e
     except UnicodeDecodeError as e:
         raise SuiteError(f"{where}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
     return parse_suite(text, where)
@@ -199,7 +208,7 @@ class _SuiteReader(Reader):
                     slices.append(made)
         top = _Values(self, parts, "suite")
         default = top.number("timeout", 3600.0, low=0.001)
-        slices = [s if s.timeout > 0 else _with(s, timeout=default) for s in slices]
+        slices = [s if s.timeout > 0 else replace(s, timeout=default) for s in slices]
         names = [s.name for s in slices]
         gates = []
         if "gates" in parts:
@@ -255,6 +264,10 @@ class _SuiteReader(Reader):
         for option, needed in kind.options.items():
             if needed and option not in parts:
                 self.bad(node.line, f"{where}: kind {kind_node.value} needs {option!r}")
+        if kind_node.value in ("command", "python") and "limit" in parts:
+            self.bad(parts["limit"].line, f"{where}: limit: a {kind_node.value} chooses its examples by itself")
+        if "template" in parts and "prompt" in parts:
+            self.bad(parts["prompt"].line, f"{where}: prompt has no effect beside template: remove one")
         metric, direction = self.metric(kind_node.value, kind, values, node.line, where)
         options = {o: plain_value(parts[o]) for o in kind.options if o in parts}
         self.check_options(kind_node.value, options, parts, where)
@@ -410,16 +423,3 @@ class _Values:
             )
             return default
         return v
-
-
-def _with(part: Slice, **changes: Any) -> Slice:
-    from dataclasses import replace
-
-    return replace(part, **changes)
-
-
-def _similar(path: str) -> str:
-    folder = os.path.dirname(path) or "."
-    if os.path.exists(path) or not os.path.isdir(folder) or not os.access(folder, os.R_OK):
-        return ""
-    return nearest(os.path.basename(path), os.listdir(folder))

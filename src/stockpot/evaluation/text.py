@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import string
 import time
@@ -42,12 +44,15 @@ class _DocumentEvaluator:
         return replace(self, documents=tuple(d for d in self.documents if d.id in ids), _encoded={})
 
     def identity(self) -> Any:
-        """What decides the scores: options and documents, in their order."""
-        return [dict(self.slice.options), self.ids]
+        """What decides the scores: options and documents to the last character, in their order."""
+        exact = hashlib.sha256()
+        for d in self.documents:
+            exact.update(json.dumps([d.id, d.text, d.fields], sort_keys=True).encode())
+        return [dict(self.slice.options), len(self.documents), exact.hexdigest()]
 
     def encoded(self, checkpoint: LoadedModel) -> Any:
         """What `encode` makes of the documents, kept until the tokenizer changes."""
-        key = checkpoint.tokenizer_digest
+        key = f"{checkpoint.tokenizer_digest} {checkpoint.max_length}"
         if key not in self._encoded:
             self._encoded.clear()
             self._encoded[key] = self.encode(checkpoint)

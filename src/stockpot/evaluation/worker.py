@@ -9,11 +9,13 @@ It gets (suite, bytes for snapshots, threads, scratch directory) and says ("read
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -46,21 +48,23 @@ class Worker:
         self.threads = threads
         self.cache = CheckpointCache(memory)
         self.loaded = LoadedModel(suite, threads, scratch)
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, list[Part]] = {}
         self._last = 0.0
 
     def open(self) -> list[Any]:
         parts = open_parts(self.suite)
         found = infos(parts, self.suite)
-        self.parts = {i.key: p for i, p in zip(found, parts, strict=True)}
+        for info, part in zip(found, parts, strict=True):
+            self.parts.setdefault(info.key, []).append(part)
         return found
 
     def make(self, task: Task) -> tuple[str, float]:
         """Put the candidate in; (its digest, seconds)."""
         began = time.monotonic()
-        plan = build_plan(load_recipe(task.recipe), threads=self.threads, seed=task.seed)
+        self.loaded.forget()
+        plan = build_plan(load_recipe(task.recipe), threads=self.threads)
         if fetch_missing(m.checkpoint for m in plan.inputs):
-            plan = build_plan(plan.recipe, threads=self.threads, seed=task.seed)
+            plan = build_plan(plan.recipe, threads=self.threads)
         candidate = make_candidate(plan, self.cache, self.threads)
         self.loaded.put(candidate)
         if task.bare:
@@ -68,16 +72,17 @@ class Worker:
         return self._digest(candidate, bare=task.bare), time.monotonic() - began
 
     def _digest(self, candidate: Candidate, *, bare: bool) -> str:
-        """Of a candidate's content; for an adapter with that of the base it is loaded onto."""
-        if candidate.kind != "adapter":
-            return candidate.digest
-        base = base_digest(self.loaded.base_path())
-        return base if bare else blake3.blake3((candidate.digest + base).encode()).hexdigest()
+        """Of all of a candidate that scores depend on: its content, its tokenizer, and the base it is loaded onto."""
+        base = base_digest(self.loaded.base_path()) if candidate.kind == "adapter" else ""
+        parts = ["" if bare else candidate.digest, base, self.loaded.tokenizer_files()]
+        return blake3.blake3("\n".join(parts).encode()).hexdigest()
 
     def score(self, key: str) -> Any:
-        part = self.parts[key]
+        part, *others = self.parts[key]
         raw = part.evaluator.score(self.loaded, self._progress)
         scores = checked_scores(raw, part.slice.metric, f"slice {part.slice.name!r}")
+        for other in others:
+            checked_scores(scores, other.slice.metric, f"slice {other.slice.name!r}")
         if not scores.ids:
             scores.ids = part.evaluator.ids
         return scores
@@ -91,30 +96,33 @@ class Worker:
     def serve(self) -> None:
         """Until the other end is gone."""
         while True:
-            kind, argument = self.connection.recv()
-            began = time.monotonic()
-            try:
-                if kind == "make":
-                    self.connection.send(("made", *self.make(argument)))
-                else:
-                    scores = self.score(argument)
-                    scores.seconds = scores.seconds or time.monotonic() - began
-                    self.connection.send(("scored", scores))
-            except (EOFError, BrokenPipeError, ConnectionError):
-                raise
-            except StockpotError as e:
-                self.connection.send(("failed", str(e)))
-            except Exception as e:
-                import traceback
+            self.connection.send(self.answer(*self.connection.recv()))
 
-                traceback.print_exc()
-                self.connection.send(("failed", f"{type(e).__name__}: {e}"))
+    def answer(self, kind: str, argument: Any) -> tuple[Any, ...]:
+        """What to say to one request; whatever an evaluator raises is an answer too."""
+        began = time.monotonic()
+        try:
+            if kind == "make":
+                return ("made", *self.make(argument))
+            scores = self.score(argument)
+            scores.seconds = scores.seconds or time.monotonic() - began
+            return ("scored", scores)
+        except StockpotError as e:
+            return ("failed", str(e))
+        except Exception as e:
+            traceback.print_exc()
+            return ("failed", f"{type(e).__name__}: {e}")
 
 
 def base_digest(path: str) -> str:
-    """Of a base model: headers, sizes and times of its files; a change of any of these scores it again."""
+    """Of a base model: its configuration, and headers, sizes and times of its weights; a change of any scores it again."""
     checkpoint = open_checkpoint(path)
-    hashed = blake3.blake3(b"base")
+    hashed = blake3.blake3(json.dumps(dict(checkpoint.config), sort_keys=True).encode())
+    for name in ("generation_config.json", "adapter_config.json"):
+        beside = os.path.join(checkpoint.directory, name)
+        if os.path.isfile(beside):
+            with open(beside, "rb") as f:
+                hashed.update(f.read())
     for header in checkpoint.files:
         hashed.update(header.raw)
         hashed.update(f"{header.size} {header.mtime_ns}\n".encode())
@@ -126,7 +134,7 @@ def _terminate(*_: object) -> None:
     os._exit(143)
 
 
-def _watch(parent: int, connection: Connection) -> None:
+def _watch(parent: int) -> None:
     """End with the parent: one that was killed can't say goodbye."""
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -139,7 +147,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
     signal.signal(signal.SIGTERM, _terminate)
     connection = Connection(int(sys.argv[1]))
-    threading.Thread(target=_watch, args=(os.getppid(), connection), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError, KeyboardInterrupt):
         worker = Worker(connection, *connection.recv())
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stockpot.errors import ArgumentError, RecipeError, nearest, raise_problems
+from stockpot.errors import ArgumentError, RecipeError, nearest, nearest_file, raise_problems
 from stockpot.recipes.nodes import Node, parse_documents
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Slice, Source
@@ -56,7 +56,7 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
         with open(path, encoding="utf-8") as f:
             text = f.read()
     except OSError as e:
-        raise RecipeError(f"{path}: can't be read: {e.strerror or e}{_similar(path)}") from e
+        raise RecipeError(f"{path}: can't be read: {e.strerror or e}{nearest_file(path)}") from e
     except UnicodeDecodeError as e:
         raise RecipeError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
     return parse_recipe(text, path)
@@ -69,13 +69,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _similar(path: str) -> str:
-    folder = os.path.dirname(path) or "."
-    if os.path.exists(path) or not os.path.isdir(folder) or not os.access(folder, os.R_OK):
-        return ""
-    return nearest(os.path.basename(path), os.listdir(folder))
 
 
 def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:

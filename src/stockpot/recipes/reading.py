@@ -87,6 +87,10 @@ class Reader:
         return f"{ref}@{revision.text}" if revision.kind == "scalar" else ref
 
     def patterns(self, node: Node, where: str) -> tuple[str, ...]:
+        if node.kind == "list" and not node.value:
+            self.bad(
+                node.line, f"{where}: an empty list matches no tensor; give at least one pattern, or leave {where} out"
+            )
         nodes = node.value if node.kind == "list" else [node]
         return tuple(p for p in (self.text_of(n, where) for n in nodes) if p)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.evaluation.pool import Task
+from stockpot.evaluation.pool import Task, as_it_is
 from stockpot.runs import Run, Snapshot, SoupSpec, recipe_of, resolve_soup
 from stockpot.search.options import SweepOptions
 
@@ -24,34 +24,31 @@ class Tried:
     weights: Mapping[int, float] = field(default_factory=dict)
     bare: bool = False
 
-    def task(self, seed: int = 0) -> Task:
-        return Task(self.name, self.recipe, self.bare, seed)
+    def task(self) -> Task:
+        return Task(self.name, self.recipe, self.bare)
 
 
 def soup_candidate(
     run: Run, spec: SoupSpec, stage: str, options: SweepOptions, *, name: str | None = None, **settings: Any
 ) -> Tried:
-    """A soup of the run; `steps_` of its settings are those of the spec. Raises ArgumentError where the run is too short."""
+    """A soup of the run. Raises ArgumentError where the run is too short for it."""
     soup = resolve_soup(run, spec)
     adapter = options.adapter if options.adapter != "factors" else None
-    if settings.get("k") is None:
-        settings["k"] = len(soup.ingredients)
     weights = {i.snapshot.step: i.weight for i in soup.ingredients}
     return Tried(name or soup.name, stage, recipe_of(run, spec, adapter=adapter), settings, weights)
 
 
 def single(snapshot: Snapshot, name: str, stage: str = "reference") -> Tried:
     """One snapshot as it is."""
-    recipe = {"merge_method": "passthrough", "models": [{"model": snapshot.path}]}
-    return Tried(name, stage, recipe, {"step": snapshot.step}, {snapshot.step: 1.0})
+    return Tried(name, stage, as_it_is(snapshot.path), {"step": snapshot.step}, {snapshot.step: 1.0})
 
 
-def comparison_candidates(run: Run, options: SweepOptions, spaced: Sequence[tuple[int, int]] = ()) -> Iterator[Tried]:
-    """The paper's comparisons: TIES and DARE-TIES over the last k (and the `spaced` (k, interval)), SLERP over the last two,
+def comparison_candidates(run: Run, options: SweepOptions) -> Iterator[Tried]:
+    """The paper's comparisons: TIES and DARE-TIES over the last k and over every m-th of them, SLERP over the last two,
     each with the first and with the last snapshot as base. Those that the run is too short for are left out.
     """
     regular = run.regular
-    windows = [(k, 1) for k in options.comparison_k] + list(spaced)
+    windows = [(k, 1) for k in options.comparison_k] + list(options.comparison_spaced)
     for method in ("ties", "dare_ties"):
         for k, every in windows:
             if (k - 1) * every + 1 > len(regular):

@@ -27,7 +27,7 @@ class SweepOptions:
     k, intervals, by, penalties, power, smooth   the lists of the protocol
     keep         how many candidates go on to the next stage
     adapter      how LoRA adapters are averaged: factors, product
-    density      of TIES and DARE-TIES in comparisons
+    density      of TIES and DARE-TIES in comparisons, over the last comparison_k and over comparison_spaced (k, interval)
     lcsc_*       snapshots, evaluations in all, whether coefficients sum to one, whether they may be negative, seed
     """
 
@@ -42,6 +42,7 @@ class SweepOptions:
     adapter: str = "factors"
     density: float = 0.5
     comparison_k: tuple[int, ...] = (3, 5, 10)
+    comparison_spaced: tuple[tuple[int, int], ...] = ()
     decays: tuple[float, ...] = (0.5, 0.8, 0.9)
     greedy_last: int = 10
     lcsc_last: int = 10
@@ -64,6 +65,9 @@ class SweepOptions:
         _wholes("k", self.k, 1)
         _wholes("intervals", self.intervals, 2)
         _wholes("comparison_k", self.comparison_k, 2)
+        for k, m in self.comparison_spaced:
+            _wholes("comparison_spaced", (k,), 2)
+            _wholes("comparison_spaced", (m,), 2)
         for name, low in (
             ("keep", 1),
             ("smooth", 1),

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.errors import ArgumentError
-from stockpot.evaluation.pool import Pool, Task, score_all
+from stockpot.adapters import changes_the_base
+from stockpot.checkpoints.opening import open_checkpoint
+from stockpot.errors import ArgumentError, SuiteError
+from stockpot.evaluation.pool import Pool, Task, as_it_is, score_all
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.statistics import Difference, Interval, bootstrap_score, paired_difference
 from stockpot.evaluation.suite import Suite
@@ -76,25 +78,40 @@ def interpolation_path(
     if points < 3:
         raise ArgumentError(f"points: expected at least 3, got {points}")
     steps = [i / (points - 1) for i in range(points)]
-    tasks = [Task(f"t = {t:.4g}", _at(a, b, t)) for t in steps]
+    exact = _products(a) and _products(b)
+    tasks = [Task(f"t = {t:.4g}", _at(a, b, t, exact)) for t in steps]
     if base is not None:
-        tasks.append(Task("base", {"merge_method": "passthrough", "models": [{"model": base}]}))
+        tasks.append(Task("base", as_it_is(base)))
     with Pool(suite) as pool:
-        known = {i.split for i in pool.infos}
-        if split not in known:
-            split = next(iter(known))
-        found = score_all(pool, tasks, [split], shown)
+        wanted = [i for i in pool.infos if i.split == split]
+        missing = {s.name for s in suite.slices if s.weight} - {i.slice for i in wanted}
+        if missing:
+            raise SuiteError(
+                f"{suite.path}: a path is a screening, by {split} data, and {', '.join(sorted(missing))} have none"
+            )
+        found = score_all(pool, tasks, wanted, shown)
     by_task = {name: {s: scores for (s, _), scores in parts.items()} for name, parts in found.items()}
     reference = bootstrap_score(suite, by_task["base"]) if base is not None else None
     return make_path(a, b, suite, steps, [by_task[t.name] for t in tasks[: len(steps)]], reference)
 
 
-def _at(a: str, b: str, t: float) -> dict[str, Any]:
-    """The ends are the checkpoints themselves."""
+def _products(ref: str) -> bool:
+    """Whether it is an adapter whose change of the weights is a sum of products, so that a line between two is exact."""
+    checkpoint = open_checkpoint(ref)
+    config = checkpoint.config
+    plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not changes_the_base(config)
+    return checkpoint.kind == "adapter" and plain
+
+
+def _at(a: str, b: str, t: float, exact: bool) -> dict[str, Any]:
+    """The ends are the checkpoints themselves. Between adapters the line is that of the weights they lead to (exact), not of
+    their factors, wherever that is defined.
+    """
     if t in (0.0, 1.0):
-        return {"merge_method": "passthrough", "models": [{"model": b if t else a}]}
+        return as_it_is(b if t else a)
     models = [{"model": m, "parameters": {"weight": w}} for m, w in ((a, 1.0 - t), (b, t))]
-    return {"merge_method": "linear", "models": models, "parameters": {"normalize": False}}
+    recipe: dict[str, Any] = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}}
+    return recipe | ({"adapter": {"mode": "product"}} if exact else {})
 
 
 def make_path(
@@ -115,7 +132,8 @@ def make_path(
     for t, s, v in zip(steps, scores, values, strict=True):
         excess = sign * (v.value - ((1 - t) * first + t * last))
         against = paired_difference(suite, s, scores[worse_end])
-        accepted = t in (0.0, 1.0) or against.verdict != "worse"
+        sure = against.verdict == "worse" or (against.verdict == "unknown" and against.value < 0)
+        accepted = t in (0.0, 1.0) or not sure
         metrics = {name: x[suite.slice(name).metric] for name, x in s.items()}
         points.append(PathPoint(t, v, metrics, excess, accepted, paired_difference(suite, s, scores[better_end])))
     top = max(points, key=lambda p: p.excess)

@@ -23,7 +23,7 @@ class Row:
 
     metrics   slice -> metric's value, on the selection split
     against   name of what it is compared with ("final", "last_merging", "uniform") -> difference on the selection split
-    error     why there is no score
+    error     why a score is missing
     """
 
     tried: Tried
@@ -163,7 +163,7 @@ def make_result(
                 {n: s[suite.slice(n).metric] for n, s in own.items()},
                 {n: s[suite.slice(n).metric] for n, s in own_report.items()},
                 against, seconds, sum(s.seconds for s in (*own.values(), *own_report.values())),
-                None if complete else error or errors.get(t.name) or "was not scored",
+                errors.get(t.name) if complete else error or errors.get(t.name) or "was not scored",
             )
         )  # fmt: skip
     comparison = {}
@@ -171,7 +171,8 @@ def make_result(
         for label, name in labels.items():
             if goodness(suite, report.get(name, {})) is not None:
                 comparison[label] = paired_difference(suite, report[winner], report[name])
-    words = _conclusion(suite, winner, good, labels, comparison, has_report=bool(report))
+    failed = errors.get(winner) if winner is not None else None
+    words = _conclusion(winner, labels, comparison, failed=failed, has_report=bool(report))
     return SweepResult(suite, what, tuple(rows), tuple(ranking), winner, comparison, words, **facts)
 
 
@@ -179,19 +180,25 @@ _LABELS = {"final": "the final checkpoint", "last_merging": "the last merging ch
            "uniform": "its uniform soup"}  # fmt: skip
 
 
-def label_text(label: str, names: Mapping[str, str] | None = None) -> str:
+def label_text(label: str) -> str:
     """In words what a reference is."""
     return _LABELS.get(label, label)
 
 
 def _conclusion(
-    suite: Suite, winner: str | None, good: Mapping[str, float], labels: Mapping[str, str],
-    comparison: Mapping[str, Difference], *, has_report: bool,
-) -> tuple[str, ...]:  # fmt: skip
+    winner: str | None,
+    labels: Mapping[str, str],
+    comparison: Mapping[str, Difference],
+    *,
+    failed: str | None,
+    has_report: bool,
+) -> tuple[str, ...]:
     """Plain sentences; a difference within noise is called that."""
     if winner is None:
         return ("No merge could be scored.",)
     lines = [f"Best on the selection data: {winner}."]
+    if failed is not None:
+        return (*lines, f"It could not be scored on the report data: {failed}.")
     if not comparison:
         lines.append(
             "It was not scored on data of its own: give the suite a report split before you publish a number. What a search "

@@ -157,11 +157,11 @@ def lcsc_stage(run: Run, options: SweepOptions, tried: list[Tried], notes: list[
     good = yield first
     count = len(first)
     best = max(range(len(first)), key=lambda i: good.get(first[i].name, -np.inf))
-    strategy = cma.CMAEvolutionStrategy(
-        space.point(starts[best]), 0.1, {"seed": options.seed + 1, "verbose": -9, "maxfevals": options.lcsc_evaluations}
-    )
+    generator = np.random.default_rng(options.seed)  # of its own: cma would seed the one that belongs to the user
+    settings = {"randn": lambda *shape: generator.standard_normal(shape), "seed": np.nan, "verbose": -9}
+    strategy = cma.CMAEvolutionStrategy(space.point(starts[best]), 0.1, settings)
     strategy.inject([space.point(a) for a in starts], force=False)
-    while count < options.lcsc_evaluations and not strategy.stop():
+    while count + strategy.popsize <= options.lcsc_evaluations and not strategy.stop():
         points = strategy.ask()
         batch = [made(space.coefficients(x), count + i) for i, x in enumerate(points)]
         good = yield batch
@@ -188,7 +188,8 @@ class _Coefficients:
             alpha = _on_simplex(alpha) if self.total == "one" else np.maximum(alpha, 0.0)
         rounded = [round(float(a), 6) for a in alpha]
         if self.total == "one":
-            rounded[-1] = round(1.0 - sum(rounded[:-1]), 6)
+            largest = max(range(len(rounded)), key=lambda i: rounded[i])  # so that what is positive stays so
+            rounded[largest] = round(1.0 - sum(r for i, r in enumerate(rounded) if i != largest), 6)
         return rounded
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sqlite3
 import time
@@ -42,11 +43,14 @@ CREATE TABLE IF NOT EXISTS failures (
 
 
 class Store:
-    """The database of one sweep. Raises OutputError when it can't be written, with what is in it kept."""
+    """The database of one sweep. Raises OutputError when it can't be written, with what is in it kept.
 
-    def __init__(self, folder: str) -> None:
+    exclusive  refuse where another process has it open so: two sweeps would undo each other's work
+    """
+
+    def __init__(self, folder: str, *, exclusive: bool = False) -> None:
         self.path = os.path.join(folder, NAME)
-        existed = os.path.exists(self.path)
+        self._lock = _lock(folder) if exclusive else None
         with self._guard():
             self._db = sqlite3.connect(self.path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -61,10 +65,11 @@ class Store:
             raise ArgumentError(
                 f"{self.path}: written by another version of stockpot (format {found}, this one knows {_FORMAT})"
             )
-        self.resumed = existed and bool(self.count("scores"))
 
     def close(self) -> None:
         self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -89,17 +94,15 @@ class Store:
         with self._guard():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
-    def count(self, table: str) -> int:
-        """Rows of scores, failures or candidates."""
-        with self._guard():
-            return int(self._db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
-
     # candidates
 
     def clear_candidates(self) -> None:
-        """Forget which candidates there were, not what was scored: a sweep names them anew each time."""
+        """Forget which candidates there were, not what was scored: a sweep names them anew each time. Until it has ended
+        there are no `keys`, so that a half-finished one is not taken for a result.
+        """
         with self._guard():
             self._db.execute("DELETE FROM candidates")
+            self._db.execute("DELETE FROM meta WHERE key = 'keys'")
 
     def add(self, tried: Sequence[Tried], position: int) -> None:
         rows = [
@@ -166,13 +169,6 @@ class Store:
         with self._guard():
             self._db.execute("DELETE FROM failures")
 
-    def has(self, digest: str, part: str) -> bool:
-        with self._guard():
-            return (
-                self._db.execute("SELECT 1 FROM scores WHERE digest = ? AND part = ?", (digest, part)).fetchone()
-                is not None
-            )
-
     def failure(self, digest: str, part: str) -> str | None:
         with self._guard():
             row = self._db.execute(
@@ -180,17 +176,35 @@ class Store:
             ).fetchone()
         return None if row is None else str(row[0])
 
-    def scores(self, digest: str, parts: Mapping[str, str]) -> dict[str, Scores]:
-        """What is known of a candidate; parts: key by slice. Slices that were not scored are missing."""
+    def scores(self, digest: str, parts: Mapping[str, str], metrics: Mapping[str, str]) -> dict[str, Scores]:
+        """What is known of a candidate; parts, metrics: by slice. Slices not scored, or not by that metric, are missing."""
         out = {}
         with self._guard():
             for name, key in parts.items():
                 row = self._db.execute(
                     "SELECT metrics, examples, seconds FROM scores WHERE digest = ? AND part = ?", (digest, key)
                 ).fetchone()
-                if row is not None:
-                    out[name] = _unpacked(row[0], row[1], row[2])
+                found = None if row is None else _unpacked(row[0], row[1], row[2])
+                if found is not None and math.isfinite(found.get(metrics[name], math.nan)):
+                    out[name] = found
         return out
+
+
+def _lock(folder: str) -> int | None:
+    """A lock on the directory itself, gone with the process. Raises OutputError where another holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OutputError(f"{folder}: another sweep is running there") from None
+    except OSError:  # a file system without locks
+        pass
+    return fd
 
 
 def _packed(scores: Scores) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.errors import ArgumentError, EvaluationError, OutputError
 from stockpot.evaluation.parts import open_parts
-from stockpot.evaluation.pool import Pool, Task
+from stockpot.evaluation.pool import Pool, Task, as_it_is
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
 from stockpot.runs import Run
@@ -31,7 +31,7 @@ SCRATCH = "candidates.tmp"
 class SweepJob:
     """What a sweep is over: the snapshots of a run, or a recipe with a grid.
 
-    base  a full model that the run started from, scored as a reference (adapters: known by themselves)
+    The suite's base, a full model that a full run started from, is scored as a reference (of adapters it is known by itself).
     """
 
     suite: Suite
@@ -40,7 +40,6 @@ class SweepJob:
     options: SweepOptions = field(default_factory=SweepOptions)
     recipe: Mapping[str, Any] | None = None
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    base: str | None = None
     jobs: int = 1
     memory: int | None = None
     retry_failed: bool = False
@@ -58,7 +57,7 @@ def run_sweep(job: SweepJob, shown: Shown | None = None) -> SweepResult:
         os.makedirs(job.out, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{job.out}: can't be created: {e.strerror or e}") from e
-    store = Store(job.out)
+    store = Store(job.out, exclusive=True)
     try:
         before = store.meta("what")
         if before is not None and before != job.what:
@@ -85,6 +84,8 @@ class _Sweep:
         self.digests: dict[str, str] = {}
         self.split = "selection"
         self.done: set[str] = set()
+        self.left: dict[str, int] = {}
+        self.underway: set[tuple[str, str]] = set()
         self.evaluations = 0
         self.reused = 0
         self.splits = {i.split for i in pool.infos}
@@ -124,7 +125,11 @@ class _Sweep:
         """The final checkpoint, the last merging one, the base."""
         run, out = self.job.run, []
         if run is None:
-            return [single_model(self.job.base, "base")] if self.job.base else []
+            return (
+                [Tried("base", "reference", as_it_is(self.job.suite.resolve(self.job.suite.base)))]
+                if self.job.suite.base
+                else []
+            )
         last = run.final or run.last_merging
         if run.final is not None:
             out.append(single(run.final, "final"))
@@ -133,24 +138,23 @@ class _Sweep:
         if last is not None and last.kind == "adapter":
             recipe = single(last, "base").recipe
             out.append(Tried("base", "reference", recipe, {}, {}, bare=True))
-        elif self.job.base or self.job.suite.base:
-            base = self.job.base or self.job.suite.locate(self.job.suite.base or "")
-            out.append(single_model(base, "base"))
+        elif self.job.suite.base:
+            out.append(Tried("base", "reference", as_it_is(self.job.suite.resolve(self.job.suite.base))))
         return out
 
     def _run_stage(self, stage: Stage) -> None:
-        try:
-            batch = next(stage)
-            while True:
-                self._score(batch)
+        batch: list[Tried] | None = next(stage)
+        while batch is not None:
+            self._score(batch)
+            try:
                 batch = stage.send(self.goodness())
-        except StopIteration:
-            return
+            except StopIteration:
+                batch = None
 
     def _score(self, batch: list[Tried]) -> None:
         """Make and score those that are not there under their names yet."""
         names = {t.name for t in self.tried}
-        new = [t for t in batch if t.name not in names]
+        new = [t for t in {t.name: t for t in batch}.values() if t.name not in names]
         if not new:
             return
         self.store.add(new, len(self.tried))
@@ -174,10 +178,13 @@ class _Sweep:
         """Of every candidate that was scored, more is better."""
         out = {}
         for name, digest in self.digests.items():
-            value = goodness(self.job.suite, self.store.scores(digest, self._keys("selection")))
+            value = goodness(self.job.suite, self._known(digest, "selection"))
             if value is not None:
                 out[name] = value
         return out
+
+    def _known(self, digest: str, split: str) -> dict[str, Scores]:
+        return self.store.scores(digest, self._keys(split), metrics_of(self.job.suite))
 
     def _keys(self, split: str) -> dict[str, str]:
         return {i.slice: i.key for i in self.pool.infos if i.split == split}
@@ -187,31 +194,43 @@ class _Sweep:
     def made(self, task: Task, digest: str, seconds: float) -> Sequence[str]:
         self.digests[task.name] = digest
         self.store.made(task.name, digest, seconds)
-        asked = list(self._keys(self.split).values())
-        open_keys = [k for k in asked if not self.store.has(digest, k) and self.store.failure(digest, k) is None]
-        self.reused += len(asked) - len(open_keys)
-        if not open_keys:
+        keys = self._keys(self.split)
+        known = self._known(digest, self.split)
+        asked = list(dict.fromkeys(key for name, key in keys.items() if name not in known))
+        # what failed before is left; what another worker is scoring under another name need not be scored again
+        asked = [k for k in asked if self.store.failure(digest, k) is None and (digest, k) not in self.underway]
+        self.reused += len(known)
+        self.underway |= {(digest, k) for k in asked}
+        self.left[task.name] = len(asked)
+        if not asked:
             self._finished(task)
-        return open_keys
+        return asked
 
     def scored(self, task: Task, digest: str, key: str, scores: Scores) -> None:
         info = self.pool.info(key)
         self.store.scored(digest, key, (info.slice, info.split), scores)
         self.evaluations += 1
-        self._finished(task)
+        self._scored_part(task, digest, key)
 
     def failed(self, task: Task, digest: str | None, key: str | None, error: str) -> None:
         if digest is None or key is None:
             self.store.not_made(task.name, error)
+            self._finished(task)
         else:
             info = self.pool.info(key)
             self.store.failed(digest, key, (info.slice, info.split), error)
-        self._finished(task)
+            self._scored_part(task, digest, key)
 
     def progress(self, task: Task, label: str, done: int, total: int) -> None:
         if self.shown is not None:
             part = f", {done} of {total}" if total else ""
             self.shown(len(self.done), len(self.tried), f"{task.name}: {label}{part}")
+
+    def _scored_part(self, task: Task, digest: str, key: str) -> None:
+        self.underway.discard((digest, key))
+        self.left[task.name] -= 1
+        if not self.left[task.name]:
+            self._finished(task)
 
     def _finished(self, task: Task) -> None:
         self.done.add(task.name)
@@ -219,9 +238,9 @@ class _Sweep:
             self.shown(len(self.done), len(self.tried), task.name)
 
 
-def single_model(path: str, name: str) -> Tried:
-    """A checkpoint as it is, as a reference."""
-    return Tried(name, "reference", {"merge_method": "passthrough", "models": [{"model": path}]}, {})
+def metrics_of(suite: Suite) -> dict[str, str]:
+    """The metric of each slice."""
+    return {s.name: s.metric for s in suite.slices}
 
 
 def read_result(suite: Suite, store: Store, run: Run | None, **facts: Any) -> SweepResult:
@@ -236,13 +255,14 @@ def read_result(suite: Suite, store: Store, run: Run | None, **facts: Any) -> Sw
         if digest is None:
             continue
         for split, by_slice in found.items():
-            scores = store.scores(digest, keys[split])
+            scores = store.scores(digest, keys[split], metrics_of(suite))
             if scores:
                 by_slice[t.name] = scores
-        for name, key in keys["selection"].items():
-            why = store.failure(digest, key)
-            if why is not None:
-                errors[t.name] = f"{name}: {why}"
+        for split, by_name in keys.items():
+            for name, key in by_name.items():
+                why = store.failure(digest, key)
+                if why is not None and name not in found[split].get(t.name, {}):
+                    errors.setdefault(t.name, f"{name} ({split}): {why}")
     curves = {} if run is None else dict(run.metrics.series)
     return make_result(
         suite, str(store.meta("what")), known, found["selection"], found["report"], errors,

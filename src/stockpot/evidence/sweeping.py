@@ -1,0 +1,146 @@
+"""A sweep as a whole: search, publish the winner, write the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stockpot.api import Options, merge_planned, plan, plan_soup
+from stockpot.errors import ArgumentError, GateError
+from stockpot.evaluation.gates import Verdict
+from stockpot.evaluation.suite import Suite
+from stockpot.evidence.pages import BEST, published_lineage, write_report
+from stockpot.evidence.release import release_check
+from stockpot.evidence.scoring import SuiteLike, opened_suite
+from stockpot.recipes.parsing import load_recipe
+from stockpot.runs import Run, open_run
+from stockpot.search import SweepOptions, SweepResult
+from stockpot.search.store import Store
+from stockpot.search.sweep import Shown, SweepJob, run_sweep
+
+__all__ = ["Sweep", "sweep"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: what it found, the directory of the published winner (None: not published), the report's path."""
+
+    result: SweepResult
+    best: str | None
+    page: str | None
+    verdict: Verdict | None = None
+    files: tuple[str, ...] = field(default=(), repr=False)
+
+
+def sweep(
+    run: Run | str | os.PathLike[str] | None, out: str | os.PathLike[str], suite: SuiteLike,
+    options: SweepOptions | None = None, *,
+    recipe: Any = None, grid: Mapping[str, Sequence[Any]] | None = None, base: str | None = None, device: str | None = None,
+    jobs: int = 1, publish: bool = True, force: bool = False, retry_failed: bool = False, shown: Shown | None = None,
+) -> Sweep:  # fmt: skip
+    """Search merges of a run's snapshots, or a grid over a recipe, and publish the best as OUT/best with a report.
+
+    out      holds sweep.sqlite (what was scored: a sweep that was stopped goes on), best/, report.html, charts/, leaderboard.csv
+    recipe   in place of a run: a recipe (as for merge), with `grid`: values by key (search.parse_grid)
+    jobs     candidates scored at once, each by a process with its own model
+    publish  merge the winner into OUT/best; where the suite has gates, only if they pass or with `force`
+
+    Raises StockpotError; GateError after the report was written.
+    """
+    opened = opened_suite(suite, base=base, device=device)
+    folder = os.fspath(out)
+    found = None if run is None else run if isinstance(run, Run) else open_run(run)
+    if (found is None) == (recipe is None):
+        raise ArgumentError("give a run, or a recipe with a grid: one of the two")
+    plain = None if recipe is None else _plain_recipe(recipe)
+    job = SweepJob(
+        opened, folder, found, options or SweepOptions(), plain, grid or {}, jobs=jobs, retry_failed=retry_failed
+    )
+    result = run_sweep(job, shown)
+    verdict: list[Verdict] = []
+    best: str | None = None
+    refused: GateError | None = None
+    if publish and result.winner is not None:
+        try:
+            best = _publish_winner(result, folder, opened, force=force, told=verdict.append)
+        except GateError as e:
+            refused = e
+    gates = verdict[0].to_dict() if verdict else None
+    remember(folder, gates=gates)
+    page, files = write_report(folder, result, gates=gates)
+    if refused is not None:
+        raise refused
+    return Sweep(result, best, page, verdict[0] if verdict else None, files)
+
+
+def _plain_recipe(recipe: Any) -> dict[str, Any]:
+    """A recipe as a mapping whose paths no longer depend on where its file lies."""
+    import yaml
+
+    parsed = load_recipe(recipe)
+    if parsed.steps:
+        raise ArgumentError("recipe: several steps can't be swept; merge the earlier ones first")
+    plan(parsed)  # every mistake in it, before the grid
+    found: dict[str, Any] = yaml.safe_load(parsed.text)
+    beside = os.path.dirname(os.path.abspath(parsed.origin)) if os.path.isfile(parsed.origin) else None
+
+    def place(ref: Any) -> Any:
+        if isinstance(ref, dict):
+            return {k: place(v) if k in ("model", "path") else v for k, v in ref.items()}
+        starts = [start for start in (os.getcwd(), beside) if start is not None]
+        there = [p for p in (os.path.join(s, str(ref)) for s in starts) if os.path.exists(p)]
+        return os.path.realpath(there[0]) if there else ref
+
+    def put(owner: Any, *keys: str) -> None:
+        for key in keys:
+            if isinstance(owner, dict) and owner.get(key) is not None:
+                owner[key] = place(owner[key])
+
+    def entries(listed: list[Any]) -> list[Any]:
+        """Models of a list: mappings with a `model`, or the references themselves."""
+        return [{**e, "model": place(e["model"])} if isinstance(e, dict) and "model" in e else place(e) for e in listed]
+
+    put(found, "base_model")
+    put(found.get("run"), "path", "metrics")
+    put(found.get("adapter"), "base")
+    if found.get("models"):
+        found["models"] = entries(found["models"])
+    for part in found.get("slices") or ():
+        part["sources"] = entries(part["sources"])
+    return found
+
+
+def _publish_winner(
+    result: SweepResult, folder: str, suite: Suite, *, force: bool, told: Callable[[Verdict], None]
+) -> str:
+    """Merge the winner into OUT/best, unless the very same merge is there and has no gates to pass."""
+    target = os.path.join(folder, BEST)
+    assert result.winner is not None
+    planned = plan_soup(dict(result.row(result.winner).tried.recipe), Options())
+    if not suite.gates and published_lineage(folder, result) and remembered(folder, "published") == planned.identity:
+        return target
+    check = release_check(suite, force=force, told=told) if suite.gates else None
+    merge_planned(planned, target, Options(), overwrite=True, release=check)
+    remember(folder, published=planned.identity)
+    return target
+
+
+def remember(folder: str, **facts: Any) -> None:
+    """Put facts beside the scores of a sweep."""
+    store = Store(folder)
+    try:
+        for key, value in facts.items():
+            store.set_meta(key, value)
+    finally:
+        store.close()
+
+
+def remembered(folder: str, key: str) -> Any:
+    """A fact from there; None where it was never put."""
+    store = Store(folder)
+    try:
+        return store.meta(key)
+    finally:
+        store.close()
