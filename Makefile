@@ -28,7 +28,7 @@ demo: $(VENV)/installed-test
 	$(BIN)/python examples/demo.py demo-output
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

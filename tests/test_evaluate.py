@@ -510,6 +510,71 @@ def _command_lines() -> list[bytes]:
     return found
 
 
+MEDDLERS = {
+    "double": "checkpoint.model.double()",
+    "merge": "checkpoint.model.merge_and_unload()",
+    "merge in place": "checkpoint.model.merge_adapter()",
+    "scale": "[p.data.mul_(0.5) for p in checkpoint.model.parameters()]",
+    "train": "checkpoint.model.train()",
+    "chdir": "__import__('os').chdir('/')",
+}
+
+
+@pytest.mark.parametrize("how", MEDDLERS)
+def test_functions_that_meddle_with_the_model_spoil_no_other_score(
+    room: Path, lora_run: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"meddler_{how.replace(' ', '_')}.py").write_text(
+        f"def f(checkpoint):\n    {MEDDLERS[how]}\n    return {{'z': 1.0}}\n"
+    )
+    text = "{name: text, kind: loss, data: %s, split: report}" % (room / "text.jsonl")
+    head = f"tokenizer: {room / 'tokenizer'}\nslices:\n"
+    name = f"meddler_{how.replace(' ', '_')}"
+    meddle = f"  - {{name: first, kind: python, function: '{name}:f', metric: z, direction: min, split: report}}\n"
+    (tmp_path / "with.yml").write_text(head + meddle + f"  - {text}\n")
+    (tmp_path / "without.yml").write_text(head + f"  - {text}\n")
+    run = open_run(lora_run)
+    monkeypatch.chdir(lora_run.parent)
+    tasks = [Task("a", recipe_of(run, SoupSpec(last=2))), Task("base", as_it_is(lora_run.name), bare=True),
+             Task("b", recipe_of(run, SoupSpec(last=4))), Task("c", as_it_is(lora_run.name))]  # fmt: skip
+    found = []
+    for name in ("with.yml", "without.yml"):
+        suite = load_suite(tmp_path / name)
+        with Pool(suite) as pool:
+            scored = score_all(pool, tasks, pool.infos)
+        found.append({n: s["text", "report"]["loss"] for n, s in scored.items()})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 4
+
+
+def test_what_a_command_leaves_in_the_background(tmp_path: Path, lora_run: Path) -> None:
+    """It neither holds up the result nor lives on."""
+    command = "sleep 985 & echo '{\"acc\": 1}'"
+    suite = (
+        f"slices: [{{name: a, kind: command, command: {json.dumps(command)}, metric: acc, split: report, timeout: 60}}]"
+    )
+    (tmp_path / "suite.yml").write_text(suite)
+    began = time.monotonic()
+    assert evidence.evaluate(lora_run, tmp_path / "suite.yml").scores["a", "report"] == {"acc": 1.0}
+    assert time.monotonic() - began < 40
+    assert b"985" not in b"".join(_command_lines())
+
+
+def test_a_worker_whose_end_is_held_open(tmp_path: Path, lora_run: Path) -> None:
+    """What it forked lives on with its connection: its death is noticed all the same, and the child ended."""
+    (tmp_path / "forks.py").write_text(
+        "import os, signal, time\ndef f(checkpoint):\n    if os.fork() == 0:\n        time.sleep(984)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "suite.yml").write_text(
+        "slices: [{name: a, kind: python, function: 'forks:f', metric: acc, split: report, timeout: 300}]"
+    )
+    began = time.monotonic()
+    with pytest.raises(EvaluationError, match=r"died \(signal 9, out of memory\?\)"):
+        evidence.evaluate(lora_run, tmp_path / "suite.yml")
+    assert time.monotonic() - began < 60
+
+
 def test_a_function_that_hangs_in_a_command_leaves_nothing_behind(tmp_path: Path, lora_run: Path) -> None:
     (tmp_path / "waiting.py").write_text(
         "import subprocess\ndef f(checkpoint):\n    subprocess.run(['sleep', '986'])\n"
@@ -518,6 +583,36 @@ def test_a_function_that_hangs_in_a_command_leaves_nothing_behind(tmp_path: Path
     (tmp_path / "suite.yml").write_text(suite)
     with pytest.raises(EvaluationError, match="did not end within 1 s"):
         evidence.evaluate(lora_run, tmp_path / "suite.yml")
+    time.sleep(0.5)
+    assert b"sleep\x00986" not in b"".join(_command_lines())
+
+
+def test_the_current_directory_shadows_no_module(
+    tmp_path: Path, room: Path, lora_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise RuntimeError('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    assert evidence.evaluate(
+        lora_run, suite_at(room, "slices: [{name: t, kind: loss, data: text.jsonl}]", "shadow.yml")
+    ).score
+
+
+def test_generation_settings_of_a_model_change_nothing(room: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Greedy is greedy; but what ends a text is the model's to say."""
+    import shutil
+
+    body = (
+        "slices: [{name: sums, kind: exact_match, data: sums.jsonl, split: report, max_new_tokens: 20, stop: ['zzz']}]"
+    )
+    suite = suite_at(room, body, "settings.yml")
+    plain = evidence.evaluate(tiny_llama, suite).scores["sums", "report"]
+    shutil.copytree(tiny_llama, tmp_path / "odd")
+    settings = {"repetition_penalty": 5.0, "suppress_tokens": list(range(3, 40)), "do_sample": True, "temperature": 3.0}
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps(settings))
+    odd = evidence.evaluate(tmp_path / "odd", suite).scores["sums", "report"]
+    assert odd == plain
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps({"eos_token_id": list(range(64))}))
+    assert evidence.evaluate(tmp_path / "odd", suite).scores["sums", "report"]["length"] == 0.0
 
 
 def test_slices_of_the_same_data_are_scored_once(room: Path, lora_run: Path) -> None:

@@ -98,6 +98,13 @@ def test_merge_and_soup_refuse_to_publish(lora_run: Path, family32: Path, tmp_pa
     assert done.returncode == 5, done.stderr
     assert "slice 'near'" in done.stderr
     assert not (tmp_path / "out").exists()
+    done = cli("soup", lora_run, "out", "--last", "3", "--suite", failing, "--json", cwd=tmp_path)
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["published"] is False
+    assert (
+        cli("soup", lora_run, "out", "--last", "3", "--suite", failing, "--device", "banana", cwd=tmp_path).returncode
+        == 2
+    )
     done = cli("soup", lora_run, "out", "--last", "3", "--suite", failing, "--force", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert stockpot.verify(tmp_path / "out")["gates"]["forced"] is True
@@ -123,6 +130,8 @@ def test_a_sweep_publishes_through_the_gates(lora_run: Path, tmp_path: Path) -> 
         evidence.sweep(lora_run, tmp_path / "out", suite, SMALL)
     assert not (tmp_path / "out/best").exists()
     assert (tmp_path / "out/report.html").exists()
+    evidence.report(tmp_path / "out")
+    assert "Release gates: not passed" in (tmp_path / "out/report.html").read_text()
     found = evidence.sweep(lora_run, tmp_path / "out", suite, SMALL, force=True)
     assert found.result.evaluations == 0
     assert stockpot.verify(tmp_path / "out/best")["gates"]["forced"] is True

@@ -59,6 +59,22 @@ def test_pairs_are_what_makes_a_difference_visible() -> None:
     assert back.low == pytest.approx(-d.high)
 
 
+def test_equal_documents_are_one_example() -> None:
+    values = np.array([1.0] * 30 + [2.0])
+    ids = ("same",) * 30 + ("other",)
+    scores = Scores({"accuracy": float(values.mean())}, examples={"accuracy": values}, ids=ids)
+    assert scores.n == 2
+    found = bootstrap_score(suite(), {"a": scores}, draws=2000)
+    assert found.low == 1.0
+    assert found.high == 2.0
+
+
+def test_examples_that_weigh_nothing_are_none() -> None:
+    scores = Scores({"accuracy": 3.0}, examples={"accuracy": [1.0, 2.0, 3.0]}, counts=[0.0, 0.0, 1.0])
+    found = bootstrap_score(suite(), {"a": scores}, draws=100)
+    assert (found.low, found.high) == (3.0, 3.0)
+
+
 def test_verdicts() -> None:
     a = right(200, 0.5)
     assert paired_difference(suite(), {"a": a}, {"a": a}).verdict == "same"
@@ -237,6 +253,11 @@ def test_aggregate_on_the_command_line(tmp_path: Path) -> None:
     assert "did you mean 'final_checkpoint'" in worse.stderr
 
 
+def test_percent_above_a_negative_reference(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("m,a\nlow,-2\nhigh,-1\n")
+    assert [r.percent["low"] for r in aggregate_scores(tmp_path / "t.csv", {"a": 1.0}, ["low"])] == [0.0, 50.0]
+
+
 @pytest.mark.parametrize(
     ("content", "weights", "message"),
     [
@@ -244,6 +265,8 @@ def test_aggregate_on_the_command_line(tmp_path: Path) -> None:
         ("m,a\nx,one\n", "a=1", r":2: a of 'x': expected a number, got 'one'"),
         ("m,a\n", "a=1", "expected a line of column names"),
         ("m,a\nx,0\n", "a=1", "scores 0"),
+        ("m,a\nx,1_0\n", "a=1", "expected a number"),
+        ("m,a,a\nx,1,2\n", "a=1", "the column 'a' stands there twice"),
         ("m,a\nx,1\n", "a=x", "expected COLUMN=NUMBER"),
         ("m,a\nx,1\n", "a=1,a=2", "given twice"),
         ("m,a\nx,1\n", "a=0", "sum to 0"),

@@ -136,6 +136,7 @@ BAD = {
     "empty": ("{name: a, kind: loss, data: empty.txt}", "holds no documents"),
     "empty jsonl": ("{name: a, kind: choice, data: empty.jsonl}", "holds no documents"),
     "not JSON": ("{name: a, kind: choice, data: broken.jsonl}", r"broken.jsonl:2: not valid JSON"),
+    "half a character": ("{name: a, kind: loss, data: half.jsonl}", r"half.jsonl:1: .* is half a character"),
     "not text": ("{name: a, kind: loss, data: binary.txt}", "not a text file in UTF-8"),
     "one document": ("{name: a, kind: loss, data: one.jsonl}", "too few different documents"),
     "normalize": ("{name: a, kind: exact_match, data: sums.jsonl, normalize: lowr}", "did you mean 'lower'"),
@@ -158,6 +159,7 @@ def test_mistakes_are_named(tmp_path: Path, name: str) -> None:
         json.dumps({"prompt": "a", "choices": ["x", "y"], "answer": 0}) + "\n{oops\n"
     )
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00abc")
+    (tmp_path / "half.jsonl").write_text('{"text": "a \\ud83d b"}\n')
     (tmp_path / "one.jsonl").write_text('{"text": "only this"}\n{"text": "only this"}\n')
     path = write(tmp_path, f"slices:\n  - {line}\n")
     with pytest.raises(StockpotError, match=message) as caught:
@@ -197,6 +199,13 @@ def test_a_suite_that_is_not_there(tmp_path: Path) -> None:
         load_suite(write(tmp_path, "slices: [\n"))
     with pytest.raises(SuiteError, match="a suite needs slices"):
         load_suite(write(tmp_path, "# nothing\n"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "slices: [{name: a, kind: loss, data: marked.jsonl, split: report}]")
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "some text"}\n')
+    (part,) = open_parts(load_suite(path))
+    assert part.evaluator.ids == (document_id("some text"),)
 
 
 def test_text_is_cut_at_lines(tmp_path: Path) -> None:

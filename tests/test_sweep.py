@@ -172,6 +172,28 @@ def test_a_sweep_that_was_stopped_is_no_result(lora_run: Path, tmp_path: Path) -
     assert "did not come to its end" in done.stderr
 
 
+def test_what_is_not_ours_stays_where_it_is(lora_run: Path, tmp_path: Path) -> None:
+    suite = distance_suite(tmp_path)
+    (tmp_path / "out/best").mkdir(parents=True)
+    (tmp_path / "out/best/thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="none of stockpot's"):
+        evidence.sweep(lora_run, tmp_path / "out", suite, replace(SMALL, stages=("uniform",)))
+    assert (tmp_path / "out/best/thesis.txt").exists()
+    (tmp_path / "other/candidates.tmp").mkdir(parents=True)
+    with pytest.raises(OutputError, match="in the way"):
+        evidence.sweep(lora_run, tmp_path / "other", suite, SMALL)
+
+
+def test_a_sweep_of_failures_alone(lora_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "tests_fails.py").write_text("def f(checkpoint, split):\n    raise ValueError('never')\n")
+    suite = tmp_path / "suite.yml"
+    suite.write_text("slices: [{name: a, kind: python, function: 'tests_fails:f', metric: acc}]\n")
+    done = cli("sweep", lora_run, tmp_path / "out", "--suite", suite, "--k", "2", "--json")
+    assert done.returncode == 3
+    assert "no merge could be scored" in done.stderr
+    assert json.loads(done.stdout)["winner"] is None
+
+
 def test_two_sweeps_in_one_place(lora_run: Path, tmp_path: Path) -> None:
     from stockpot.search.store import Store
 

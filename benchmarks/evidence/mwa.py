@@ -28,6 +28,8 @@ from stockpot.search.sweep import SweepJob, run_sweep
 
 SUITE = "slices:\n  - {name: text, kind: loss, data: held_out.txt, chunk: 1000, max_length: 96}\n"
 LATE, WHOLE = (2, 3, 5, 10), 16
+#: weights over fixed numbers of snapshots, whether or not the search would have come to them
+REACHES = SweepOptions(stages=("uniform", "weights"), k=(5, 10, WHOLE), keep=3)
 OPTIONS = SweepOptions(stages=STAGES, k=(*LATE, WHOLE), intervals=(2, 3), keep=5, decays=(0.5, 0.8, 0.9))
 #: two-sided 97.5 % points of Student's t by degrees of freedom
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -62,22 +64,24 @@ def measure(folder: Path) -> dict[str, Any]:
     suite = load_suite(suite_file)
     run = open_run(folder)
     result: SweepResult = run_sweep(SweepJob(suite, str(folder.with_suffix(".sweep")), run, OPTIONS))
+    reaches = run_sweep(SweepJob(suite, str(folder.with_suffix(".reaches")), run, REACHES))
     best: dict[str, Row] = {}
-    for row in result.leaderboard():
+    rows = {row.name: row for row in (*result.rows, *reaches.rows)}
+    for row in sorted(rows.values(), key=lambda r: r.selection.value if r.selection else math.inf):
         if row.selection is not None:
             for family in family_of(row):
                 best.setdefault(family, row)
     tasks = {row.name: row.tried.task() for row in best.values()}
     with Pool(suite) as pool:
         found = score_all(pool, list(tasks.values()), [i for i in pool.infos if i.split == "report"])
-    scored = [r for r in result.rows if r.seconds_made is not None and r.seconds_scored]
+    scored = [r for r in rows.values() if r.seconds_made is not None and r.seconds_scored]
     return {
         "families": {
             family: {"name": row.name, "selection": row.selection and row.selection.value,
                      "report": found[row.name]["text", "report"]["loss"]}
             for family, row in best.items()
         },
-        "candidates": len(result.rows),
+        "candidates": len(rows),
         "seconds_made": statistics.median(r.seconds_made or 0.0 for r in scored),
         "seconds_scored": statistics.median(r.seconds_scored for r in scored),
     }  # fmt: skip

@@ -45,14 +45,15 @@ class Setting:
     schedule: str
     batch: int
     rank: int | None
+    held_out: int  # characters
 
 
 SETTINGS = {
     s.name: s
     for s in (
-        Setting("code-lora", "code", 160, 4, 130, 325, 20, 6e-3, "constant_with_warmup", 6, 8),
-        Setting("prose-lora", "prose", 256, 6, 110, 245, 15, 4e-3, "constant_with_warmup", 4, 16),
-        Setting("arithmetic-full", "arithmetic", 96, 3, 130, 406, 25, 2e-3, "cosine", 4, None),
+        Setting("code-lora", "code", 160, 4, 130, 325, 20, 6e-3, "constant_with_warmup", 6, 8, 60_000),
+        Setting("prose-lora", "prose", 256, 6, 110, 245, 15, 4e-3, "constant_with_warmup", 4, 16, 24_000),
+        Setting("arithmetic-full", "arithmetic", 96, 3, 130, 406, 25, 2e-3, "cosine", 4, None, 60_000),
     )
 }
 
@@ -84,7 +85,7 @@ def fine_tune(folder: Path, setting: Setting, seed: int) -> None:
     text = corpus[setting.domain]
     held_out = folder.parent / "held_out.txt"
     if not held_out.exists():
-        held_out.write_text(text[len(text) * 9 // 10 :][:60_000])
+        held_out.write_text(text[len(text) * 9 // 10 :][: setting.held_out])
     tokens = torch.tensor(tokenizer(text[: len(text) * 9 // 10])["input_ids"])
     windows = tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK)
     rows = [{"input_ids": w, "labels": w} for w in windows]

@@ -110,9 +110,13 @@ class VerificationError(StockpotError):
 
 
 class GateError(StockpotError):
-    """A critical release gate failed or could not be decided; nothing is published."""
+    """A critical release gate failed or could not be decided; nothing is published.
+
+    found  of a sweep: what it found all the same (evidence.Sweep)
+    """
 
     exit_code = 5
+    found: object = None
 
 
 class Interrupted(StockpotError):

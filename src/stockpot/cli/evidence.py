@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -130,7 +130,7 @@ def sweep(
     from stockpot import evidence
     from stockpot.cli.progress import sweep_bar
     from stockpot.cli.show_evidence import show_sweep
-    from stockpot.errors import ArgumentError
+    from stockpot.errors import ArgumentError, EvaluationError, GateError
     from stockpot.runs import open_run
     from stockpot.search import SweepOptions, parse_grid
     from stockpot.search.options import STAGES
@@ -151,12 +151,20 @@ def sweep(
     if jobs < 1:
         raise ArgumentError(f"--jobs: expected a whole number of at least 1, got {jobs}")
     opened = None if run is None else open_run(run, snapshots=snapshots, metrics=metrics)
+    refused: GateError | None = None
     with sweep_bar(enabled=not (quiet or as_json)) as shown:
-        found = evidence.sweep(
-            opened, out, suite, options, recipe=recipe, grid=parse_grid(grid or []), base=base, device=device, jobs=jobs,
-            publish=not no_publish, force=force, retry_failed=retry_failed, shown=shown,
-        )  # fmt: skip
+        try:
+            found = evidence.sweep(
+                opened, out, suite, options, recipe=recipe, grid=parse_grid(grid or []), base=base, device=device, jobs=jobs,
+                publish=not no_publish, force=force, retry_failed=retry_failed, shown=shown,
+            )  # fmt: skip
+        except GateError as e:
+            refused, found = e, cast(evidence.Sweep, e.found)
     show_sweep(found, as_json=as_json, quiet=quiet)
+    if refused is not None:
+        raise refused
+    if found.result.winner is None:
+        raise EvaluationError("no merge could be scored")
 
 
 def _places(places: list[str], recipe: str | None) -> tuple[str | None, str]:
@@ -264,7 +272,7 @@ def report(
         print(page)
 
 
-def release_of(suite: str | None, *, force: bool, quiet: bool) -> Any:
+def release_of(suite: str | None, *, force: bool, quiet: bool, as_json: bool) -> Any:
     """What merge_planned is to call before it publishes: None where no gates were asked for."""
     from stockpot.errors import ArgumentError
 
@@ -273,6 +281,13 @@ def release_of(suite: str | None, *, force: bool, quiet: bool) -> Any:
             raise ArgumentError("--force publishes against the gates of a suite: it needs --suite")
         return None
     from stockpot import evidence
+    from stockpot.cli.show import print_json
     from stockpot.cli.show_evidence import show_verdict
 
-    return evidence.release_check(suite, force=force, told=lambda v: show_verdict(v, as_json=False, quiet=quiet))
+    def told(verdict: Any) -> None:
+        if not as_json:
+            show_verdict(verdict, as_json=False, quiet=quiet)
+        elif not (verdict.passed or force):  # else the lineage, which holds it, is printed
+            print_json({"published": False, "gates": verdict.to_dict()})
+
+    return evidence.release_check(suite, force=force, told=told)

@@ -92,7 +92,7 @@ def merge(
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
 
-    release = release_of(suite, force=force, quiet=quiet or as_json)
+    release = release_of(suite, force=force, quiet=quiet, as_json=as_json)
     options = api.Options(device, threads, max_memory, shard_size, seed, allow_nonfinite)
     planned = api.plan(recipe, options)
     show_notes(planned.notes, quiet=quiet or as_json)

@@ -144,7 +144,7 @@ def soup(
         raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
     if spec.kind == "lawa" and suite is not None:
         raise ArgumentError("--suite decides over one soup; score the windows of lawa afterwards (stockpot gate)")
-    release = release_of(suite, force=force, quiet=quiet or as_json)
+    release = release_of(suite, force=force, quiet=quiet, as_json=as_json)
     opened = open_run(run, snapshots=snapshots, metrics=metrics)
     options = api.Options(device, threads, max_memory, shard_size, allow_nonfinite=allow_nonfinite)
     if spec.kind == "lawa":

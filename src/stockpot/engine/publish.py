@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -78,11 +79,16 @@ def write_file(path: str, text: str) -> None:
 def replace_file(path: str, content: str | bytes) -> None:
     """Write a file whole, flushed, in place of what was there; or leave that."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise
 
 
 def publish(partial: str, out: str, *, overwrite: bool) -> None:

@@ -63,7 +63,7 @@ def aggregate_scores(
             )
         if scores[reference] == 0:
             raise ArgumentError(f"reference: {reference!r} scores 0, so nothing can be given in percent of it")
-    return [Aggregate(n, s, {r: 100 * (s / scores[r] - 1) for r in references}) for n, s in scores.items()]
+    return [Aggregate(n, s, {r: 100 * (s - scores[r]) / abs(scores[r]) for r in references}) for n, s in scores.items()]
 
 
 def _rows(where: str, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -78,6 +78,9 @@ def _rows(where: str, weights: Mapping[str, float]) -> dict[str, dict[str, float
         raise ArgumentError(f"{where}: not a CSV file in UTF-8: {e}") from e
     if len(head) < 2 or not lines:
         raise ArgumentError(f"{where}: expected a line of column names, then rows of a name and numbers")
+    twice = next((c for c in weights if head.count(c) > 1), None)
+    if twice is not None:
+        raise ArgumentError(f"{where}: the column {twice!r} stands there twice")
     for column in weights:
         if column not in head[1:]:
             raise ArgumentError(
@@ -93,7 +96,7 @@ def _rows(where: str, weights: Mapping[str, float]) -> dict[str, dict[str, float
             at = head.index(column)
             text = row[at].strip() if at < len(row) else ""
             try:
-                value = float(text)
+                value = float(text) if "_" not in text else math.nan
             except ValueError:
                 value = math.nan
             if not math.isfinite(value):

@@ -90,7 +90,7 @@ def _missing(path: str) -> str:
 
 def _read(path: str, where: str) -> str:
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except OSError as e:
         raise SuiteError(f"{where}: data: {path}: can't be read: {e.strerror or e}") from e
@@ -147,6 +147,7 @@ def _text_row(row: dict[str, Any], number: int, part: Slice, where: str, path: s
         known = ", ".join(row) or "none"
         hint = nearest(name, row) if name not in row else ""
         raise SuiteError(f"{where}: data: {path}:{number}: no text in field {name!r}; fields are {known}{hint}")
+    _check_text(text, f"{where}: data: {path}:{number}")
     return Document(document_id(text), text, line=number)
 
 
@@ -185,7 +186,16 @@ def _task_row(row: dict[str, Any], number: int, part: Slice, where: str, path: s
                 f"{at}: {answer_name!r}: expected a text, a number, or a list of accepted ones; got {raw!r}{hint}"
             )
         fields["answer"] = accepted
+    _check_text(json.dumps(fields, ensure_ascii=False), at)
     return Document(document_id(json.dumps(fields, sort_keys=True, ensure_ascii=False)), fields=fields, line=number)
+
+
+def _check_text(text: str, at: str) -> None:
+    """JSON can hold halves of characters, which no tokenizer takes. Raises SuiteError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise SuiteError(f"{at}: {text[e.start]!r} is half a character (a lone surrogate)") from e
 
 
 def _text(value: Any) -> str | None:

@@ -13,9 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from stockpot.errors import EvaluationError, SuiteError, nearest
 from stockpot.evaluation.scores import Progress
@@ -24,10 +25,13 @@ from stockpot.evaluation.suite import Slice, Suite
 if TYPE_CHECKING:
     from stockpot.evaluation.loaded import LoadedModel
 
-__all__ = ["CommandEvaluator", "PythonEvaluator", "stop_commands"]
+__all__ = ["CommandEvaluator", "PythonEvaluator", "stop_commands", "told_of_commands"]
 
 _MAX_HASHED = 256 * 2**20
+_MAX_PRINTED = 64 * 2**20
 _running: set[int] = set()
+#: called with the process group of a command when it starts, and with 0 when it has ended
+told_of_commands: list[Callable[[int], None]] = []
 
 
 def stop_commands() -> None:
@@ -59,22 +63,39 @@ class CommandEvaluator:
         where = checkpoint.save() if "{checkpoint}" in text else ""
         text = text.replace("{checkpoint}", shlex.quote(where))
         environment = {**os.environ, "STOCKPOT_CHECKPOINT": where, "STOCKPOT_SPLIT": self.split}
-        with subprocess.Popen(
-            text, shell=True, cwd=self.suite.directory, env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
-        ) as process:  # fmt: skip
+        # to files, not pipes: what the command left running in the background may hold these open
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as out_file,
+            tempfile.TemporaryFile("w+", errors="replace") as err_file,
+        ):
+            process = subprocess.Popen(
+                text, shell=True, cwd=self.suite.directory, env=environment, stdin=subprocess.DEVNULL, stdout=out_file,
+                stderr=err_file, start_new_session=True,
+            )  # fmt: skip
             _running.add(process.pid)
+            for tell in told_of_commands:
+                tell(process.pid)
             try:
-                out, err = process.communicate(timeout=self.slice.timeout)
+                process.wait(self.slice.timeout)
             except subprocess.TimeoutExpired:
-                stop_commands()
-                process.communicate()
                 raise EvaluationError(f"the command did not end within {self.slice.timeout:g} s: {text}") from None
             finally:
+                stop_commands()
+                process.wait()
                 _running.discard(process.pid)
+                for tell in told_of_commands:
+                    tell(0)
+            out, err = (_printed(f) for f in (out_file, err_file))
         if process.returncode:
             raise EvaluationError(f"the command ended with {process.returncode}: {text}{_tail(err or out)}")
         return _last_object(out, text)
+
+
+def _printed(file: IO[str]) -> str:
+    """The end of what went to a file: results stand last."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _MAX_PRINTED, 0))
+    return file.read()
 
 
 def _words(command: str) -> list[str]:
@@ -148,7 +169,7 @@ class PythonEvaluator:
         module_name, _, attribute = str(self.slice.options["function"]).partition(":")
         for folder in (self.suite.directory, os.getcwd()):
             if folder not in sys.path:
-                sys.path.insert(0, folder)
+                sys.path.append(folder)
         try:
             found: Any = importlib.import_module(module_name)
         except Exception as e:

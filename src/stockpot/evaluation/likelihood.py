@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from stockpot.evaluation.scores import Progress
 
@@ -72,8 +72,12 @@ def generated(
 ) -> list[tuple[str, int, bool]]:  # fmt: skip
     """For each prompt: greedy text up to the first stop, tokens generated, whether a stop or the end was reached."""
     model, tokenizer, device = checkpoint.model, checkpoint.tokenizer, checkpoint.device
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos if eos is not None else 0)
+    ends = checkpoint.end_tokens()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    # greedy whatever the model's own settings say: no sampling, no penalties
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=ends or None
+    )
     out: list[Any] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for at in range(0, len(order), batch_size):
@@ -87,13 +91,14 @@ def generated(
                 ids[j, -n:] = torch.tensor(prompts[i])
                 mask[j, -n:] = 1
         made = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
-            num_beams=1, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stop, longest)]),
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_Stops(tokenizer, stop, longest)]),
         )[:, longest:].cpu()  # fmt: skip
         for j, i in enumerate(chosen):
             tokens = made[j].tolist()
-            ended = eos is not None and eos in tokens
-            tokens = tokens[: tokens.index(eos)] if ended else tokens
+            first = next((n for n, token in enumerate(tokens) if token in ends), None)
+            ended = first is not None
+            tokens = tokens[:first]
             while tokens and tokens[-1] == pad:  # a row that was done before the longest
                 tokens.pop()
             text = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stockpot.adapters import changes_the_base
+from stockpot.checkpoints.opening import open_checkpoint, read_json
 from stockpot.engine.candidates import Candidate
 from stockpot.errors import EvaluationError, SuiteError
 from stockpot.evaluation.suite import Suite
@@ -45,6 +47,7 @@ class LoadedModel:
         self._base: Any = None
         self._base_intact = True
         self._plain: Any = None
+        self._clean: Any = None
         self._base_path = ""
         self._views: dict[str, Any] = {}
         self._in_module: Candidate | None = None
@@ -123,16 +126,39 @@ class LoadedModel:
             self._saved = folder
         return self._saved
 
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a text: the tokenizer's, and those of the model's generation settings."""
+        found: list[int] = []
+        kept = [self.tokenizer.eos_token_id, getattr(self.model.generation_config, "eos_token_id", None)]
+        own = (
+            None
+            if self.candidate is None or self.bare
+            else os.path.join(self.candidate.tokenizer, "generation_config.json")
+        )
+        if own is not None and os.path.isfile(own):
+            kept.append(read_json(own).get("eos_token_id"))
+        for item in kept:
+            found += [i for i in (item if isinstance(item, list) else [item]) if isinstance(i, int)]
+        return list(dict.fromkeys(found))
+
     # putting candidates in
 
     def put(self, candidate: Candidate | None) -> None:
         """Take a candidate, or with None the base that adapters are loaded onto."""
         self.discard()
-        while self._switched_off:
-            self._switched_off.pop().__exit__(None, None, None)
+        self._switch_on()
         self.bare = candidate is None
         if candidate is not None:
             self.candidate = candidate
+
+    def check_untouched(self) -> None:
+        """After a user's function: what it did to the module must not reach the next candidate. Made anew where it did."""
+        self._plain = None
+        if self._module is not None and self._in_module is not None:
+            seen = _fingerprint(self._module)
+            if self._clean is None or seen != self._clean:
+                self._release()
+                self._base = self._plain = None
 
     def forget(self) -> None:
         """Let go of the candidate before the next is made: two need not be held at once. Its module stays."""
@@ -148,10 +174,9 @@ class LoadedModel:
     def base_path(self) -> str:
         """The model that an adapter is loaded onto. Raises SuiteError where it is not known."""
         named = None if self.candidate is None else self.candidate.config.get("base_model_name_or_path")
-        if self.suite.base is not None:
-            return self.suite.resolve(self.suite.base)
-        if isinstance(named, str) and named:
-            return named
+        found = self.suite.resolve(self.suite.base) if self.suite.base is not None else named
+        if isinstance(found, str) and found:
+            return os.path.abspath(found) if os.path.exists(found) else found
         raise SuiteError("an adapter is scored on its base model: name it with base in the suite, or --base")
 
     def _load(self) -> None:
@@ -181,12 +206,20 @@ class LoadedModel:
                 raise
             raise EvaluationError(f"the model can't be loaded: {type(e).__name__}: {e}") from e
         self._in_module = candidate
+        self._clean = _fingerprint(self._module) if any(s.kind == "python" for s in self.suite.slices) else None
 
     def _release(self) -> None:
         """Let go of the module and of all that refers to it; the base under an adapter stays."""
+        self._switch_on()
         self._signature, self._module, self._in_module = "", None, None
         self._views = {}
         self.attached.clear()
+
+    def _switch_on(self) -> None:
+        """The adapter works again, where it was switched off for the base's sake."""
+        while self._switched_off:
+            with contextlib.suppress(Exception):  # a user's function may have taken the module apart
+                self._switched_off.pop().__exit__(None, None, None)
 
     def _signature_of(self, candidate: Candidate) -> str:
         shapes = [(n, spec.dtype.label, spec.shape) for n, (spec, _) in candidate.tensors.items()]
@@ -320,8 +353,6 @@ class LoadedModel:
         """The candidate as transformers and PEFT would have saved it."""
         from safetensors.torch import save_file
 
-        from stockpot.checkpoints.opening import open_checkpoint
-
         candidate = self.candidate
         assert candidate is not None
         adapter = candidate.kind == "adapter"
@@ -359,6 +390,18 @@ def _tensor(spec: Any, raw: Any) -> Any:
     return torch.from_numpy(array).view(dtype).reshape(spec.shape)
 
 
+def _fingerprint(module: Any) -> list[Any]:
+    """Where every parameter and buffer lies, what it is, and two sums over it: one pass over memory, little beside scoring."""
+    import torch
+
+    rows = []
+    with torch.no_grad():
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            sums = (t.double().sum().item(), t.double().abs().sum().item()) if t.numel() else (0.0, 0.0)
+            rows.append((name, t.data_ptr(), str(t.dtype), tuple(t.shape), *sums))
+    return rows
+
+
 def leaves_the_base_alone(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     """Whether the base is as it was once PEFT has unloaded such an adapter, or has it switched off."""
     whole = any(config.get(key) for key in ("modules_to_save", "trainable_token_indices"))
@@ -379,7 +422,13 @@ def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digest_of_files(place: str) -> str:
     digest = hashlib.sha256(place.encode() if not os.path.isdir(place) else b"")
-    for name in (*_TOKENIZER_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+    for name in (
+        *_TOKENIZER_FILES,
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+    ):
         path = os.path.join(place, name)
         if os.path.isfile(path):
             with open(path, "rb") as f:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from stockpot.doctor import memory
-from stockpot.errors import EvaluationError
+from stockpot.errors import EvaluationError, OutputError
 from stockpot.evaluation.parts import PartInfo
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
+from stockpot.planning.planner import available_threads
 from stockpot.specs import format_size
 
 __all__ = ["Pool", "Recorder", "Task", "as_it_is", "memory_for_snapshots", "score_all"]
@@ -77,6 +79,7 @@ class _Worker:
     left: deque[str] = field(default_factory=deque)
     deadline: float = float("inf")
     has_scored: bool = False
+    command: int = 0  # the process group of the command that it runs
 
     def tail(self) -> str:
         """The last lines that it printed."""
@@ -112,8 +115,7 @@ class Pool:
                 prefix="stockpot-candidates-", dir=os.environ.get("STOCKPOT_SCRATCH") or None
             )
         else:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            os.makedirs(self._scratch, exist_ok=True)
+            _own_directory(self._scratch)
         try:
             self._workers.append(self._start())
         except BaseException:
@@ -138,15 +140,13 @@ class Pool:
     def _start(self) -> _Worker:
         """A worker that has opened the suite. Raises what it found wrong with it."""
         ours, theirs = socket.socketpair()
-        threads = max(
-            (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // self.jobs, 1
-        )
+        threads = max(available_threads() // self.jobs, 1)
         log = tempfile.TemporaryFile()
-        # what runs beside evaluators must be found by them too
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        # what this process can import the worker can, but nothing from a directory that happens to be the current one
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONSAFEPATH": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "stockpot.evaluation.worker", str(theirs.fileno())], pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
         theirs.close()
         worker = _Worker(process, Connection(ours.detach()), log)
@@ -193,11 +193,13 @@ class Pool:
         with contextlib.suppress(OSError):
             worker.connection.close()
         worker.process.terminate()
-        try:
-            code = worker.process.wait(2)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            code = worker.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(2)
+        for group in (worker.process.pid, worker.command):  # with what evaluators have started
+            if group:
+                with contextlib.suppress(OSError):
+                    os.killpg(group, signal.SIGKILL)
+        code = worker.process.wait()
         worker.log.close()
         return code
 
@@ -240,6 +242,8 @@ class Pool:
                     self._lost(worker, recorder)
                     continue
                 self._hear(worker, message, recorder)
+            elif worker.process.poll() is not None:
+                self._lost(worker, recorder)  # its end may be held open by what it had started
             elif time.monotonic() > worker.deadline:
                 self._hang(worker, recorder)
 
@@ -251,6 +255,8 @@ class Pool:
             asked = recorder.made(worker.task, str(worker.digest), seconds) if worker.only is None else worker.only
             worker.left = deque(asked)
             self._next(worker, recorder)
+        elif kind == "command":
+            worker.command = content[0]
         elif kind == "progress":
             recorder.progress(worker.task, worker.part.label if worker.part else "", *content)
         elif kind == "scored":
@@ -306,6 +312,17 @@ class Pool:
         if left[1:]:
             self._waiting.appendleft((task, left[1:]))
         recorder.failed(task, worker.digest, left[0] if left else None, why)
+
+
+def _own_directory(path: str) -> None:
+    """An empty directory of ours: one that a killed sweep left is emptied, anything else is left alone. Raises OutputError."""
+    mark = os.path.join(path, ".stockpot")
+    if os.path.exists(path) and not os.path.exists(mark):
+        raise OutputError(f"{path}: is in the way of the candidates that are written for commands; move it")
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path)
+    with open(mark, "w"):
+        pass
 
 
 def _peak_memory(pid: int) -> int:

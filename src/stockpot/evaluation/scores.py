@@ -47,8 +47,8 @@ class Scores(dict[str, float]):
 
     @property
     def n(self) -> int:
-        """How many examples were scored; 0 where that is not known."""
-        return len(self.ids) or max((len(v) for v in self.examples.values()), default=0)
+        """How many different examples were scored; 0 where that is not known."""
+        return len(set(self.ids)) or max((len(v) for v in self.examples.values()), default=0)
 
     def of(self, metric: str) -> tuple[Array, Array, Callable[[Any], Any]] | None:
         """(values [n], weights [n], function of their mean) behind a metric; None where it has no examples."""
@@ -57,7 +57,16 @@ class Scores(dict[str, float]):
         if values is None or not len(values):
             return None
         counts = self.counts if self.counts is not None and len(self.counts) == len(values) else np.ones(len(values))
-        return values, counts, transform
+        if len(set(self.ids)) < len(self.ids) == len(values):
+            # equal documents are one example, however often they stand in the data
+            _, first, where = np.unique(np.array(self.ids), return_index=True, return_inverse=True)
+            weight = np.bincount(where, counts)
+            values = np.bincount(where, values * counts) / np.where(weight > 0, weight, 1.0)
+            order = np.argsort(first)
+            values, counts = values[order], weight[order]
+        if (counts <= 0).any():
+            values, counts = values[counts > 0], counts[counts > 0]
+        return (values, counts, transform) if len(values) else None
 
 
 def _identity(x: Any) -> Any:
@@ -80,7 +89,7 @@ def checked_scores(raw: Any, metric: str, where: str) -> Scores:
     """What an evaluator gave, as Scores that hold `metric` as a finite number. Raises EvaluationError."""
     if not isinstance(raw, Mapping):
         raise EvaluationError(f"{where}: expected a mapping from metrics to numbers, got {_short(raw)}")
-    scores = _plain(raw, where)
+    scores = _plain(raw, metric, where)
     if metric not in scores:
         known = ", ".join(sorted(scores)) or "none"
         raise EvaluationError(f"{where}: gave no metric {metric!r}; there are {known}{nearest(metric, scores)}")
@@ -94,7 +103,7 @@ def checked_scores(raw: Any, metric: str, where: str) -> Scores:
     return scores
 
 
-def _plain(raw: Mapping[Any, Any], where: str) -> Scores:
+def _plain(raw: Mapping[Any, Any], metric: str, where: str) -> Scores:
     """Plain numbers by metric, whoever made the mapping. In one that is no Scores, `examples` may hold lists by metric, `counts`
     and `ids` lists of that length. Raises EvaluationError where these don't fit each other.
     """
@@ -107,7 +116,8 @@ def _plain(raw: Mapping[Any, Any], where: str) -> Scores:
     metrics = {}
     for key, value in raw.items():
         number = _number(value)
-        if isinstance(key, str) and number is not None:
+        # one that is asked for must be finite; others that are not are no numbers for anybody
+        if isinstance(key, str) and number is not None and (key == metric or math.isfinite(number)):
             metrics[key] = number
     try:
         arrays = {str(k): np.asarray(v, np.float64) for k, v in dict(extras.get("examples") or {}).items()}

@@ -14,7 +14,7 @@ from stockpot.recipes.nodes import Node, parse_documents
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.runs.metrics import known_objective
 
-__all__ = ["KINDS", "SPLITS", "Gate", "Kind", "Slice", "Suite", "load_suite"]
+__all__ = ["KINDS", "SPLITS", "Gate", "Kind", "Slice", "Suite", "is_device", "load_suite"]
 
 SPLITS = ("selection", "report")
 _MAX_BYTES = 2 * 2**20
@@ -191,6 +191,11 @@ def parse_suite(text: str, origin: str) -> Suite:
     return _SuiteReader(text, origin).suite(documents[0])
 
 
+def is_device(text: str) -> bool:
+    """Whether it names where torch can run a model."""
+    return re.fullmatch(r"cpu|mps|cuda(:\d+)?", text) is not None
+
+
 class _SuiteReader(Reader):
     def bad(self, line: int, why: str) -> None:
         self.problems.append(SuiteError(f"{self.origin}:{line}: {why}"))
@@ -216,11 +221,14 @@ class _SuiteReader(Reader):
                 gate = self.gate(child, f"gates[{i}]", names)
                 if gate is not None:
                     gates.append(gate)
+        device = top.text("device") or "cpu"
+        if not is_device(device):
+            self.bad(parts["device"].line, f"suite: device: expected cpu, cuda, cuda:N or mps, got {device!r}")
         suite = Suite(
             self.origin, self.text, tuple(slices), tuple(gates),
             name=top.text("name") or os.path.splitext(os.path.basename(self.origin))[0],
             base=top.text("base"), tokenizer=top.text("tokenizer"),
-            dtype=top.choice("dtype", _DTYPES) or "auto", device=top.text("device") or "cpu",
+            dtype=top.choice("dtype", _DTYPES) or "auto", device=device,
             batch_size=top.whole("batch_size", 1) or 16,
             selection_share=top.number("selection_share", 0.5, low=0.01, high=0.99),
         )  # fmt: skip

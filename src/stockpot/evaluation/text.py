@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stockpot.errors import EvaluationError
 from stockpot.evaluation.documents import Document
 from stockpot.evaluation.scores import Progress, Scores
 from stockpot.evaluation.suite import Slice, Suite
@@ -96,8 +97,10 @@ class LossEvaluator(_DocumentEvaluator):
             total[index] -= value
             count[index] += n
         scored = count > 0
+        if not scored.any():
+            raise EvaluationError("no document is longer than one token, so there is nothing to predict")
         each = total[scored] / count[scored]
-        loss = float(total.sum() / count.sum()) if scored.any() else float("nan")
+        loss = float(total.sum() / count.sum())
         ids = tuple(d.id for d, ok in zip(self.documents, scored) if ok)
         metrics = {"loss": loss, "perplexity": float(np.exp(loss))}
         return Scores(metrics, examples={"loss": each}, counts=count[scored], ids=ids, seconds=time.monotonic() - began)
@@ -170,7 +173,7 @@ class GenerationEvaluator(_DocumentEvaluator):
         for document, (text, n, stopped) in zip(self.documents, texts, strict=True):
             if extract is not None:
                 match = extract.search(text)
-                text = "" if match is None else match[1] if match.groups() else match[0]
+                text = "" if match is None else (match[1] or "") if match.groups() else match[0]
             accepted = {normalized(a, steps) for a in (document.fields or {})["answer"]}
             right.append(float(normalized(text, steps) in accepted))
             length.append(float(n))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ from stockpot.checkpoints.hub import fetch_missing
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.candidates import Candidate, CheckpointCache, make_candidate
 from stockpot.errors import StockpotError
-from stockpot.evaluation.external import stop_commands
+from stockpot.evaluation.external import stop_commands, told_of_commands
 from stockpot.evaluation.loaded import LoadedModel
 from stockpot.evaluation.parts import Part, infos, open_parts
 from stockpot.evaluation.pool import Task
@@ -79,7 +80,13 @@ class Worker:
 
     def score(self, key: str) -> Any:
         part, *others = self.parts[key]
-        raw = part.evaluator.score(self.loaded, self._progress)
+        before = os.getcwd()
+        try:
+            raw = part.evaluator.score(self.loaded, self._progress)
+        finally:
+            os.chdir(before)
+            if part.slice.kind == "python":
+                self.loaded.check_untouched()
         scores = checked_scores(raw, part.slice.metric, f"slice {part.slice.name!r}")
         for other in others:
             checked_scores(scores, other.slice.metric, f"slice {other.slice.name!r}")
@@ -134,11 +141,16 @@ def _terminate(*_: object) -> None:
     os._exit(143)
 
 
-def _watch(parent: int) -> None:
-    """End with the parent: one that was killed can't say goodbye."""
+def _watch(parent: int, scratch: list[str | None]) -> None:
+    """End with the parent, and with all that evaluators started: one that was killed can't say goodbye."""
     while os.getppid() == parent:
         time.sleep(0.5)
     stop_commands()
+    for folder in scratch:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
@@ -147,9 +159,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
     signal.signal(signal.SIGTERM, _terminate)
     connection = Connection(int(sys.argv[1]))
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    scratch: list[str | None] = []
+    threading.Thread(target=_watch, args=(os.getppid(), scratch), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError, KeyboardInterrupt):
-        worker = Worker(connection, *connection.recv())
+        settings = connection.recv()
+        scratch.append(settings[-1])
+        worker = Worker(connection, *settings)
+        told_of_commands.append(lambda group: connection.send(("command", group)))
         try:
             found = worker.open()
         except StockpotError as e:

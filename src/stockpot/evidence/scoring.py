@@ -12,7 +12,7 @@ from stockpot.evaluation.parts import open_parts
 from stockpot.evaluation.pool import Pool, Task, as_it_is, score_all
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.statistics import Interval, bootstrap_score, suite_score
-from stockpot.evaluation.suite import SPLITS, Suite, load_suite
+from stockpot.evaluation.suite import SPLITS, Suite, is_device, load_suite
 
 __all__ = ["Evaluation", "ScoringShown", "SuiteLike", "evaluate", "opened_suite"]
 
@@ -26,6 +26,8 @@ def opened_suite(suite: SuiteLike, *, base: str | None = None, device: str | Non
     found = suite if isinstance(suite, Suite) else load_suite(suite)
     if base is not None:
         found = replace(found, base=os.path.abspath(base) if os.path.exists(base) else base)
+    if device is not None and not is_device(device):
+        raise ArgumentError(f"device: expected cpu, cuda, cuda:N or mps, got {device!r}")
     return replace(found, device=device) if device is not None else found
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stockpot.api import Options, merge_planned, plan, plan_soup
-from stockpot.errors import ArgumentError, GateError
+from stockpot.errors import ArgumentError, GateError, OutputError
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.suite import Suite
 from stockpot.evidence.pages import BEST, published_lineage, write_report
-from stockpot.evidence.release import release_check
+from stockpot.evidence.release import lineage_of, release_check
 from stockpot.evidence.scoring import SuiteLike, opened_suite
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import Run, open_run
@@ -52,6 +52,9 @@ def sweep(
     opened = opened_suite(suite, base=base, device=device)
     folder = os.fspath(out)
     found = None if run is None else run if isinstance(run, Run) else open_run(run)
+    if found is not None:  # recipes of candidates are used in other processes, and copied from the report
+        metrics = None if found.metrics_file is None else os.path.abspath(found.metrics_file)
+        found = replace(found, path=os.path.abspath(found.path), metrics_file=metrics)
     if (found is None) == (recipe is None):
         raise ArgumentError("give a run, or a recipe with a grid: one of the two")
     plain = None if recipe is None else _plain_recipe(recipe)
@@ -70,9 +73,11 @@ def sweep(
     gates = verdict[0].to_dict() if verdict else None
     remember(folder, gates=gates)
     page, files = write_report(folder, result, gates=gates)
+    done = Sweep(result, best, page, verdict[0] if verdict else None, files)
     if refused is not None:
+        refused.found = done
         raise refused
-    return Sweep(result, best, page, verdict[0] if verdict else None, files)
+    return done
 
 
 def _plain_recipe(recipe: Any) -> dict[str, Any]:
@@ -121,6 +126,10 @@ def _publish_winner(
     planned = plan_soup(dict(result.row(result.winner).tried.recipe), Options())
     if not suite.gates and published_lineage(folder, result) and remembered(folder, "published") == planned.identity:
         return target
+    if os.path.isdir(target) and os.listdir(target) and not lineage_of(target):
+        raise OutputError(
+            f"{target}: is none of stockpot's, so the winner is not put in its place; move it, or choose another OUT"
+        )
     check = release_check(suite, force=force, told=told) if suite.gates else None
     merge_planned(planned, target, Options(), overwrite=True, release=check)
     remember(folder, published=planned.identity)
