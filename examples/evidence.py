@@ -1,4 +1,4 @@
-"""Evidence: a suite on held-out text, a sweep over merges of the run by the paper's protocol, and the path between two snapshots."""
+"""Evidence: a suite on held-out text, a sweep over merges of the run by the paper's protocol, a path between two snapshots."""
 
 from __future__ import annotations
 
