@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.errors import RecipeError, SuiteError, nearest, nearest_file, raise_problems
-from stockpot.recipes.nodes import Node, parse_documents
+from stockpot.errors import RecipeError, SuiteError, nearest, raise_problems
+from stockpot.recipes.nodes import Node, parse_documents, read_yaml_text
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.runs.metrics import known_objective
 
 __all__ = ["KINDS", "SPLITS", "Gate", "Kind", "Slice", "Suite", "is_device", "load_suite"]
 
 SPLITS = ("selection", "report")
-_MAX_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -166,15 +165,7 @@ class Suite:
 def load_suite(path: str | os.PathLike[str]) -> Suite:
     """Read a suite's file. Raises SuiteError, or ProblemsError with everything that is wrong with it."""
     where = os.fspath(path)
-    try:
-        if os.path.getsize(where) > _MAX_BYTES:
-            raise SuiteError(f"{where}: {os.path.getsize(where)} bytes is too large for a suite")
-        with open(where, encoding="utf-8") as f:
-            text = f.read()
-    except OSError as e:
-        raise SuiteError(f"{where}: can't be read: {e.strerror or e}{nearest_file(where)}") from e
-    except UnicodeDecodeError as e:
-        raise SuiteError(f"{where}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    text = read_yaml_text(where, "a suite", SuiteError)
     return parse_suite(text, where)
 
 

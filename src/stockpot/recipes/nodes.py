@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from stockpot.errors import RecipeError
+from stockpot.errors import RecipeError, StockpotError, nearest_file
 
-__all__ = ["Node", "parse_documents"]
+__all__ = ["Node", "parse_documents", "read_yaml_text"]
 
+_MAX_BYTES = 2 * 2**20
 _MAX_NODES = 200_000
 _MAX_DEPTH = 40
 _CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def read_yaml_text(path: str, what: str, error: type[StockpotError] = RecipeError) -> str:
+    """The text of a YAML file of ours. what: "a recipe", for the error. Raises `error` where it can't be read or is too large."""
+    try:
+        if os.path.getsize(path) > _MAX_BYTES:
+            raise error(f"{path}: {os.path.getsize(path)} bytes is too large for {what}")
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except OSError as e:
+        raise error(f"{path}: can't be read: {e.strerror or e}{nearest_file(path)}") from e
+    except UnicodeDecodeError as e:
+        raise error(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
 
 
 @dataclass(frozen=True, slots=True)

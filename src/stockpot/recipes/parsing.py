@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stockpot.errors import ArgumentError, RecipeError, nearest, nearest_file, raise_problems
-from stockpot.recipes.nodes import Node, parse_documents
+from stockpot.errors import ArgumentError, RecipeError, nearest, raise_problems
+from stockpot.recipes.nodes import Node, parse_documents, read_yaml_text
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Slice, Source
 from stockpot.specs import parse_dtype
@@ -31,7 +31,6 @@ RUN_OPTIONS = (
 _RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", *RUN_OPTIONS]
 _ADAPTER_MODES = ("factors", "product", "fused")
 _TOKENIZER = "building a tokenizer from several models"
-_MAX_BYTES = 2 * 2**20
 
 
 def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -50,15 +49,7 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if not isinstance(recipe, (str, os.PathLike)):
         raise RecipeError(f"expected a path, YAML text, a mapping or a Recipe, got {type(recipe).__name__}")
     path = os.fspath(recipe)
-    try:
-        if os.path.getsize(path) > _MAX_BYTES:
-            raise RecipeError(f"{path}: {os.path.getsize(path)} bytes is too large for a recipe")
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-    except OSError as e:
-        raise RecipeError(f"{path}: can't be read: {e.strerror or e}{nearest_file(path)}") from e
-    except UnicodeDecodeError as e:
-        raise RecipeError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    text = read_yaml_text(path, "a recipe")
     return parse_recipe(text, path)
 
 
