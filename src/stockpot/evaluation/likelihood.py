@@ -29,10 +29,11 @@ def log_likelihoods(
     model, device = checkpoint.model, checkpoint.device
     out: list[Any] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    widest = _LOGITS // (4 * checkpoint.vocabulary)
     at = 0
     while at < len(order):
         longest = len(rows[order[at]][0])
-        size = max(min(batch_size, _LOGITS // (4 * longest * checkpoint.vocabulary)), 1)
+        size = max(min(batch_size, widest // longest), 1)
         chosen = order[at : at + size]
         at += size
         ids = torch.zeros(len(chosen), longest, dtype=torch.long)

@@ -88,11 +88,8 @@ class LoadedModel:
     @property
     def vocabulary(self) -> int:
         """Columns of the logits."""
-        return (
-            int(self.model.get_output_embeddings().weight.shape[0])
-            if self.model.get_output_embeddings() is not None
-            else 1
-        )
+        head = self.model.get_output_embeddings()
+        return 1 if head is None else int(head.weight.shape[0])
 
     @property
     def max_length(self) -> int:

@@ -82,6 +82,7 @@ class _Sweep:
         self.tried: list[Tried] = []
         self.notes: list[str] = []
         self.digests: dict[str, str] = {}
+        self.good: dict[str, float] = {}  # by digest: what was scored stays so
         self.split = "selection"
         self.done: set[str] = set()
         self.left: dict[str, int] = {}
@@ -123,13 +124,10 @@ class _Sweep:
 
     def _references(self) -> list[Tried]:
         """The final checkpoint, the last merging one, the base."""
-        run, out = self.job.run, []
+        run, suite, out = self.job.run, self.job.suite, []
+        base = [Tried("base", "reference", as_it_is(suite.resolve(suite.base)))] if suite.base else []
         if run is None:
-            return (
-                [Tried("base", "reference", as_it_is(self.job.suite.resolve(self.job.suite.base)))]
-                if self.job.suite.base
-                else []
-            )
+            return base
         last = run.final or run.last_merging
         if run.final is not None:
             out.append(single(run.final, "final"))
@@ -138,8 +136,8 @@ class _Sweep:
         if last is not None and last.kind == "adapter":
             recipe = single(last, "base").recipe
             out.append(Tried("base", "reference", recipe, {}, {}, bare=True))
-        elif self.job.suite.base:
-            out.append(Tried("base", "reference", as_it_is(self.job.suite.resolve(self.job.suite.base))))
+        else:
+            out += base
         return out
 
     def _run_stage(self, stage: Stage) -> None:
@@ -176,12 +174,11 @@ class _Sweep:
 
     def goodness(self) -> dict[str, float]:
         """Of every candidate that was scored, more is better."""
-        out = {}
-        for name, digest in self.digests.items():
+        for digest in set(self.digests.values()) - self.good.keys():
             value = goodness(self.job.suite, self._known(digest, "selection"))
             if value is not None:
-                out[name] = value
-        return out
+                self.good[digest] = value
+        return {name: self.good[digest] for name, digest in self.digests.items() if digest in self.good}
 
     def _known(self, digest: str, split: str) -> dict[str, Scores]:
         return self.store.scores(digest, self._keys(split), metrics_of(self.job.suite))
