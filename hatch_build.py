@@ -11,7 +11,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "src/stockpot/engine/native"
 # no fused multiply-add: the bytes must be those of the numpy code
-FLAGS = "-std=gnu11 -O3 -shared -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+FLAGS = (
+    "-std=gnu11 -O3 -shared -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"
+).split()
 
 
 def compile_library(source: str, library: str) -> str | None:
@@ -32,7 +34,7 @@ class CustomBuildHook(BuildHookInterface):
         if self.target_name != "wheel" or sys.platform == "win32":
             return
         library = os.path.join(self.root, FOLDER, "kernels.so.1")
-        sources = [os.path.join(self.root, FOLDER, name) for name in ("kernels.c", "kernels.inc")]
+        sources = [os.path.join(self.root, FOLDER, name) for name in ("kernels.c", "kernels.inc", "fused.inc")]
         if not os.path.exists(library) or os.path.getmtime(library) < max(map(os.path.getmtime, sources)):
             why = compile_library(sources[0], library)
             if why:

@@ -52,6 +52,16 @@ def without_kernels(monkeypatch):
     return call
 
 
+@pytest.fixture(params=[0, 1, 2], ids=["common", "avx2", "avx512"])
+def instructions(request):
+    """With at most these instructions; where the processor lacks them, with those that it has."""
+    kernels = load_kernels()
+    assert kernels is not None
+    kernels.allow(request.param)
+    yield
+    kernels.allow(2)
+
+
 def test_kernels_are_built_where_there_is_a_compiler():
     if shutil.which("cc") is None or sys.platform == "win32":
         pytest.skip("no C compiler")
@@ -118,6 +128,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(("name", "given"), list(variants()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [False, True], ids=["numbers", "special"])
@@ -135,6 +146,7 @@ def test_same_bytes_as_numpy(name, given, dtype, special, without_kernels):
         assert bool((same.reshape(*a.shape, -1).all(-1) | odd).all()) if a.numel() else True, key
 
 
+@pytest.mark.usefixtures("instructions")
 def test_many_models_settle_close_elections_alike(without_kernels):
     rng = np.random.default_rng(3)
     base = {"w": torch.zeros(40, 500, dtype=torch.bfloat16)}
@@ -146,6 +158,7 @@ def test_many_models_settle_close_elections_alike(without_kernels):
     assert torch.equal(a["w"], b["w"])
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 def test_every_16_bit_pattern_is_read_and_written_as_numpy_does(dtype):
     kernels = load_kernels()
@@ -160,6 +173,7 @@ def test_every_16_bit_pattern_is_read_and_written_as_numpy_does(dtype):
     assert np.isnan(found[~numbers]).all()
 
 
+@pytest.mark.usefixtures("instructions")
 def test_rounding_to_16_bits_is_numpys():
     kernels = load_kernels()
     assert kernels is not None
@@ -181,6 +195,7 @@ def test_rounding_to_16_bits_is_numpys():
         assert np.array_equal(a[~zero & ~np.isnan(values)], b[~zero & ~np.isnan(values)])
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 65535, 65536, 65537, 200_000])
 def test_sums_are_numpys_to_the_last_bit(n):
     kernels = load_kernels()
@@ -192,6 +207,7 @@ def test_sums_are_numpys_to_the_last_bit(n):
     assert np.array_equal(kernels.totals("gram", block, None, None, start), piece_sum(pair_gram(rows), start))
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("window", [(0, 2**31), (1, 2**31), (0, 5), (7, 7), (0x3C000000, 0x3F000000)])
 def test_splits_are_numpys(window):
     kernels = load_kernels()

@@ -105,6 +105,11 @@ class Checkpoint:
         return 0
 
     @property
+    def pieces_at_once(self) -> int:
+        """Pieces of a tensor that are best read together: one, which is still in a core's cache when it is hashed."""
+        return 1
+
+    @property
     def download_bytes(self) -> int:
         """Bytes that are better brought here before they are merged (see hub.fetch)."""
         return 0

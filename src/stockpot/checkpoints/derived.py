@@ -60,6 +60,11 @@ class DerivedCheckpoint(Checkpoint):
         return sum(s.download_bytes for s in self.sources)
 
     @property
+    def pieces_at_once(self) -> int:
+        """What is computed for every call is worth many rows."""
+        return 4
+
+    @property
     def parts(self) -> tuple[Checkpoint, ...]:
         return self.sources
 

@@ -338,6 +338,11 @@ class RemoteCheckpoint(Checkpoint):
     def resident(self) -> int:
         return _AHEAD
 
+    @property
+    def pieces_at_once(self) -> int:
+        """A request costs a round trip."""
+        return 4
+
     def _fetch(self, index: int, start: int, stop: int) -> bytes:
         assert self.folder is not None
         path = self.files[index].path

@@ -44,8 +44,7 @@ def measure(kernels: Kernels | None, raw: Any, dtype: DType, edges: Sequence[int
     if not dtype.is_float:
         return [Measure()] * (len(edges) - 1)
     if kernels is not None and kernels.takes([dtype]):
-        found = kernels.measure(raw, dtype, np.array(edges, np.int64))
-        return [Measure(float(s), int(n), int(i)) for s, n, i in zip(*found)]
+        return [Measure(*found) for found in kernels.measure(raw, dtype, edges)]
     return [
         sum((_tile(raw, dtype, at, min(at + _TILE, stop)) for at in range(start, stop, _TILE)), Measure())
         for start, stop in itertools.pairwise(edges)

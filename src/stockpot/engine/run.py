@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from stockpot.engine.units import Segment, Unit
 from stockpot.errors import Interrupted, OutputError, ReadError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, Plan
+from stockpot.specs import DType
 
 __all__ = ["Outcome", "Progress", "run_plan"]
 
@@ -73,6 +74,14 @@ def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progr
     """Do everything that a plan says, into `out`.partial. Raises OutputError, ReadError, Interrupted."""
     with noted_signals() as asked:
         return _Runner(plan, partial_path(out), device, asked).run(resume, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Of one input of a unit, or of its output: for each segment the digests of its pieces, and its measure."""
+
+    digests: list[tuple[bytes, ...]]
+    measures: list[Measure]
 
 
 class _Runner:
@@ -279,8 +288,10 @@ class _Runner:
 
     # one unit
 
-    def _read(self, unit: Unit, slot: dict[Any, Any]) -> UnitData:
-        """The unit's bytes of every input, into this thread's buffer."""
+    def _read(self, unit: Unit, slot: dict[Any, Any], seen: list[_Seen] | None = None) -> UnitData:
+        """The unit's bytes of every input, into this thread's buffer. seen: what is to be known of each input is added here,
+        taken right after reading it, while its bytes are in the core's cache.
+        """
         dtypes = [self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in unit.lead.inputs]
         sizes = [unit.numel * d.itemsize for d in dtypes]
         starts, total = [], 0
@@ -294,6 +305,8 @@ class _Runner:
             requests = [ReadRequest(s.tensor.inputs[i].name, s.start, s.stop) for s in unit.segments]
             self.plan.inputs[operand.model].checkpoint.read(requests, raw)
             raws.append(raw)
+            if seen is not None:
+                seen.append(self._look(unit, raw, dtypes[i]))
         with self.lock:
             self.outcome.bytes_read += sum(sizes)
             self.bytes_done += sum(sizes)
@@ -303,11 +316,12 @@ class _Runner:
         if work.job is not None and work.job.sampling:
             work.job.gathering.suggest(self._sample(work.job, slot))
             return
-        data = self._read(work.unit, slot)
         lead = work.unit.lead
         if work.job is not None:
-            self.kernels[lead.group].fold(work.job.gathering, data, work.stats)
+            self.kernels[lead.group].fold(work.job.gathering, self._read(work.unit, slot), work.stats)
             return
+        seen: list[_Seen] = []
+        data = self._read(work.unit, slot, seen)
         out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
         warning = None
         if lead.action is Action.MERGE:
@@ -316,8 +330,9 @@ class _Runner:
             out = data.raws[0]
             if lead.action is Action.KEEP:
                 warning = self._differing(data)
+        seen.insert(0, self._look(work.unit, out, lead.spec.dtype) if lead.action is Action.MERGE else seen[0])
         self._write(work.unit, out, sink)
-        for record in self._records(data, out, warning):
+        for record in _records(work.unit, seen, warning):
             with self.lock:
                 self._book(record)
             journal.add(record)
@@ -364,35 +379,24 @@ class _Runner:
             at += (s.stop - s.start) * size
         sink.write(run_shard, [out[run_start:at]], run_offset)
 
-    def _records(self, data: UnitData, out: memoryview[Any], warning: str | None) -> list[Record]:
-        """Digests of all that passed through, one record a segment."""
-        records = []
-        at = 0
-        lead = data.unit.lead
-        out_size = lead.spec.dtype.itemsize
-        measures = self._measures(data, out)
-        for place, s in enumerate(data.unit.segments):
-            grid = grid_of(s.tensor.spec.shape)
-            bounds = [(at + a - s.start, at + b - s.start) for a, b in map(grid.bounds, range(s.first, s.last))]
-            inputs = tuple(tuple(piece_digest(data.part(i, a, b)) for a, b in bounds) for i in range(len(data.raws)))
-            if s.tensor.action is Action.MERGE:
-                produced = tuple(piece_digest(out[a * out_size : b * out_size]) for a, b in bounds)
-            else:
-                produced = inputs[0]
-            records.append(Record(s.tensor.index, s.first, s.last, produced, inputs, measures[place], warning))
-            at += s.stop - s.start
-        return records
+    def _look(self, unit: Unit, raw: memoryview[Any], dtype: DType) -> _Seen:
+        """Digests and measures of the unit's bytes, of one input or of the output."""
+        edges, digests = [0], []
+        size = dtype.itemsize
+        for s in unit.segments:
+            at = edges[-1] - s.start
+            bounds = map(grid_of(s.tensor.spec.shape).bounds, range(s.first, s.last))
+            digests.append(tuple(piece_digest(raw[(at + a) * size : (at + b) * size]) for a, b in bounds))
+            edges.append(at + s.stop)
+        return _Seen(digests, measure(self.device.kernels or load_kernels(), raw, dtype, edges))
 
-    def _measures(self, data: UnitData, out: memoryview[Any]) -> list[tuple[Measure, ...]]:
-        """For each segment the measures of the output and of each input."""
-        edges = [0]
-        for s in data.unit.segments:
-            edges.append(edges[-1] + s.stop - s.start)
-        kernels = self.device.kernels or load_kernels()
-        rows = [measure(kernels, raw, dtype, edges) for raw, dtype in zip(data.raws, data.dtypes, strict=True)]
-        lead = data.unit.lead
-        produced = rows[0] if lead.action is not Action.MERGE else measure(kernels, out, lead.spec.dtype, edges)
-        return list(zip(produced, *rows, strict=True))
+
+def _records(unit: Unit, seen: Sequence[_Seen], warning: str | None) -> Iterator[Record]:
+    """One a segment. seen: of the output, then of each input."""
+    for place, s in enumerate(unit.segments):
+        produced, *inputs = (each.digests[place] for each in seen)
+        measures = tuple(each.measures[place] for each in seen)
+        yield Record(s.tensor.index, s.first, s.last, produced, tuple(inputs), measures, warning)
 
 
 def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:

@@ -15,8 +15,6 @@ __all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for", "work_itemsize"]
 DEFAULT_LIMIT = 512 * 2**20
 #: what a cutoff in the making holds for each model (see engine.cutoffs)
 _CUTOFF_WINDOW = 2**20 * 4 * 2
-#: pieces in a block, the preferred first
-_CHOICES = (4, 2, 1)
 #: elements of all models computed at once: what stays in a core's own cache
 _IN_CACHE = 2**19
 _FIXED = 16 * 2**20
@@ -80,18 +78,20 @@ def choose_budget(
         (t.action, t.group, tuple(inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs), t.spec): t
         for t in tensors
     }
-    for pieces in _CHOICES:
+    most_pieces = max((m.checkpoint.pieces_at_once for m in inputs), default=1)
+    choices = [most_pieces >> k for k in range(most_pieces.bit_length())]
+    for pieces in choices:
         worst[pieces] = max(
             ((_worker_bytes(t, inputs, groups, pieces, chunk), t) for t in distinct.values()),
             key=lambda pair: pair[0],
             default=(0, None),
         )
     for workers in range(threads, 0, -1):
-        for pieces in _CHOICES:
+        for pieces in choices:
             peak = fixed + workers * window + window // 2 + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
                 return Budget(limit, workers, pieces, chunk, peak)
-    need, tensor = worst[_CHOICES[-1]]
+    need, tensor = worst[choices[-1]]
     total = fixed + window + window // 2 + int(need * _SLACK)
     raise ArgumentError(
         f"--max-memory {format_size(limit)} is not enough: {tensor.name if tensor else 'the plan'!r} needs "

@@ -2,14 +2,17 @@
  * first-level cache. Every operation is the one that the numpy code performs, in the same order and precision, so that
  * both give the same bytes; no fused multiply-add (compiled with -ffp-contract=off), no reassociation.
  *
- * No Python, no allocation beyond scratch, no globals: called through ctypes, without Python's lock.
+ * kernels.inc holds all of it for float32 and float64; fused.inc the most used parts again, for float32 and in vectors.
+ *
+ * No Python, no allocation beyond scratch, no globals but the one that tests set: called through ctypes, without
+ * Python's lock.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 1
+#define ABI 2
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -23,7 +26,7 @@
 #endif
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#define WITH_AVX512
+#define BY_TARGET
 #include <immintrin.h>
 #else
 #define CLONES
@@ -108,27 +111,8 @@ INLINE uint16_t float_to_bf16(float value) {
     return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-/* Copy the bits inside the window [first, first + span) to `out`; how many they are. A branch could not be predicted. */
-#ifdef WITH_AVX512
-__attribute__((target("avx512f"))) static int64_t put_aside_avx512(const uint32_t *bits, int64_t n, uint32_t first,
-                                                                   uint32_t span, uint32_t *out) {
-    __m512i low = _mm512_set1_epi32((int32_t)first), width = _mm512_set1_epi32((int32_t)span);
-    int64_t count = 0;
-    for (int64_t j = 0; j < n; j += 16) {
-        __mmask16 there = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
-        __m512i x = _mm512_maskz_loadu_epi32(there, bits + j);
-        __mmask16 inside = _mm512_mask_cmplt_epu32_mask(there, _mm512_sub_epi32(x, low), width);
-        _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(inside, x));
-        count += __builtin_popcount(inside);
-    }
-    return count;
-}
-#endif
-
+/* The bits inside the window [first, first + span) to `out`; how many they are. A branch could not be predicted. */
 static int64_t put_aside(const uint32_t *bits, int64_t n, uint32_t first, uint32_t span, uint32_t *out) {
-#ifdef WITH_AVX512
-    if (__builtin_cpu_supports("avx512f")) return put_aside_avx512(bits, n, first, span, out);
-#endif
     int64_t count = 0;
     for (int64_t j = 0; j < n; j++) {
         out[count] = bits[j];
@@ -153,17 +137,91 @@ static int64_t put_aside(const uint32_t *bits, int64_t n, uint32_t first, uint32
 #undef NAME
 #undef ABS
 
+/* The most that may be used of what the processor has: 0 nothing of its own, 1 AVX2, 2 AVX-512. For tests. */
+static int allowed = 2;
+
+EXPORT void stockpot_allow(int32_t most) { allowed = most; }
+
+#ifdef BY_TARGET
+static int level(void) {
+    if (allowed >= 2 && __builtin_cpu_supports("avx512f")) return 2;
+    return allowed >= 1 && __builtin_cpu_supports("avx2");
+}
+#endif
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(64)));
+typedef float LooseFloats __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef double LooseDoubles __attribute__((vector_size(64), may_alias, aligned(8)));
+typedef int32_t Truths __attribute__((vector_size(64), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), may_alias));
+typedef uint32_t LooseWords __attribute__((vector_size(64), may_alias, aligned(2)));
+#define FUSED_MODELS 32
+
+#ifdef BY_TARGET
+#define FUSED_AVX512
+#define FUSED_WIDTH 4
+#define FUSED(x) x##_avx512
+#define FOR_TARGET __attribute__((target("avx512f")))
+#define FUSED_INLINE static inline __attribute__((always_inline, target("avx512f")))
+#include "fused.inc"
+#undef FUSED_AVX512
+#undef FUSED_WIDTH
+#undef FUSED
+#undef FOR_TARGET
+#undef FUSED_INLINE
+#define FUSED_WIDTH 2
+#define FUSED(x) x##_avx2
+#define FOR_TARGET __attribute__((target("avx2")))
+#define FUSED_INLINE static inline __attribute__((always_inline, target("avx2")))
+#include "fused.inc"
+#undef FUSED
+#undef FOR_TARGET
+#undef FUSED_INLINE
+#undef FUSED_WIDTH
+#define CHOOSE(name) (level() == 2 ? name##_avx512 : level() == 1 ? name##_avx2 : name##_plain)
+#else
+#define CHOOSE(name) name##_plain
+#endif
+#define FUSED_WIDTH 1
+#define FUSED(x) x##_plain
+#define FOR_TARGET
+#define FUSED_INLINE INLINE
+#include "fused.inc"
+
+/* How many elements were done at once; the rest is for the code in tiles. */
+static int64_t combine_fused(const Task *t) { return t->m <= FUSED_MODELS ? CHOOSE(combine)(t) : 0; }
+
+static int64_t split_fused(const Task *t, const uint32_t *low, const uint32_t *high, int64_t *below, uint32_t *inside,
+                           int64_t *held) {
+    return CHOOSE(split)(t, low, high, below, inside, held);
+}
+
+static int64_t gram_fused(const Task *t, double *total) { return CHOOSE(gram)(t, total); }
+#else
+static int64_t gram_fused(const Task *t, double *total) { return 0; }
+
+static int64_t combine_fused(const Task *t) { return 0; }
+
+static int64_t split_fused(const Task *t, const uint32_t *low, const uint32_t *high, int64_t *below, uint32_t *inside,
+                           int64_t *held) {
+    return 0;
+}
+#endif
+
 EXPORT int32_t stockpot_abi(void) { return ABI; }
 
 /* Fill task->out. wide: compute in float64, else in float32. Returns 0, or 1 when there is no memory for scratch. */
 EXPORT int32_t stockpot_combine(const Task *task, int32_t wide) {
-    return wide ? combine_f64(task) : combine_f32(task);
+    return wide ? combine_f64(task, 0) : combine_f32(task, combine_fused(task));
 }
 
 /* Sums in float64 over whole chunks of REDUCE elements by halving, and over what is left, added to `total` in order.
  * kind 0: a.a, a.b, b.b of two inputs; kind 1: |delta| of each model, then |what remains of it| of each. */
 EXPORT int32_t stockpot_totals(const Task *task, int32_t wide, int32_t kind, double *total) {
-    return wide ? totals_f64(task, kind, total) : totals_f32(task, kind, total);
+    if (wide) return totals_f64(task, 0, kind, total);
+    return totals_f32(task, kind == 0 ? gram_fused(task, total) : 0, kind, total);
 }
 
 /* The sum of the signs of the elected masses. */
@@ -175,7 +233,8 @@ EXPORT int32_t stockpot_signs(const Task *task, int32_t wide, double *total) {
  * those inside into `inside`, n + SLACK places a model; `held` counts them. Models with low > high are passed over. */
 EXPORT int32_t stockpot_split(const Task *task, int32_t wide, const uint32_t *low, const uint32_t *high, int64_t *below,
                               uint32_t *inside, int64_t *held) {
-    return wide ? split_f64(task, low, high, below, inside, held) : split_f32(task, low, high, below, inside, held);
+    if (wide) return split_f64(task, 0, low, high, below, inside, held);
+    return split_f32(task, split_fused(task, low, high, below, inside, held), low, high, below, inside, held);
 }
 
 /* What the method sees of `runs` runs of `run` elements each: out [m, runs * run] of float64 where wide, else float32. */
@@ -185,11 +244,38 @@ EXPORT int32_t stockpot_deltas(const Task *task, int32_t wide, const int64_t *st
 
 /* For each of `count` neighbouring ranges [edges[i], edges[i + 1]) of one input: sum of squares, how many NaN, how many
  * infinities. Counted only where the sum is not finite, which it is wherever all numbers are. */
+#if defined(__GNUC__)
+/* The same of bfloat16, two to a word: their order is of no account here. */
+INLINE double squares_bf16(const void *raw, int64_t at, int64_t stop) {
+    double total = 0;
+    while (at + 64 <= stop) {
+        int64_t end = stop - at < TILE ? at + (stop - at) / 64 * 64 : at + TILE;
+        Floats a = {0}, b = {0}, c = {0}, d = {0};
+        for (; at < end; at += 64) {
+            const LooseWords *w = (const LooseWords *)((const uint16_t *)raw + at);
+            Words first = w[0], second = w[1];
+            Floats e = (Floats)(first << 16), f = (Floats)(first & 0xffff0000u);
+            Floats g = (Floats)(second << 16), h = (Floats)(second & 0xffff0000u);
+            a += e * e, b += f * f, c += g * g, d += h * h;
+        }
+        Floats sum = (a + b) + (c + d);
+        for (int l = 0; l < 16; l++) total += sum[l];
+    }
+    return total + squares_f32(raw, BF16, at, stop);
+}
+#else
+#define squares_bf16(raw, at, stop) squares_f32(raw, BF16, at, stop)
+#endif
+
 CLONES static void measure(const void *raw, int32_t dtype, const int64_t *edges, int64_t count, double *squares,
                            int64_t *nans, int64_t *infinities) {
     for (int64_t i = 0; i < count; i++) {
-        squares[i] = dtype == F64 ? squares_f64(raw, dtype, edges[i], edges[i + 1])
-                                  : squares_f32(raw, dtype, edges[i], edges[i + 1]);
+        squares[i] = dtype == F64    ? INFINITY
+                     : dtype == BF16 ? squares_bf16(raw, edges[i], edges[i + 1])
+                                     : squares_f32(raw, dtype, edges[i], edges[i + 1]);
+        /* squares that float32 can't hold, too large or too small, are taken in float64 */
+        if (!(squares[i] < INFINITY && squares[i] > 1e-30 * (double)(edges[i + 1] - edges[i])))
+            squares[i] = squares_f64(raw, dtype, edges[i], edges[i + 1]);
         nans[i] = infinities[i] = 0;
         if (squares[i] < INFINITY) continue;
         double total = 0;
