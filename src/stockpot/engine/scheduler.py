@@ -18,7 +18,10 @@ __all__ = ["Job", "Scheduler", "Work"]
 
 @dataclass(eq=False)
 class Job:
-    """Statistics being gathered over some tensors. When they are known, `then` units become ready with them."""
+    """Statistics being gathered over some tensors. When they are known, `then` units become ready with them.
+
+    held  what is kept of the units' data until `then`, by first piece; None where nothing may be
+    """
 
     gathering: Gathering
     units: list[Unit]
@@ -26,15 +29,22 @@ class Job:
     then: list[Unit]
     left: int = 0
     sampling: bool = False
+    held: dict[int, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # only what will be used again: of a tensor that was done in part before, not all is
+        if self.then and len(self.then) == len(self.units):
+            self.held = {}
 
 
 @dataclass(frozen=True)
 class Work:
-    """A unit to do: fold it into `job`'s statistic (or sample the whole job), or combine it with `stats`."""
+    """A unit to do: fold it into `job`'s statistic (or sample the whole job), or combine it with `stats`; held: see Job."""
 
     unit: Unit
     job: Job | None
     stats: Mapping[str, Any] = field(default_factory=dict)
+    held: dict[int, Any] | None = None
 
 
 class Scheduler:
@@ -166,7 +176,7 @@ class Scheduler:
         job.sampling = job.gathering.fresh
         units = job.units[:1] if job.sampling else job.units
         job.left = len(units)
-        self._ready.extend(Work(u, job, job.stats) for u in units)
+        self._ready.extend(Work(u, job, job.stats, job.held) for u in units)
         self._condition.notify_all()
 
     def _finish(self, job: Job) -> None:
@@ -176,7 +186,7 @@ class Scheduler:
             self._wide_running = False
             self._start_wide()
         stats = {**job.stats, **job.gathering.results}
-        self._ready.extendleft(Work(u, None, stats) for u in reversed(job.then))
+        self._ready.extendleft(Work(u, None, stats, job.held) for u in reversed(job.then))
         self._condition.notify_all()
 
     def finished(self, work: Work) -> None:

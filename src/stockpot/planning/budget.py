@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from stockpot.errors import ArgumentError
 from stockpot.methods.declaration import Scope
@@ -18,6 +18,8 @@ _CUTOFF_WINDOW = 2**20 * 4 * 2
 #: elements of all models computed at once: what stays in a core's own cache
 _IN_CACHE = 2**19
 _FIXED = 16 * 2**20
+#: inputs kept from one pass to the next, where there is room for them
+_HOLD = 64 * 2**20
 _PER_TENSOR = 4096
 #: the allocator's share: freed blocks that it keeps
 _SLACK = 1.25
@@ -59,6 +61,17 @@ def _worker_bytes(
     return block * (sum(sizes) + t.spec.dtype.itemsize) + chunk * work_itemsize(t.spec.dtype) * rows
 
 
+def _passed_twice(tensors: Iterable[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup]) -> int:
+    """Bytes of inputs of the largest tensor that is read for its own statistics first."""
+    most = 0
+    for t in tensors:
+        if t.action is not Action.MERGE or not groups[t.group].method.stats:
+            continue
+        sizes = (inputs[o.model].checkpoint.spec(o.name).nbytes for o in t.inputs)
+        most = max(most, sum(sizes))
+    return most
+
+
 def choose_budget(
     tensors: Sequence[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], limit: int, threads: int
 ) -> Budget:
@@ -90,7 +103,8 @@ def choose_budget(
         for pieces in choices:
             peak = fixed + workers * window + window // 2 + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
-                return Budget(limit, workers, pieces, chunk, peak)
+                hold = min(_HOLD, _passed_twice(distinct.values(), inputs, groups), limit - peak)
+                return Budget(limit, workers, pieces, chunk, hold, peak + hold)
     need, tensor = worst[choices[-1]]
     total = fixed + window + window // 2 + int(need * _SLACK)
     raise ArgumentError(

@@ -98,6 +98,7 @@ class Shard:
 class Budget:
     """How the engine spends memory: `workers` blocks in flight of `block_pieces` pieces, `chunk` elements computed at once.
 
+    hold   bytes of inputs kept between a statistic's pass and what follows it, at most
     peak   bytes over the interpreter's own that this comes to, at most
     limit  what was allowed
     """
@@ -106,6 +107,7 @@ class Budget:
     workers: int
     block_pieces: int
     chunk: int
+    hold: int
     peak: int
 
 
