@@ -471,3 +471,106 @@ def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
     assert len(parts) == 6
     factors = stockpot.soup(lora_run, tmp_path / "b")
     assert [p["files"][0]["digest"] for p in parts] == [i["files"][0]["digest"] for i in factors.lineage["inputs"]]
+
+
+# base+adapter, as mergekit's recipes write it
+
+
+@pytest.fixture
+def llama_adapters(tiny_llama: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A base in bfloat16 and two adapters of different ranks, saved by PEFT."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+    paths = []
+    for i, options in enumerate(
+        ({"r": 2, "target_modules": ["q_proj", "up_proj"]}, {"r": 4, "target_modules": ["v_proj"]})
+    ):
+        (tmp_path / f"run{i}").mkdir()
+        paths += snapshots(fresh, tmp_path / f"run{i}", {**options, "task_type": "CAUSAL_LM"}, count=1)
+    return tmp_path / "base", paths
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    return dict(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict())
+
+
+def test_base_plus_adapter(llama_adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Deltas are not rounded to the base's bfloat16 before they are merged; the output is, once."""
+    base, adapters = llama_adapters
+    models = [{"model": f"{base}+{a}", "parameters": {"weight": w}} for a, w in zip(adapters, (0.7, 0.2))]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    result = stockpot.merge(recipe, tmp_path / "out")
+    start = {k: v.double() for k, v in load_file(base / "model.safetensors").items()}
+    experts = [merged_by_peft(base, a) for a in adapters]
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in out.items():
+        exact = start[name] + 0.7 * (experts[0][name] - start[name]) + 0.2 * (experts[1][name] - start[name])
+        assert tensor.dtype is torch.bfloat16
+        assert torch.equal(tensor, exact.float().to(torch.bfloat16)), name
+    assert [p["path"] for p in result.lineage["inputs"][1]["parts"]] == [str(base), str(adapters[0])]
+    stockpot.verify(tmp_path / "out")
+
+
+def test_ways_to_name_base_and_adapter(llama_adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """mergekit's short and long form, relative to the recipe, with a + in the names of folders; and as the base."""
+    base, adapters = llama_adapters
+    base.rename(tmp_path / "c++ base")
+    adapters[0].rename(tmp_path / "a+b")
+    outs = []
+    for i, model in enumerate(
+        ("c++ base+a+b", f"{tmp_path}/c++ base+{tmp_path}/a+b", "{model: {path: c++ base}, lora: {path: a+b}}",
+         "{path: c++ base, lora: a+b}")
+    ):  # fmt: skip
+        recipe = tmp_path / f"{i}.yml"
+        recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\n")
+        stockpot.merge(recipe, tmp_path / f"out{i}")
+        outs.append((tmp_path / f"out{i}" / "model.safetensors").read_bytes())
+    assert len(set(outs)) == 1
+    exact = merged_by_peft(tmp_path / "c++ base", tmp_path / "a+b")
+    for name, tensor in load_file(tmp_path / "out0" / "model.safetensors").items():
+        assert torch.equal(tensor, exact[name].float().to(torch.bfloat16)), name
+    as_base = f"merge_method: linear\nbase_model: c++ base+a+b\nmodels: [c++ base+a+b, c++ base+{adapters[1]}]\n"
+    (tmp_path / "as_base.yml").write_text(as_base)
+    assert len(stockpot.plan(tmp_path / "as_base.yml").inputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{base}+nowhere", "nowhere: no such file"),
+        ("nowhere+{adapter}", "nowhere: no such file"),
+        ("{base}+{base}", "a full model; expected a LoRA adapter"),
+        ("{adapter}+{adapter}", "a base must be a full model"),
+        ("{base}+", "no such file"),
+        ("{base}+{pissa}", "PEFT changes the base as it loads this adapter"),
+        ("{small}+{adapter}", "up_proj"),
+    ],
+)
+def test_base_plus_adapter_that_does_not_fit(
+    model: str, said: str, llama_adapters: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, (adapter, _) = llama_adapters
+    pissa, small = tmp_path / "pissa", tmp_path / "small"
+    shutil.copytree(adapter, pissa)
+    config = json.loads((pissa / "adapter_config.json").read_text())
+    (pissa / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    small.mkdir()
+    save_file({"model.embed_tokens.weight": torch.zeros(64, 32)}, small / "model.safetensors")
+    ref = model.format(base=base, adapter=adapter, pissa=pissa, small=small)
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {ref}\n")
+    done = cli("merge", recipe, tmp_path / "out")
+    assert done.returncode in (2, 3), done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "r.yml:3" in done.stderr
+    assert not (tmp_path / "out").exists()

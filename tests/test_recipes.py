@@ -317,7 +317,6 @@ BAD_TEXT: dict[str, tuple[str, str]] = {
     "tokens": ("merge_method: x\nmodels: [a]\ntokenizer: {source: base, tokens: {}}", "coming feature"),
     "chat template": ("merge_method: x\nmodels: [a]\nchat_template: auto", "coming feature"),
     "modules": ("merge_method: x\nmodules: {}", "coming feature"),
-    "adapter on the fly": ("merge_method: x\nmodels: [base+adapter]", "coming feature"),
     "two documents": (
         "merge_method: x\nmodels: [a]\n---\nmerge_method: y\n",
         "a step that others are to use needs a 'name'",

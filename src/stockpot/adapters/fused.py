@@ -32,6 +32,11 @@ class FusedModel(DerivedCheckpoint):
     adapted: dict[str, str] = field(default_factory=dict, repr=False)  # base tensor -> module
     replaced: dict[str, str] = field(default_factory=dict, repr=False)  # base tensor -> adapter tensor
     transposed: frozenset[str] = frozenset()  # modules whose delta is (B A)^T
+    exact: bool = False
+
+    def written(self, name: str) -> DType:
+        assert self.base is not None
+        return self.base.spec(name).dtype if self.exact else self.spec(name).dtype
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np
@@ -91,9 +96,13 @@ def fuse(
     weights: Sequence[float],
     *,
     dtype: DType | None = None,
+    exact: bool = False,
     ref: str = "",
 ) -> FusedModel:
-    """The base with the weighted sum of adapters applied. dtype: of float tensors; None: as the base stores them.
+    """The base with the weighted sum of adapters applied.
+
+    dtype  of float tensors; None: as the base stores them
+    exact  for what is computed with further: float32 (or wider, as stored) now, the base's dtype when it is written
 
     Raises MismatchError where an adapter does not fit the base, or for DoRA; nothing is read but headers.
     """
@@ -105,7 +114,8 @@ def fuse(
     for name in base.names():
         if name not in tied:
             spec = base.spec(name)
-            specs[name] = TensorSpec(dtype if dtype and spec.dtype.is_float else spec.dtype, spec.shape)
+            wanted = dtype or (DType.F32 if exact and spec.dtype.itemsize < 4 else spec.dtype)
+            specs[name] = TensorSpec(wanted if spec.dtype.is_float else spec.dtype, spec.shape)
     first = adapters[0]
     adapted = {}
     transposed = set()
@@ -136,6 +146,7 @@ def fuse(
         adapted=adapted,
         replaced=replaced,
         transposed=frozenset(transposed),
+        exact=exact,
     )
 
 

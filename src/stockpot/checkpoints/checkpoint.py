@@ -13,7 +13,7 @@ from stockpot.checkpoints.names import LayerMap, map_layers
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.checkpoints.tied import head_alias, is_head, tied_duplicates
 from stockpot.errors import ReadError
-from stockpot.specs import TensorSpec
+from stockpot.specs import DType, TensorSpec
 
 __all__ = ["Checkpoint"]
 
@@ -77,6 +77,10 @@ class Checkpoint:
     def spec(self, name: str) -> TensorSpec:
         """dtype and shape; KeyError when there is no such tensor."""
         return self._specs[name]
+
+    def written(self, name: str) -> DType:
+        """The dtype in which a merge writes the tensor where the recipe names none."""
+        return self.spec(name).dtype
 
     def location(self, name: str) -> tuple[Header, Entry]:
         """The file that holds a tensor and the byte range there."""

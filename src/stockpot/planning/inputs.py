@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import is_url, open_checkpoint, without_file_scheme
 from stockpot.errors import CheckpointError, ProblemsError, StockpotError
@@ -53,11 +54,12 @@ class Inputs:
             return -1
         if path in self.by_path:
             return self.by_path[path]
+        adapted = self.base_and_adapter(ref)
         try:
-            checkpoint = open_checkpoint(path)
+            checkpoint = self.with_adapter(ref, *adapted) if adapted else open_checkpoint(path)
         except StockpotError as e:
             self.failed.add(path)
-            message = str(e).replace(path, ref, 1) if path != ref else str(e)
+            message = str(e).replace(path, ref, 1) if path != ref and not adapted else str(e)
             self.problems.append(type(e)(f"{self.recipe.at(line)}: {message}"))
             return -1
         if not len(checkpoint):
@@ -101,6 +103,27 @@ class Inputs:
                 self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
             return self.add(step.name, step.name, self.made[step.name])
         return self.by_path[step.name]
+
+    def base_and_adapter(self, ref: str) -> tuple[str, str] | None:
+        """The two of mergekit's `base+adapter`; None where `ref` is one model. A + may also be part of a path or a URL."""
+        if "+" not in ref or os.path.exists(self.locate(ref)):
+            return None
+        places = [i for i, c in enumerate(ref) if c == "+" and 0 < i < len(ref) - 1]
+        if is_url(ref):
+            places = [i for i in places if is_url(ref[i + 1 :]) or os.path.exists(self.locate(ref[i + 1 :]))]
+        found = [i for i in places if os.path.exists(self.locate(ref[:i]))] or places
+        return (ref[: found[0]], ref[found[0] + 1 :]) if found else None
+
+    def with_adapter(self, ref: str, base: str, adapter: str) -> Checkpoint:
+        """A base with a LoRA adapter applied while it is read. Raises StockpotError."""
+        applied = read_adapter(open_checkpoint(self.locate(adapter)))
+        if changes_the_base(applied.checkpoint.config):
+            start = applied.checkpoint.config["init_lora_weights"]
+            raise CheckpointError(
+                f"{adapter}: init_lora_weights is {start!r}: PEFT changes the base as it loads this adapter; apply it with "
+                "PEFT (merge_and_unload) and name the result"
+            )
+        return fuse(open_checkpoint(self.locate(base)), [applied], [1.0], exact=True, ref=ref)
 
     def locate(self, ref: str) -> str:
         """A relative path is looked for in the working directory, then beside the recipe."""

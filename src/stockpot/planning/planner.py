@@ -370,6 +370,9 @@ class _Planner(Inputs):
     def spec(self, operand: Operand) -> TensorSpec:
         return self.inputs[operand.model].checkpoint.spec(operand.name)
 
+    def written(self, operand: Operand) -> DType:
+        return self.inputs[operand.model].checkpoint.written(operand.name)
+
     def target(self, spec: TensorSpec, match: Match) -> DType:
         """The output's dtype: the recipe's, else the donor's (mergekit: the widest of the inputs')."""
         wanted = self.recipe.out_dtype or self.recipe.dtype
@@ -377,11 +380,11 @@ class _Planner(Inputs):
             return spec.dtype
         if wanted:
             return BY_LABEL[wanted]
-        found = [self.spec(o).dtype for o in match.operands if self.spec(o).dtype.is_float]
+        found = [self.written(o) for o in match.operands if self.spec(o).dtype.is_float]
         if self.recipe.mergekit_compat and len(set(found)) > 1:
             wide = max(found, key=lambda d: d.itemsize)
             return DType.F32 if wide.itemsize == 2 else wide  # bfloat16 with float16
-        return spec.dtype
+        return self.written(match.donor)
 
     # config and files
 

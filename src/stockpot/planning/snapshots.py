@@ -124,7 +124,7 @@ def _computed(
     made: dict[str, Checkpoint] = {}
     models = []
     for entry, adapter in zip(recipe.models, adapters, strict=True):
-        fused = fuse(base, [adapter], [1.0], dtype=BY_LABEL["F32"], ref=f"{base.ref}+{entry.ref}")
+        fused = fuse(base, [adapter], [1.0], exact=True, ref=f"{base.ref}+{entry.ref}")
         made[fused.ref] = fused
         models.append(replace(entry, ref=fused.ref))
     own = recipe.base_model
@@ -134,19 +134,15 @@ def _computed(
         if same:
             own = same[0]
         elif os.path.exists(os.path.join(place, "adapter_config.json")):
-            alone = fuse(
-                base, [read_adapter(open_checkpoint(place))], [1.0], dtype=BY_LABEL["F32"], ref=f"{base.ref}+{own}"
-            )
+            alone = fuse(base, [read_adapter(open_checkpoint(place))], [1.0], exact=True, ref=f"{base.ref}+{own}")
             made[alone.ref] = alone
             own = alone.ref
-    stored = next((s.dtype for s in (base.spec(n) for n in base.names()) if s.dtype.is_float), None)
     return replace(
         recipe,
         models=tuple(models),
         base_model=own or base.path,
-        out_dtype=wanted or (stored.label if stored else None),
         lines={**recipe.lines, "base_model": recipe.lines.get("base_model", choice.line)},
-    ), made  # fmt: skip
+    ), made
 
 
 def _single(recipe: Recipe, made: Checkpoint, changes: dict[str, Any]) -> Recipe:

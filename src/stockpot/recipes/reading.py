@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from stockpot.errors import RecipeError, StockpotError, nearest
@@ -61,30 +60,27 @@ class Reader:
             return self.model_mapping(node, where)
         if node.kind == "scalar" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
             return node.text  # a directory called 2024, or 1.10
-        ref = self.text_of(node, where) or ""
-        if "+" in ref and not os.path.exists(ref):
-            self.bad(
-                node.line,
-                f"{where}: {ref!r}: applying an adapter on the fly (base+adapter) is a coming feature; "
-                "merge the adapter into its base first (PEFT: merge_and_unload)",
-            )
-        return ref
+        return self.text_of(node, where) or ""
 
     def model_mapping(self, node: Node, where: str) -> str:
         """The long form that mergekit writes into model cards: `{model: {path: ...}}` or `{path: ...}`."""
         parts = self.mapping(node, where, ["model", "path", "revision", "lora", "override_architecture"])
-        for key in ("lora", "override_architecture"):
-            if key in parts and parts[key].value is not None:
-                self.bad(parts[key].line, f"{where}.{key}: is not supported in this version; name a local directory")
+        override = parts.get("override_architecture")
+        if override is not None and override.value is not None:
+            self.bad(
+                override.line, f"{where}.override_architecture: is not supported; names and shapes say what fits what"
+            )
         inner = parts.get("model") or parts.get("path")
         if inner is None:
             self.bad(node.line, f"{where}: expected a path")
             return ""
         ref = self.model(inner, where)
-        revision = parts.get("revision")
-        if revision is None or revision.value is None:
-            return ref
-        return f"{ref}@{revision.text}" if revision.kind == "scalar" else ref
+        revision, lora = parts.get("revision"), parts.get("lora")
+        if revision is not None and revision.value is not None and revision.kind == "scalar":
+            ref = f"{ref}@{revision.text}"
+        if lora is not None and lora.value is not None:
+            ref = f"{ref}+{self.model(lora, f'{where}.lora')}"
+        return ref
 
     def patterns(self, node: Node, where: str) -> tuple[str, ...]:
         if node.kind == "list" and not node.value:
