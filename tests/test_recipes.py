@@ -396,6 +396,12 @@ BAD_PLAN: dict[str, tuple[str, str, int]] = {
     ),
     "pattern without match": (LINEAR + "exclude: ['nothing.*']", "matches no tensor", 2),
     "rule without match": (LINEAR + "rules: [{{match: 'x*', merge_method: linear}}]", "matches no tensor", 2),
+    "rule behind another": (
+        LINEAR
+        + "rules:\n- {{match: '*.weight', merge_method: passthrough}}\n- {{match: '*q_proj*', merge_method: linear}}",
+        r"never used: every tensor it matches goes to an earlier one \('model.layers.0.self_attn.q_proj.weight' to that of",
+        2,
+    ),
     "tokenizer of a stranger": (LINEAR + "tokenizer_source: /nowhere", "neither 'base' nor a model", 2),
     "missing model": ("merge_method: linear\nmodels: [{0}/aa, {0}/b]", r":2: .*no such file.*did you mean", 3),
     "hub id": ("merge_method: linear\nmodels: [org/some-model]", "as a Hub id it is not complete in the cache", 3),

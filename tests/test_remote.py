@@ -19,7 +19,7 @@ from stockpot.checkpoints import ReadRequest, open_checkpoint
 from stockpot.checkpoints.remote import Store
 from stockpot.errors import CheckpointError, OutputError, ReadError
 
-from helpers import load
+from helpers import cli, load
 
 LINEAR = {"merge_method": "linear", "models": ["s3://models/a", "s3://models/b"]}
 
@@ -125,6 +125,31 @@ def test_an_upload_that_fails_keeps_the_result(s3, local, tmp_path, monkeypatch)
     result = stockpot.merge(LINEAR, "s3://models/late")  # the same command
     assert result.lineage["bytes_resumed"] > 0
     stockpot.verify("s3://models/late")
+
+
+def test_an_out_that_can_not_be_written_is_found_first(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path))
+
+    def denied(path, data, **kwargs):
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as m:
+        m.setattr(s3, "pipe_file", denied)
+        with pytest.raises(
+            OutputError, match="s3://models/denied: can't be written to: PermissionError: Access Denied"
+        ):
+            stockpot.merge(LINEAR, "s3://models/denied")
+    with pytest.raises(OutputError, match="s3://no-such-bucket/x: can't be"):
+        stockpot.merge(LINEAR, "s3://no-such-bucket/x")
+    assert not list(tmp_path.iterdir())  # nothing was merged
+    stockpot.merge(LINEAR, "s3://models/denied")
+    assert not s3.exists("models/denied/.stockpot-writable")
+
+
+def test_an_out_that_does_not_outlive_the_command(recipe, tmp_path):
+    done = cli("merge", recipe("merge_method: linear\nmodels: [a, b]\n"), "memory://out")
+    assert done.returncode == 2
+    assert "lives only as long as this command" in " ".join(done.stderr.replace("│", "").split())
 
 
 def test_ranges_only(family, tmp_path):
@@ -366,6 +391,7 @@ def test_offline_says_what_is_missing(hub, tmp_path):
 
 
 def test_unreachable_hub(hub, tmp_path):
+    """Known at the first call: what is read later is tried again and again."""
     env, _ = hub
     result = run({**env, "HF_ENDPOINT": "http://127.0.0.1:9"}, "inspect", "org/a", cwd=tmp_path)
     assert result.returncode == 3

@@ -17,6 +17,9 @@ from stockpot.errors import CheckpointError
 
 __all__ = ["HubCheckpoint", "fetch", "fetch_missing", "open_hub"]
 
+#: seconds for the Hub's first answer
+_PATIENCE = 10.0
+
 
 class HubCheckpoint(RemoteCheckpoint):
     """A model of the Hub that is not in the cache yet."""
@@ -79,6 +82,7 @@ def _online(ref: str, name: str, revision: str, why: str, open_folder: Callable[
     )
 
     try:
+        _ask_for(name, revision)
         folder = remote_folder(f"hf://{name}{'@' + revision if revision else ''}", ref)
     except GatedRepoError as e:
         raise CheckpointError(f"{ref}: a gated model: ask for access on its page, then log in (`hf auth login`)") from e
@@ -94,6 +98,19 @@ def _online(ref: str, name: str, revision: str, why: str, open_folder: Callable[
         ) from e
     folder.make = HubCheckpoint
     return open_folder(folder)
+
+
+def _ask_for(name: str, revision: str) -> None:
+    """Ask the Hub for a model once, so that no answer at all is known at once; later calls are patient. Raises OSError."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision or None, timeout=_PATIENCE)
+    except (HfHubHTTPError, ValueError):
+        raise
+    except Exception as e:  # of the HTTP library's own kinds
+        raise OSError(_first_line(e)) from e
 
 
 def _first_line(e: BaseException) -> str:

@@ -22,6 +22,7 @@ from stockpot.cli.options import (
     Force,
     Gates,
     MaxMemory,
+    Out,
     Overwrite,
     Quiet,
     Seed,
@@ -68,7 +69,7 @@ def root(
 @boundary
 def merge(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    out: Annotated[str, typer.Argument(help="Directory to create, or a URL (s3://bucket/name).")],
+    out: Out,
     device: Device = "cpu",
     threads: Threads = None,
     max_memory: MaxMemory = "512MiB",

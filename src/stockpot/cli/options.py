@@ -13,6 +13,8 @@ __all__ = [
     "Force",
     "Gates",
     "MaxMemory",
+    "Out",
+    "OutOrNone",
     "Overwrite",
     "Quiet",
     "Seed",
@@ -20,6 +22,20 @@ __all__ = [
     "Threads",
 ]
 
+
+def _lasts(out: str | None) -> str | None:
+    if out is not None and out.startswith("memory://"):
+        raise typer.BadParameter(
+            f"{out}: lives only as long as this command; name a directory, or a URL that lasts (s3://bucket/name)"
+        )
+    return out
+
+
+Out = Annotated[str, typer.Argument(callback=_lasts, help="Directory to create, or a URL (s3://bucket/name).")]
+OutOrNone = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Argument(metavar="OUT", callback=_lasts, help="Directory to create, or a URL (s3://bucket/name)."),
+]
 Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
 Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
 MaxMemory = Annotated[str, typer.Option(help="Memory for the merge, over what the interpreter itself takes.")]

@@ -15,6 +15,7 @@ from stockpot.cli.options import (
     Force,
     Gates,
     MaxMemory,
+    OutOrNone,
     Overwrite,
     Quiet,
     ShardSize,
@@ -58,7 +59,7 @@ def show(
 @boundary
 def soup(
     run: Run,
-    out: Annotated[str | None, typer.Argument(metavar="OUT", help="Directory to create.")] = None,
+    out: OutOrNone = None,
     last: Annotated[
         int | None,
         typer.Option(help="The last K snapshots, the final checkpoint not among them [default: 10].", metavar="K"),

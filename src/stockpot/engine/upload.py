@@ -6,6 +6,7 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,9 @@ from stockpot.errors import OutputError, StockpotError
 __all__ = ["check_url", "scratch_for", "upload"]
 
 _AT_ONCE = 4
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "obs"}
+#: written to OUT and removed again before the work begins
+_PROBE = ".stockpot-writable"
 
 
 def scratch_for(url: str) -> str:
@@ -70,10 +74,31 @@ def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
             other, held = _open(source)
             if type(other.fs) is type(store.fs) and (held + "/").startswith(path + "/"):
                 raise OutputError(f"{url}: is or holds the input {source}; choose another OUT")
-    there = _listing(store, path, url)
+    there = _listing(store, path, url) - {_PROBE}
     begun = LINEAGE not in there and os.path.isdir(partial_path(scratch_for(url)))  # an upload that did not finish
     if there and not overwrite and not begun:
         raise OutputError(f"{url}: exists and is not empty; use --overwrite to replace it")
+    _check_writable(store, path, url)
+
+
+def _make_folder(store: Store, path: str) -> None:
+    """Stores of objects have no folders, and would take a misspelt name for a bucket to create."""
+    protocol = store.fs.protocol
+    if not _BUCKETS & {*((protocol,) if isinstance(protocol, str) else protocol)}:
+        store.fs.makedirs(path, exist_ok=True)
+
+
+def _check_writable(store: Store, path: str, url: str) -> None:
+    """A merge of hours should not end with finding out that its result can't be put where it belongs."""
+    probe = posixpath.join(path, _PROBE)
+    try:
+        _make_folder(store, path)
+        store.persist(f"writing {probe}", lambda: store.fs.pipe_file(probe, b""))
+    except Exception as e:
+        raise OutputError(f"{url}: can't be written to: {type(e).__name__}: {e}") from e
+    # who may write but not delete may still merge
+    with contextlib.suppress(Exception):
+        store.fs.rm_file(probe)
 
 
 def _of_older_merge(store: Store, root: str, there: Iterable[str]) -> set[str]:
@@ -120,7 +145,7 @@ def upload(partial: str, url: str, *, overwrite: bool) -> None:
     try:
         if LINEAGE in before:
             store.persist(f"removing {LINEAGE}", lambda: store.fs.rm_file(posixpath.join(root, LINEAGE)))
-        store.fs.makedirs(root, exist_ok=True)
+        _make_folder(store, root)
         for level in range(3):
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 list(pool.map(send, [n for n in names if rank(n) == level]))

@@ -28,7 +28,10 @@ def check_kinds(
         adapters = [m.ref for m in inputs if m.checkpoint.kind == "adapter"]
         others = [m.ref for m in inputs if m.checkpoint.kind != "adapter"]
         problems.append(
-            MismatchError(f"adapters and full models can't be mixed: {', '.join(adapters)} with {', '.join(others)}")
+            MismatchError(
+                f"{inputs[1].where}: adapters and full models can't be mixed: {', '.join(adapters)} with "
+                f"{', '.join(others)}; base+adapter names an adapter applied to its base"
+            )
         )
         return
     if kinds == {"adapter"}:
@@ -39,7 +42,10 @@ def check_kinds(
                 a, b = (m.checkpoint.config.get(key) or None for m in (first, other))
                 if a != b:
                     problems.append(
-                        MismatchError(f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}")
+                        MismatchError(
+                            f"{other.named}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}; named as "
+                            "base+adapter they are merged as full weights, whatever their settings"
+                        )
                     )
         if said or len(inputs) == 1:
             return
@@ -56,12 +62,22 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
             if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
                 why = f"{key}: the pattern {pattern!r} matches no tensor, such as {names[0]!r}"
                 problems.append(_at(recipe, key, why))
+    left = set(names)
     for rule in recipe.rules:
+        own: set[str] = set()
         for pattern in rule.patterns:
-            if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            matched = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
+            own |= matched
+            if not matched:
                 problems.append(
                     RecipeError(f"{recipe.at(rule.line)}: rules: the pattern {pattern!r} matches no tensor")
                 )
+        if own and not own & left:
+            first = min(own)
+            earlier = next(r for r in recipe.rules if any(fnmatch.fnmatchcase(first, p) for p in r.patterns))
+            why = f"every tensor it matches goes to an earlier one ({first!r} to that of line {earlier.line})"
+            problems.append(RecipeError(f"{recipe.at(rule.line)}: rules: this rule is never used: {why}; put it first"))
+        left -= own
 
 
 def is_vocabulary(name: str) -> bool:
@@ -79,6 +95,7 @@ def check_fit(
     for other in operands[1:]:
         spec = inputs[other.model].checkpoint.spec(other.name)
         a, b = inputs[operands[0].model].ref, inputs[other.model].ref
+        where = f"{inputs[other.model].where}: "
         if spec.shape != first.shape:
             rows_only = len(spec.shape) == len(first.shape) > 0 and spec.shape[1:] == first.shape[1:]
             vocabulary = ""
@@ -87,11 +104,13 @@ def check_fit(
                     continue
                 vocabulary = " (different vocabularies? 'vocab: crop' keeps the rows that all have)"
             problems.append(
-                MismatchError(f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}")
+                MismatchError(
+                    f"{where}{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}"
+                )
             )
             return False
         if spec.dtype.is_float != first.dtype.is_float:
-            problems.append(MismatchError(f"{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"))
+            problems.append(MismatchError(f"{where}{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"))
             return False
     return True
 

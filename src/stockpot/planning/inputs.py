@@ -46,9 +46,9 @@ class Inputs:
         """The index of a model, opened once however often it is named; -1 after a problem."""
         step = next((s for s in self.recipe.steps if s.name == ref), None)
         if step is not None:
-            return self.open_step(step)
+            return self.open_step(step, line)
         if ref in self.computed and ref not in self.by_path:
-            return self.add(ref, ref, self.computed[ref])
+            return self.add(ref, ref, self.computed[ref], line)
         path = ref if ref in self.computed else self.locate(ref)
         if path in self.failed:
             return -1
@@ -66,12 +66,12 @@ class Inputs:
             self.failed.add(path)
             self.problems.append(CheckpointError(f"{self.recipe.at(line)}: {ref}: holds no tensors"))
             return -1
-        return self.add(path, ref, checkpoint)
+        return self.add(path, ref, checkpoint, line)
 
-    def add(self, key: str, ref: str, checkpoint: Checkpoint) -> int:
+    def add(self, key: str, ref: str, checkpoint: Checkpoint, line: int) -> int:
         """Take in a model under the path or name `key`; its index."""
         index = self.by_path[key] = len(self.inputs)
-        self.inputs.append(ModelInput(index, ref, checkpoint))
+        self.inputs.append(ModelInput(index, ref, checkpoint, self.recipe.at(line)))
         for part in checkpoint.parts or (checkpoint,):
             # what a step needs stands among the step's own notes
             if part.download_bytes and not isinstance(checkpoint, MergedCheckpoint):
@@ -80,7 +80,7 @@ class Inputs:
                 self.notes.append(f"{part.ref}: {files} of {size} in all will be downloaded into the Hub's cache")
         return index
 
-    def open_step(self, step: Recipe) -> int:
+    def open_step(self, step: Recipe, line: int) -> int:
         """An earlier step as an input."""
         assert step.name is not None
         if step.name in self.failed:
@@ -101,7 +101,7 @@ class Inputs:
                 why = why_written(planned)
                 how = f"is written to a scratch directory first: {why}" if why else "is streamed, not written"
                 self.notes += [*(f"step {step.name!r}: {n}" for n in planned.notes), f"step {step.name!r} {how}"]
-            return self.add(step.name, step.name, self.made[step.name])
+            return self.add(step.name, step.name, self.made[step.name], line)
         return self.by_path[step.name]
 
     def base_and_adapter(self, ref: str) -> tuple[str, str] | None:

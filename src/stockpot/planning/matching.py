@@ -103,7 +103,7 @@ class Matcher:
         if extra:
             self.problems.append(
                 MismatchError(
-                    f"{self.inputs[model].ref}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
+                    f"{self.inputs[model].named}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
                     f"{_few(extra)}; exclude them to leave them out{_prefix_hint(extra, names)}"
                 )
             )
@@ -121,7 +121,7 @@ class Matcher:
             hint = nearest(unique[0], self.checkpoint(model).names()) if len(unique) < 100 else ""
             self.problems.append(
                 MismatchError(
-                    f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
+                    f"{self.inputs[model].named}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
                     f"{_few(unique)}{hint}"
                 )
             )
@@ -192,7 +192,7 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
     if not prefix:
         m.problems.append(
             MismatchError(
-                f"{m.inputs[donor].ref}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
+                f"{m.inputs[donor].named}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
             )
         )
         return [], 0
@@ -256,10 +256,10 @@ def _check_slices(
                     if shapes.get(s) != reference.get(s) and m.included(f"{prefix}.0.{s}")
                 ]
                 if odd and not _differs_within(m, checkpoint, prefix, odd):
-                    ref = m.inputs[entry.model].ref
+                    source = m.inputs[entry.model]
                     m.problems.append(
                         MismatchError(
-                            f"layer {layer} of {ref}: {odd[0]!r} is {_shape(shapes, odd[0])}, but "
+                            f"{source.where}: layer {layer} of {source.ref}: {odd[0]!r} is {_shape(shapes, odd[0])}, but "
                             f"{_shape(reference, odd[0])} in {owner}"
                         )
                     )

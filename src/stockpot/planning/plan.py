@@ -31,11 +31,17 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One distinct checkpoint that is read."""
+    """One distinct checkpoint that is read. where: the place in the recipe that names it first, as in `recipe.yml:3`."""
 
     index: int
     ref: str
     checkpoint: Checkpoint
+    where: str = ""
+
+    @property
+    def named(self) -> str:
+        """What an error message about it begins with."""
+        return f"{self.where}: {self.ref}" if self.where else self.ref
 
 
 @dataclass(frozen=True, slots=True)
