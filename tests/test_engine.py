@@ -515,6 +515,59 @@ def test_memory_budget_is_checked_and_kept(wide_family: Path, tmp_path: Path, re
     assert float(done.stdout) < 100
 
 
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+def test_inputs_are_read_once_where_there_is_room(method: str, tmp_path: Path) -> None:
+    """What a statistic has read is kept for the merge, as far as the budget allows; the bytes are the same."""
+    torch.manual_seed(0)
+    names = ["base", "a", "b"]
+    start = torch.randn(1700, 1024)
+    for name in names:
+        w = (start + 0.1 * torch.randn(start.shape)).to(torch.bfloat16)
+        write_model(tmp_path / name, {"w": w, "v": w[:300].clone()})
+    size = 2 * 2000 * 1024
+    models = names[:2] if method == "slerp" else names[1:]
+    recipe: dict[str, object] = {"merge_method": method, "base_model": str(tmp_path / "base")}
+    recipe["models"] = [{"model": str(tmp_path / m)} for m in models]
+    recipe["parameters"] = {"t": 0.3} if method == "slerp" else {"density": 0.4}
+    inputs = {"slerp": 2, "ties": 3}[method]
+    planned = stockpot.plan(recipe, Options(threads=2))
+    least = planned.budget.peak - planned.budget.hold
+    read, outs = {}, set()
+    for extra in (2**27, 4 * 2**20 * inputs // 2 + 1, 0):
+        result = stockpot.merge(recipe, tmp_path / f"{extra}", Options(threads=2, max_memory=least + extra))
+        read[extra] = result.bytes_read - inputs * size
+        outs.add((tmp_path / f"{extra}" / "model.safetensors").read_bytes())
+    assert len(outs) == 1
+    sample = 0 if method == "slerp" else 2 * 2**17 * 2 * inputs  # a cutoff looks at a few elements first
+    everything, some, nothing = read.values()
+    assert 0 <= everything <= sample
+    assert everything < some < nothing
+    assert nothing >= 2 * 1700 * 1024 * inputs
+
+
+def test_all_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+    from collections import Counter
+
+    from stockpot.engine.kernel import Kernel
+
+    torch.manual_seed(0)
+    for name in "ab":
+        write_model(tmp_path / name, {f"layers.{i}.w": torch.randn(1024, 1024) for i in range(12)})
+    worked: Counter[str] = Counter()
+    real = Kernel.combine
+
+    def counted(self: Kernel, *args: object) -> None:
+        worked[threading.current_thread().name] += 1
+        real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Kernel, "combine", counted)
+    recipe = {"merge_method": "linear", "models": [str(tmp_path / "a"), str(tmp_path / "b")]}
+    stockpot.merge(recipe, tmp_path / "out", Options(threads=3))
+    assert len(worked) == 3
+    assert min(worked.values()) >= sum(worked.values()) // 10
+
+
 # methods that users declare themselves
 
 

@@ -20,9 +20,9 @@ from stockpot.methods.arrays import is_numpy, magnitude
 __all__ = ["Selection", "kept_count", "kth_magnitudes"]
 
 _TOP = 2**31
-_BINS = 2**18
+_BINS = 2**20
 #: values put aside before they are counted into bins instead
-_HOLD = 2**20
+_HOLD = 2**18
 
 
 @dataclass
@@ -97,11 +97,13 @@ class Selection:
         if self.bins is None:
             while (self.high - self.low) >> self.shift > _BINS:
                 self.shift += 1
-            self.bins = np.zeros(((self.high - self.low - 1) >> self.shift) + 1, np.int64)
+            kind = np.int32 if self.count < 2**31 else np.int64
+            self.bins = np.zeros(((self.high - self.low - 1) >> self.shift) + 1, kind)
         if not self._held:
             return
         values = np.concatenate(self._held) - np.uint32(self.low)
-        self.bins += np.bincount(values >> np.uint32(self.shift), minlength=len(self.bins))
+        places = values >> np.uint32(self.shift)
+        self.bins += np.bincount(places, minlength=len(self.bins)).astype(self.bins.dtype)
         self._held, self._holding = [], 0
 
     def finish_pass(self) -> bool:

@@ -28,11 +28,12 @@ from stockpot.engine.kernel import Kernel, UnitData, sample_runs
 from stockpot.engine.limits import allow_open_files
 from stockpot.engine.measures import Measure, Sizes, far_out, measure
 from stockpot.engine.native import load_kernels
+from stockpot.engine.pool import Pool
 from stockpot.engine.publish import partial_path
 from stockpot.engine.scheduler import Job, Scheduler, Work
 from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
-from stockpot.engine.units import Segment, Unit
+from stockpot.engine.units import Segment, Unit, most_of_a_unit
 from stockpot.errors import Interrupted, OutputError, ReadError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, Plan
@@ -96,7 +97,7 @@ class _Runner:
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
-        self.holding = 0
+        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan))
         budget = plan.budget
         self.kernels = [Kernel(device, g, plan.seed, budget.chunk) for g in plan.groups]
 
@@ -276,6 +277,7 @@ class _Runner:
                 if work is None:
                     return
                 self._do(work, slot, sink, journal)
+                self._release(work)
                 scheduler.finished(work)
         except BaseException as e:
             self.errors.append(e)
@@ -323,26 +325,25 @@ class _Runner:
         key = work.unit.segments[0].first
         kept = work.held.get(key)
         if kept is not None:
-            data, seen = kept
-            size = sum(map(len, data.raws))
+            _, data, seen = kept
             with self.lock:
-                self.bytes_done += size
-                if work.job is None:
-                    del work.held[key]
-                    self.holding -= size
+                self.bytes_done += sum(map(len, data.raws))
             return UnitData(work.unit, data.raws, data.dtypes, slot), seen
         if work.job is None:
             return self._read(work.unit, slot, seen), seen
-        sizes = (self.plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in work.unit.lead.inputs)
-        size = work.unit.numel * sum(sizes)
-        with self.lock:
-            room = self.holding + size <= self.plan.budget.hold
-            self.holding += size if room else 0
-        if not room:
+        room = self.pool.take()
+        if room is None:
             return self._read(work.unit, slot), seen
-        data = self._read(work.unit, {}, seen)
-        work.held[key] = (data, seen)
+        place, memory = room
+        data = self._read(work.unit, {"raw": memory}, seen)
+        work.held[key] = (place, data, seen)
         return UnitData(work.unit, data.raws, data.dtypes, slot), seen
+
+    def _release(self, work: Work) -> None:
+        """What was kept of a unit has been merged."""
+        kept = work.held.pop(work.unit.segments[0].first, None) if work.held and work.job is None else None
+        if kept is not None:
+            self.pool.give(kept[0])
 
     def _do(self, work: Work, slot: dict[Any, Any], sink: ShardSink, journal: Journal) -> None:
         if work.job is not None and work.job.sampling:

@@ -62,13 +62,13 @@ def _worker_bytes(
 
 
 def _passed_twice(tensors: Iterable[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup]) -> int:
-    """Bytes of inputs of the largest tensor that is read for its own statistics first."""
+    """Bytes of inputs of the largest tensor that is read for its own statistics first, in whole pieces."""
     most = 0
     for t in tensors:
         if t.action is not Action.MERGE or not groups[t.group].method.stats:
             continue
-        sizes = (inputs[o.model].checkpoint.spec(o.name).nbytes for o in t.inputs)
-        most = max(most, sum(sizes))
+        sizes = (inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs)
+        most = max(most, grid_of(t.spec.shape).pieces * PIECE * sum(sizes))
     return most
 
 
