@@ -20,6 +20,7 @@ class _Files(BaseHTTPRequestHandler):
 
     root: Path
     log: list[tuple[str, str, str | None]]
+    tells_sizes = True
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -45,7 +46,7 @@ class _Files(BaseHTTPRequestHandler):
         data = path.read_bytes()
         headers = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(data).hexdigest()}"', **headers}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked:
+        if asked and self.tells_sizes:
             start, stop = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             self.send(206, data[start:stop], headers, body=body)
@@ -54,7 +55,9 @@ class _Files(BaseHTTPRequestHandler):
 
     def send(self, status: int, data: bytes, headers: dict[str, str], *, body: bool) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+        if self.tells_sizes:
+            headers = {**headers, "Content-Length": str(len(data))}
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
@@ -127,10 +130,12 @@ class _Hub(_Files):
 
 
 @contextlib.contextmanager
-def serving(root: Path, *, hub: bool = False) -> Iterator[tuple[str, list[tuple[str, str, str | None]]]]:
-    """(the address, what was asked of it) of a server of the files below `root`."""
+def serving(
+    root: Path, *, hub: bool = False, tells_sizes: bool = True
+) -> Iterator[tuple[str, list[tuple[str, str, str | None]]]]:
+    """(the address, what was asked of it) of a server of the files below `root`. One that tells no sizes knows no ranges."""
     log: list[tuple[str, str, str | None]] = []
-    handler = type("Handler", (_Hub if hub else _Files,), {"root": root, "log": log})
+    handler = type("Handler", (_Hub if hub else _Files,), {"root": root, "log": log, "tells_sizes": tells_sizes})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -19,6 +19,7 @@ from stockpot.checkpoints import ReadRequest, open_checkpoint
 from stockpot.checkpoints.remote import Store
 from stockpot.errors import CheckpointError, OutputError, ReadError
 
+from fp8 import write_fp8
 from helpers import cli, load
 
 LINEAR = {"merge_method": "linear", "models": ["s3://models/a", "s3://models/b"]}
@@ -202,6 +203,14 @@ def test_signed_urls_and_servers_without_listings(family, tmp_path):
             stockpot.merge({"merge_method": "linear", "models": [f"{url}/a"]}, f"{url}/out")
 
 
+def test_a_server_that_tells_no_sizes(family, tmp_path):
+    with serving(family, tells_sizes=False) as (url, _):
+        recipe = {"merge_method": "linear", "models": [f"{url}/a", str(family / "b")]}
+        with pytest.raises(CheckpointError, match=r"the server tells no size of model.*safetensors"):
+            stockpot.merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_average_over_http(lora_run, tmp_path):
     adapters = sorted(lora_run.glob("checkpoint-*"))[:2]
     with serving(lora_run) as (url, _):
@@ -345,6 +354,21 @@ def test_hub_models_are_planned_then_downloaded_then_found_in_the_cache(hub, rec
     assert offline.returncode == 0, offline.stderr
     assert not log
     assert same(load(elsewhere / "again"), local)
+
+
+def test_fp8_models_of_the_hub(hub, recipe, tmp_path):
+    """What is dequantised while it is read is downloaded first like any other model."""
+    env, _ = hub
+    for seed, name in enumerate(("org/eight", "org/other")):
+        write_fp8(tmp_path / "hub" / name, "block", seed)
+    for place, models in (
+        ("here", [tmp_path / "hub/org/eight", tmp_path / "hub/org/other"]),
+        ("there", ["org/eight", "org/other"]),
+    ):
+        path = recipe(f"merge_method: linear\nmodels: [{models[0]}, {models[1]}]\n")
+        done = run(env, "merge", path, tmp_path / place, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert same(load(tmp_path / "here"), load(tmp_path / "there"))
 
 
 def test_a_misspelt_parameter_is_found_before_anything_is_downloaded(hub, recipe, tmp_path):

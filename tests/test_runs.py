@@ -379,6 +379,21 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert run.metrics.value_at("loss", 10).value == pytest.approx(0.1)
 
 
+def test_the_newest_of_many_tensorboard_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from stockpot.runs import tensorboard as reading
+
+    monkeypatch.setattr(reading, "_MOST_FOLDERS", 2)
+    for age, name in enumerate(("c", "a", "b")):  # the oldest is neither the first nor the last by name
+        with tensorboard.SummaryWriter(str(tmp_path / name)) as writer:
+            writer.add_scalar(f"loss_{name}", 1.0, 1)
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    log = reading.read_events(str(tmp_path))
+    assert log is not None
+    assert sorted(log.series) == ["loss_a", "loss_b"]
+    assert log.source == "TensorBoard (the newest 2 of 3 folders with event files)"
+
+
 def test_log_from_rows_takes_what_is_a_number() -> None:
     log = log_from_rows(
         [{"step": 1, "loss": "2.5", "name": "x", "flag": True}, {"loss": 1.0}, {"step": 1, "loss": 2.0}], "test"

@@ -11,7 +11,8 @@ from stockpot.runs.metrics import MetricLog
 
 __all__ = ["read_events"]
 
-_MOST_FILES = 64
+#: folders with event files that are read, the newest
+_MOST_FOLDERS = 64
 
 
 def read_events(root: str) -> MetricLog | None:
@@ -20,14 +21,15 @@ def read_events(root: str) -> MetricLog | None:
         folder
         for folder, _, names in os.walk(root)
         if any(n.startswith("events.out.tfevents") for n in names)
-    ][:_MOST_FILES]  # fmt: skip
+    ]  # fmt: skip
     if not folders:
         return None
     if importlib.util.find_spec("tensorboard") is None:
         return MetricLog({}, "there are TensorBoard event files: install tensorboard to read them")
     accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     series: dict[str, dict[int, float]] = {}
-    for folder in sorted(folders, key=os.path.getmtime):
+    newest = sorted(folders, key=os.path.getmtime)[-_MOST_FOLDERS:]
+    for folder in newest:
         events = accumulator.EventAccumulator(folder, size_guidance={accumulator.SCALARS: 0, accumulator.TENSORS: 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
@@ -37,4 +39,7 @@ def read_events(root: str) -> MetricLog | None:
             for e in events.Tensors(tag):
                 if e.tensor_proto.float_val:
                     series.setdefault(tag.removeprefix("train/"), {})[e.step] = e.tensor_proto.float_val[0]
-    return MetricLog({name: tuple(sorted(points.items())) for name, points in series.items()}, "TensorBoard")
+    source = "TensorBoard"
+    if len(newest) < len(folders):
+        source += f" (the newest {len(newest)} of {len(folders)} folders with event files)"
+    return MetricLog({name: tuple(sorted(points.items())) for name, points in series.items()}, source)
