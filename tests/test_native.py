@@ -155,7 +155,9 @@ def test_same_bytes_as_numpy(name, given, dtype, instructions, special, without_
 def test_many_models_settle_close_elections_alike(count, without_kernels):
     rng = np.random.default_rng(3)
     base = {"w": torch.zeros(40, 500, dtype=torch.bfloat16)}
-    experts = [{"w": torch.from_numpy(rng.integers(-3, 4, (40, 500)) * 2.0**-9).to(torch.bfloat16)} for _ in range(count)]
+    experts = [
+        {"w": torch.from_numpy(rng.integers(-3, 4, (40, 500)) * 2.0**-9).to(torch.bfloat16)} for _ in range(count)
+    ]
     weight = [float(w) for w in rng.choice([0.1, 0.3, 0.7], count)]
     ties = get_method("ties")
     a = ties(experts, base=base, weight=weight, density=0.8)

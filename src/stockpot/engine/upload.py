@@ -26,6 +26,8 @@ __all__ = ["check_url", "scratch_for", "upload"]
 
 _AT_ONCE = 4
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "obs"}
+#: every file written there is a commit that stays
+_KEEPS_HISTORY = {"hf", "github", "git"}
 #: written to OUT and removed again before the work begins
 _PROBE = ".stockpot-writable"
 
@@ -81,15 +83,21 @@ def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
     _check_writable(store, path, url)
 
 
+def _protocols(store: Store) -> set[str]:
+    found = store.fs.protocol
+    return {found} if isinstance(found, str) else set(found)
+
+
 def _make_folder(store: Store, path: str) -> None:
     """Stores of objects have no folders, and would take a misspelt name for a bucket to create."""
-    protocol = store.fs.protocol
-    if not _BUCKETS & {*((protocol,) if isinstance(protocol, str) else protocol)}:
+    if not _protocols(store) & _BUCKETS:
         store.fs.makedirs(path, exist_ok=True)
 
 
 def _check_writable(store: Store, path: str, url: str) -> None:
     """A merge of hours should not end with finding out that its result can't be put where it belongs."""
+    if _protocols(store) & _KEEPS_HISTORY:
+        return
     probe = posixpath.join(path, _PROBE)
     try:
         _make_folder(store, path)
