@@ -17,7 +17,7 @@ import stockpot
 from stockpot.adapters import factors_report, product_adapter, read_adapter
 from stockpot.adapters.algebra import mean_error, product_norm, stacked, truncated
 from stockpot.checkpoints import open_checkpoint
-from stockpot.errors import ArgumentError, CheckpointError, MismatchError
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError, StockpotError
 
 from helpers import cli
 
@@ -548,7 +548,9 @@ def test_ways_to_name_base_and_adapter(llama_adapters: tuple[Path, list[Path]], 
     ("model", "said"),
     [
         ("{base}+nowhere", "nowhere: no such file"),
-        ("nowhere+{adapter}", "nowhere: no such file"),
+        ("nowhere+{adapter}", "nowhere+/"),
+        ("{base}+{adapter}+{adapter}", "one adapter a model"),
+        ("{base}xx+y/z", "basexx+y/z: no such file"),
         ("{base}+{base}", "a full model; expected a LoRA adapter"),
         ("{adapter}+{adapter}", "a base must be a full model"),
         ("{base}+", "no such file"),
@@ -574,3 +576,24 @@ def test_base_plus_adapter_that_does_not_fit(
     assert said in " ".join(done.stderr.split())
     assert "r.yml:3" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_is_no_base_of_an_adapter(llama_adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, (adapter, _) = llama_adapters
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"name: avg\nmerge_method: linear\nmodels: [{base}, {base}]\n---\n"
+        f"merge_method: linear\nmodels: [avg+{adapter}, {base}]\n"
+    )
+    with pytest.raises(StockpotError, match=r"'avg' is a step, and steps can't be part of base.adapter"):
+        stockpot.plan(recipe)
+
+
+def test_an_adapter_that_changes_before_a_resume(llama_adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Its scale decides the bytes like its tensors do: what was merged with another one is not taken over."""
+    base, (adapter, _) = llama_adapters
+    recipe = {"merge_method": "passthrough", "models": [f"{base}+{adapter}"]}
+    before = stockpot.plan(recipe).identity
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 80}))
+    assert stockpot.plan(recipe).identity != before

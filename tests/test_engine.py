@@ -568,6 +568,32 @@ def test_all_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert min(worked.values()) >= sum(worked.values()) // 10
 
 
+def test_the_sample_for_a_cutoff_over_the_whole_model_is_of_one_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stockpot.engine import run
+    from stockpot.engine.gathering import Gathering
+
+    sizes = []
+    real = Gathering.suggest
+
+    def noted(self: Gathering, deltas: Any) -> None:
+        sizes.append(deltas.shape[1])
+        real(self, deltas)
+
+    monkeypatch.setattr(Gathering, "suggest", noted)
+    monkeypatch.setattr(run, "_JOB_SAMPLES", 2**14)
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        write_model(tmp_path / name, {f"layers.{i}.w": torch.randn(256, 300).to(torch.bfloat16) for i in range(100)})
+    recipe = {
+        "merge_method": "ties", "base_model": str(tmp_path / "base"),
+        "models": [str(tmp_path / "a"), str(tmp_path / "b")], "parameters": {"density": 0.3, "dialect": "paper"},
+    }  # fmt: skip
+    stockpot.merge(recipe, tmp_path / "out")
+    assert 0 < max(sizes) <= 3 * 2**14
+
+
 # methods that users declare themselves
 
 

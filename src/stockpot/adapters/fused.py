@@ -87,7 +87,12 @@ class FusedModel(DerivedCheckpoint):
 
     @property
     def resident(self) -> int:
-        return KEPT_MODULES * module_bytes(self.adapters) * 2
+        return KEPT_MODULES * module_bytes(self.adapters) * 2 + sum(s.resident for s in self.sources)
+
+    @property
+    def scratch_itemsize(self) -> int:
+        """As it is stored, as float32, its delta (twice while it is put together), their sum, as it is written."""
+        return 20 + max(s.scratch_itemsize for s in self.sources)
 
 
 def fuse(

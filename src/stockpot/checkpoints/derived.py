@@ -66,7 +66,8 @@ class DerivedCheckpoint(Checkpoint):
 
     @property
     def parts(self) -> tuple[Checkpoint, ...]:
-        return self.sources
+        found = (part for source in self.sources for part in (source.parts or (source,)))
+        return tuple({id(part): part for part in found}.values())
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         """Fill `out` with the bytes of elements start..stop of a tensor."""

@@ -103,7 +103,7 @@ class Selection:
             return
         values = np.concatenate(self._held) - np.uint32(self.low)
         places = values >> np.uint32(self.shift)
-        self.bins += np.bincount(places, minlength=len(self.bins)).astype(self.bins.dtype)
+        self.bins += np.bincount(places, minlength=len(self.bins)).astype(self.bins.dtype, copy=False)
         self._held, self._holding = [], 0
 
     def finish_pass(self) -> bool:

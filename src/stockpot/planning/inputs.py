@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import is_url, open_checkpoint, without_file_scheme
-from stockpot.errors import CheckpointError, ProblemsError, StockpotError
+from stockpot.checkpoints.opening import is_url, looks_like_hub_id, open_checkpoint, without_file_scheme
+from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError
 from stockpot.planning.budget import DEFAULT_LIMIT
 from stockpot.planning.plan import ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written
@@ -24,6 +24,7 @@ class Inputs:
 
     by_path   path, or name of a step, -> index in `inputs`
     computed  checkpoints that stand for `adapter:`, by reference
+    opened    what `base+adapter` is made of, by path
     made      planned steps by name, shared by all planners of a file
     settings  memory limit, threads and seed for the plans of steps
     """
@@ -36,6 +37,7 @@ class Inputs:
     failed: set[str] = field(default_factory=set)
     computed: dict[str, Checkpoint] = field(default_factory=dict)
     made: dict[str, MergedCheckpoint] = field(default_factory=dict)
+    opened: dict[str, Checkpoint] = field(default_factory=dict)
     settings: tuple[int, int, int] = (DEFAULT_LIMIT, 1, 0)
 
     def plan_step(self, step: Recipe) -> Plan:
@@ -77,7 +79,8 @@ class Inputs:
             if part.download_bytes and not isinstance(checkpoint, MergedCheckpoint):
                 files = f"{len(part.files)} file{'s' if len(part.files) != 1 else ''}"
                 size = format_size(part.download_bytes)
-                self.notes.append(f"{part.ref}: {files} of {size} in all will be downloaded into the Hub's cache")
+                note = f"{part.ref}: {files} of {size} in all will be downloaded into the Hub's cache"
+                self.notes += [note] if note not in self.notes else []
         return index
 
     def open_step(self, step: Recipe, line: int) -> int:
@@ -105,25 +108,47 @@ class Inputs:
         return self.by_path[step.name]
 
     def base_and_adapter(self, ref: str) -> tuple[str, str] | None:
-        """The two of mergekit's `base+adapter`; None where `ref` is one model. A + may also be part of a path or a URL."""
+        """The two of mergekit's `base+adapter`; None where `ref` is one model. A + may also be part of a path or a URL: of
+        a path where what stands before it exists, of a URL unless what follows it is plainly another place.
+        """
         if "+" not in ref or os.path.exists(self.locate(ref)):
             return None
         places = [i for i, c in enumerate(ref) if c == "+" and 0 < i < len(ref) - 1]
         if is_url(ref):
-            places = [i for i in places if is_url(ref[i + 1 :]) or os.path.exists(self.locate(ref[i + 1 :]))]
-        found = [i for i in places if os.path.exists(self.locate(ref[:i]))] or places
+            found = [i for i in places if is_url(ref[i + 1 :]) or ref[i + 1 :].startswith(("/", "./", "../", "~"))]
+        else:
+            found = [i for i in places if os.path.exists(self.locate(ref[:i]))]
+            steps = {s.name for s in self.recipe.steps}
+            found = found or [i for i in places if ref[:i] in steps or looks_like_hub_id(ref[:i])]
         return (ref[: found[0]], ref[found[0] + 1 :]) if found else None
 
     def with_adapter(self, ref: str, base: str, adapter: str) -> Checkpoint:
         """A base with a LoRA adapter applied while it is read. Raises StockpotError."""
-        applied = read_adapter(open_checkpoint(self.locate(adapter)))
-        if changes_the_base(applied.checkpoint.config):
-            start = applied.checkpoint.config["init_lora_weights"]
-            raise CheckpointError(
-                f"{adapter}: init_lora_weights is {start!r}: PEFT changes the base as it loads this adapter; apply it with "
-                "PEFT (merge_and_unload) and name the result"
-            )
-        return fuse(open_checkpoint(self.locate(base)), [applied], [1.0], exact=True, ref=ref)
+        for name in (base, adapter):
+            if any(s.name == name for s in self.recipe.steps):
+                raise RecipeError(
+                    f"{ref}: {name!r} is a step, and steps can't be part of base+adapter; merge it into a directory first"
+                )
+        if "+" in adapter and os.path.exists(self.locate(adapter.partition("+")[0])):
+            raise RecipeError(f"{ref}: one adapter a model; average the adapters first, or merge several base+adapter")
+        try:
+            applied = read_adapter(self.part(adapter))
+            if changes_the_base(applied.checkpoint.config):
+                start = applied.checkpoint.config["init_lora_weights"]
+                raise CheckpointError(
+                    f"{adapter}: init_lora_weights is {start!r}: PEFT changes the base as it loads this adapter; apply it "
+                    "with PEFT (merge_and_unload) and name the result"
+                )
+            return fuse(self.part(base), [applied], [1.0], exact=True, ref=ref)
+        except StockpotError as e:
+            raise type(e)(f"{ref}: {e}") from e
+
+    def part(self, ref: str) -> Checkpoint:
+        """What a model is made of, opened once for all of them."""
+        path = self.locate(ref)
+        if path not in self.opened:
+            self.opened[path] = open_checkpoint(path)
+        return self.opened[path]
 
     def locate(self, ref: str) -> str:
         """A relative path is looked for in the working directory, then beside the recipe."""

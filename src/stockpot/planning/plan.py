@@ -173,7 +173,9 @@ class Plan:
             for header in model.checkpoint.files:
                 digest.update(header.raw)
                 digest.update(f"{header.path} {header.size} {header.mtime_ns}\n".encode())
-            digest.update(json.dumps(dict(model.checkpoint.config), sort_keys=True, default=str).encode())
+            # what a computed checkpoint is made of has settings of its own: an adapter's scale
+            for part in (model.checkpoint, *model.checkpoint.parts):
+                digest.update(json.dumps(dict(part.config), sort_keys=True, default=str).encode())
         if self.soup is not None:
             digest.update(json.dumps(self.soup.to_dict(), sort_keys=True).encode())
         for shard in self.shards:
@@ -189,6 +191,7 @@ class Plan:
                 {
                     "model": m.ref,
                     "path": m.checkpoint.path,
+                    **({"parts": [p.path for p in m.checkpoint.parts]} if m.checkpoint.parts else {}),
                     "tensors": len(m.checkpoint),
                     "bytes": m.checkpoint.nbytes,
                     "donor_of_config": m.index == self.donor,

@@ -114,10 +114,11 @@ class Recipe:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def references(self) -> set[str]:
-        """Every model that it names."""
+        """Every model that it names, and what stands on either side of a + in them."""
         found = {m.ref for m in self.models} | {s.ref for piece in self.slices for s in piece.sources}
         bases = {self.base_model, *(piece.base_model for piece in self.slices), self.tokenizer_from}
-        return found | {b for b in bases if b}
+        found |= {b for b in bases if b}
+        return found | {half for ref in found if "+" in ref for half in ref.split("+")}
 
     def at(self, line: int) -> str:
         """`recipe.yml:12`, for error messages."""
