@@ -34,7 +34,7 @@ class CustomBuildHook(BuildHookInterface):
         if self.target_name != "wheel" or sys.platform == "win32":
             return
         library = os.path.join(self.root, FOLDER, "kernels.so.1")
-        sources = [os.path.join(self.root, FOLDER, name) for name in ("kernels.c", "kernels.inc", "fused.inc")]
+        sources = [os.path.join(self.root, FOLDER, name) for name in ("kernels.c", "kernels.inc", "fused.inc", "transfer.inc", "blake3.inc")]
         if not os.path.exists(library) or os.path.getmtime(library) < max(map(os.path.getmtime, sources)):
             why = compile_library(sources[0], library)
             if why:

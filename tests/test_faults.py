@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ import torch
 
 import stockpot
 from stockpot.api import Options, merge_planned
+from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.engine import measures
-from stockpot.engine.native import load_kernels
+from stockpot.engine.native import Kernels, load_kernels
+from stockpot.engine.sink import ShardSink
 from stockpot.errors import NonfiniteError, OutputError, ReadError
 from stockpot.specs import DType
 
@@ -191,6 +194,35 @@ def failing(real, number: int, after: int):
     return call
 
 
+@pytest.fixture(params=["compiled", "python"])
+def bad_files(request, family, monkeypatch):
+    """Files that give and take nothing where compiled code reads and writes them: Python tries again, and finds out why."""
+    if request.param == "python":
+        monkeypatch.setattr(Kernels, "transfers", False)
+        yield
+        return
+    fd = os.open(family, os.O_RDONLY)  # a directory
+    real = Checkpoint.extents
+    monkeypatch.setattr(
+        Checkpoint, "extents", lambda self, wanted: [(fd, at, size) for _, at, size in real(self, wanted) or ()]
+    )
+    monkeypatch.setattr(ShardSink, "fd", lambda self, shard: fd)
+    yield
+    os.close(fd)
+
+
+@pytest.mark.usefixtures("bad_files")
+def test_files_are_tried_again_by_python(family, tmp_path, monkeypatch):
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")
+    stockpot.verify(tmp_path / "out")
+    monkeypatch.undo()
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "reference")
+    one, two = (json.loads((tmp_path / x / "stockpot.json").read_text()) for x in ("out", "reference"))
+    assert one["output"] == two["output"]
+    assert one["inputs"] == two["inputs"]
+
+
+@pytest.mark.usefixtures("bad_files")
 def test_an_io_error_on_one_read(family, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EIO, 1))
     with pytest.raises(ReadError, match=r"model.safetensors: read at byte \d+ failed: Input/output error") as caught:
@@ -202,6 +234,7 @@ def test_an_io_error_on_one_read(family, tmp_path, monkeypatch):
     stockpot.verify(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("bad_files")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fdatasync", "fsync", "rename"])
 def test_a_disk_that_fails_to_take_the_output(family, tmp_path, monkeypatch, number, call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 from stockpot.checkpoints.codecs import decode_into, encode_into
 from stockpot.engine.cutoffs import _split_numpy
 from stockpot.engine.masks import MaskStream, mask_key
-from stockpot.engine.native import LIBRARY, Block, load_kernels
+from stockpot.engine.native import LIBRARY, Block, Stream, load_kernels
 from stockpot.engine.reduce import piece_sum
 from stockpot.methods import get_method, methods
 from stockpot.methods.forms import Form
@@ -229,6 +231,56 @@ def test_splits_are_numpys(window):
     assert np.array_equal(inside, expected[1])
     assert passed_over[0] == 0
     assert len(passed_over[1]) == 0
+
+
+CHUNKS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 1024]
+
+
+@pytest.mark.usefixtures("instructions")
+def test_transfers_see_what_their_parts_see(tmp_path):
+    """Digests are those of the blake3 package whatever the length of a piece, measures those of `measure`."""
+    kernels = load_kernels()
+    assert kernels is not None
+    if not kernels.transfers:
+        pytest.skip("only for AVX2 and up")
+    sizes = [0, 1, 63, 64, 65, 511, 512, 513, *(512 * c + more for c in CHUNKS for more in (-1, 0, 1))]
+    pieces = [0, *itertools.accumulate(sizes)]
+    edges = pieces[::7] + pieces[-1:]
+    n = pieces[-1]
+    wholes = [np.random.default_rng(i).normal(size=n).astype(np.float16).tobytes() for i in range(3)]
+    (tmp_path / "files").write_bytes(b"".join(wholes))
+    with open(tmp_path / "files", "rb") as f:
+        cuts = [
+            [(0, 2 * n)],
+            [(2 * n, 3000), (2 * n + 3000, 2 * n - 3000)],
+            [(4 * n + a, 2) for a in range(0, 2 * n, 2)],
+        ]
+        raws = [bytearray(2 * n) for _ in wholes]
+        streams = [
+            Stream(raw, dtype, [(f.fileno(), at, size) for at, size in cut])
+            for raw, dtype, cut in zip(raws, [DType.F16, DType.BF16, DType.I16], cuts, strict=True)
+        ]
+        found = kernels.transfer(streams, pieces, edges, look=True, write=False)
+        assert found is not None
+        assert list(map(bytes, raws)) == wholes
+        for whole, stream, (digests, measures) in zip(wholes, streams, found, strict=True):
+            assert digests == [blake3(whole[2 * a : 2 * b]).digest() for a, b in itertools.pairwise(pieces)]
+            known = [] if stream.dtype is DType.I16 else list(kernels.measure(stream.raw, stream.dtype, edges))
+            assert measures == known
+        assert kernels.transfer(streams, pieces, edges, look=False, write=False) == []
+        past = [Stream(bytearray(2 * n), DType.F16, [(f.fileno(), 4 * n + 1, 2 * n)])]
+        assert kernels.transfer(past, pieces, edges, look=True, write=False) is None
+    with open(tmp_path / "copy", "wb") as f:
+        backwards = [
+            Stream(raw, s.dtype, [(f.fileno(), at, size) for _, at, size in s.extents])
+            for raw, s in zip(raws, streams, strict=True)
+        ]
+        assert kernels.transfer(backwards, pieces, edges, look=True, write=True) == found
+        f.flush()
+        assert (tmp_path / "copy").read_bytes() == b"".join(wholes)
+    with open(tmp_path / "copy", "rb") as f:
+        refused = [Stream(raws[0], DType.F16, [(f.fileno(), 0, 2 * n)])]
+        assert kernels.transfer(refused, pieces, edges, look=True, write=True) is None
 
 
 @pytest.mark.parametrize("density", [0.5, 0.25, 0.3, 0.0001, 0.9999, 1 / 256, 1e-30])

@@ -168,6 +168,14 @@ class Checkpoint:
         if current:
             yield current
 
+    def extents(self, requests: Sequence[ReadRequest]) -> list[tuple[int, int, int]] | None:
+        """Where the requested ranges lie, for who reads them by himself: (open file, offset, bytes). None where only `read`
+        will do: they are computed, elsewhere, or somebody wants to be told. Raises ReadError.
+        """
+        if self.observers:
+            return None
+        return [(self._fd(index), start, stop - start) for index, start, stop in self._extents(requests)]
+
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         """Fill `buffer` with the requested ranges one after the other; see TensorSource. Raises ReadError."""
         self._fill_all(list(self._extents(requests)), buffer)

@@ -73,6 +73,9 @@ class DerivedCheckpoint(Checkpoint):
         """Fill `out` with the bytes of elements start..stop of a tensor."""
         raise NotImplementedError
 
+    def extents(self, requests: Sequence[ReadRequest]) -> None:
+        return None
+
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         position = 0
         for r in requests:

@@ -343,6 +343,9 @@ class RemoteCheckpoint(Checkpoint):
         """A request costs a round trip."""
         return 4
 
+    def extents(self, requests: Sequence[ReadRequest]) -> None:
+        return None
+
     def _fetch(self, index: int, start: int, stop: int) -> bytes:
         assert self.folder is not None
         path = self.files[index].path

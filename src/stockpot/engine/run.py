@@ -11,8 +11,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,23 +21,23 @@ from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digest_book import DigestBook, observer
-from stockpot.engine.digests import piece_digest, tensor_digest
+from stockpot.engine.digests import tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal, Record
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
 from stockpot.engine.limits import allow_open_files
-from stockpot.engine.measures import Measure, Sizes, far_out, measure
-from stockpot.engine.native import load_kernels
+from stockpot.engine.measures import Sizes, far_out
 from stockpot.engine.pool import Pool
 from stockpot.engine.publish import partial_path
+from stockpot.engine.resume import sound_records
 from stockpot.engine.scheduler import Job, Scheduler, Work
 from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
-from stockpot.engine.units import Segment, Unit, most_of_a_unit
+from stockpot.engine.transfer import Seen, read_unit, records, write_unit
+from stockpot.engine.units import Segment, Unit, aligned, most_of_a_unit
 from stockpot.errors import Interrupted, OutputError, ReadError
 from stockpot.planning.grid import grid_of
 from stockpot.planning.plan import Action, Plan
-from stockpot.specs import DType
 
 __all__ = ["Outcome", "Progress", "run_plan"]
 
@@ -78,11 +78,12 @@ def run_plan(plan: Plan, out: str, device: Device, *, resume: bool = True, progr
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """Of one input of a unit, or of its output: for each segment the digests of its pieces, and its measure."""
+class _Taken:
+    """A unit's inputs and what was seen of each. place: that of the pool where they are kept, if they are."""
 
-    digests: list[tuple[bytes, ...]]
-    measures: list[Measure]
+    data: UnitData
+    seen: list[Seen]
+    place: int = -1
 
 
 class _Runner:
@@ -130,8 +131,8 @@ class _Runner:
         part_books = self._observe_parts()
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
-            if resumed:
-                self._recover(journal.records)
+            for record in sound_records(self.plan, partial, journal.records):
+                self._take_over(record)
             journal.begin(resumed=resumed)
             with _one_blas_thread(any(m.checkpoint.parts for m in self.plan.inputs)):
                 self._work(sink, journal, progress)
@@ -187,47 +188,13 @@ class _Runner:
                 part.observers[:] = [observer(part, book, self.lock)]
         return books
 
-    def _recover(self, records: Sequence[Record]) -> None:
-        """Take over what a journal vouches for, after checking that the bytes are really there."""
-        fds: dict[int, int] = {}
-        try:
-            for record in records:
-                if not self._plausible(record):
-                    continue
-                t = self.plan.tensors[record.tensor]
-                grid = grid_of(t.spec.shape)
-                if t.shard not in fds:
-                    path = os.path.join(self.outcome.partial, self.plan.shards[t.shard].name)
-                    fds[t.shard] = os.open(path, os.O_RDONLY)
-                size = t.spec.dtype.itemsize
-                sound = True
-                for piece, digest in zip(range(record.first, record.last), record.out, strict=True):
-                    start, stop = grid.bounds(piece)
-                    raw = os.pread(fds[t.shard], (stop - start) * size, t.offset + start * size)
-                    sound = sound and piece_digest(raw) == digest
-                if not sound:
-                    continue
-                self.pieces_done.setdefault(t.index, set()).update(range(record.first, record.last))
-                self._book(record)
-                start, stop = grid.span(record.first, record.last)
-                self.outcome.resumed_bytes += (stop - start) * size
-        finally:
-            for fd in fds.values():
-                os.close(fd)
-
-    def _plausible(self, record: Record) -> bool:
-        """Whether a journal's record can be one of this plan's at all."""
-        if not 0 <= record.tensor < len(self.plan.tensors):
-            return False
+    def _take_over(self, record: Record) -> None:
+        """A record of an earlier run, whose bytes are there."""
         t = self.plan.tensors[record.tensor]
-        count = record.last - record.first
-        return (
-            0 <= record.first < record.last <= grid_of(t.spec.shape).pieces
-            and len(record.out) == count
-            and len(record.inputs) == len(t.inputs)
-            and len(record.measures) == len(t.inputs) + 1
-            and all(len(d) == count for d in record.inputs)
-        )
+        self.pieces_done.setdefault(t.index, set()).update(range(record.first, record.last))
+        self._book(record)
+        start, stop = grid_of(t.spec.shape).span(record.first, record.last)
+        self.outcome.resumed_bytes += (stop - start) * t.spec.dtype.itemsize
 
     def _book(self, record: Record) -> None:
         t = self.plan.tensors[record.tensor]
@@ -277,7 +244,9 @@ class _Runner:
                 if work is None:
                     return
                 self._do(work, slot, sink, journal)
-                self._release(work)
+                kept = work.let_go()
+                if kept is not None:
+                    self.pool.give(kept.place)
                 scheduler.finished(work)
         except BaseException as e:
             self.errors.append(e)
@@ -291,80 +260,57 @@ class _Runner:
 
     # one unit
 
-    def _read(self, unit: Unit, slot: dict[Any, Any], seen: list[_Seen] | None = None) -> UnitData:
-        """The unit's bytes of every input, into this thread's buffer. seen: what is to be known of each input is added here,
-        taken right after reading it, while its bytes are in the core's cache.
-        """
+    def _read(self, unit: Unit, slot: dict[Any, Any], *, look: bool = False) -> _Taken:
+        """The unit's bytes of every input, into this thread's buffer."""
         dtypes = [self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in unit.lead.inputs]
-        sizes = [unit.numel * d.itemsize for d in dtypes]
-        starts, total = [], 0
-        for size in sizes:
-            starts.append(total)
-            total += -(-size // 64) * 64
-        buffer = _buffer(slot, "raw", total)
-        raws = []
-        for i, (operand, start, size) in enumerate(zip(unit.lead.inputs, starts, sizes, strict=True)):
-            raw = buffer[start : start + size]
-            requests = [ReadRequest(s.tensor.inputs[i].name, s.start, s.stop) for s in unit.segments]
-            self.plan.inputs[operand.model].checkpoint.read(requests, raw)
-            raws.append(raw)
-            if seen is not None:
-                seen.append(self._look(unit, raw, dtypes[i]))
+        edges = [0]
+        for dtype in dtypes:
+            edges.append(edges[-1] + aligned(unit.numel * dtype.itemsize))
+        buffer = _buffer(slot, "raw", edges[-1])
+        raws = [buffer[at : at + unit.numel * d.itemsize] for at, d in zip(edges, dtypes, strict=False)]
+        seen = read_unit(unit, self.plan.inputs, raws, dtypes, look=look)
         with self.lock:
-            self.outcome.bytes_read += sum(sizes)
-            self.bytes_done += sum(sizes)
-        return UnitData(unit, raws, dtypes, slot)
+            self.outcome.bytes_read += sum(map(len, raws))
+            self.bytes_done += sum(map(len, raws))
+        return _Taken(UnitData(unit, raws, dtypes, slot), seen)
 
-    def _take(self, work: Work, slot: dict[Any, Any]) -> tuple[UnitData, list[_Seen]]:
-        """The data of a unit, and what was seen of it unless it is only for a statistic: from what an earlier pass has kept,
-        or read, and then kept for the next while there is room.
-        """
-        seen: list[_Seen] = []
-        if work.held is None:
-            return self._read(work.unit, slot, None if work.job else seen), seen
-        key = work.unit.segments[0].first
-        kept = work.held.get(key)
+    def _take(self, work: Work, slot: dict[Any, Any]) -> _Taken:
+        """The data of a unit: from what an earlier pass has kept, or read, and then kept for the next while there is room."""
+        kept: _Taken | None = work.kept()
         if kept is not None:
-            _, data, seen = kept
             with self.lock:
-                self.bytes_done += sum(map(len, data.raws))
-            return UnitData(work.unit, data.raws, data.dtypes, slot), seen
-        if work.job is None:
-            return self._read(work.unit, slot, seen), seen
-        room = self.pool.take()
+                self.bytes_done += sum(map(len, kept.data.raws))
+            return replace(kept, data=replace(kept.data, slot=slot))
+        room = self.pool.take() if work.job is not None and work.held is not None else None
         if room is None:
-            return self._read(work.unit, slot), seen
+            return self._read(work.unit, slot, look=work.job is None)
         place, memory = room
-        data = self._read(work.unit, {"raw": memory}, seen)
-        work.held[key] = (place, data, seen)
-        return UnitData(work.unit, data.raws, data.dtypes, slot), seen
-
-    def _release(self, work: Work) -> None:
-        """What was kept of a unit has been merged."""
-        kept = work.held.pop(work.unit.segments[0].first, None) if work.held and work.job is None else None
-        if kept is not None:
-            self.pool.give(kept[0])
+        taken = replace(self._read(work.unit, {"raw": memory}, look=True), place=place)
+        work.keep(taken)
+        return replace(taken, data=replace(taken.data, slot=slot))
 
     def _do(self, work: Work, slot: dict[Any, Any], sink: ShardSink, journal: Journal) -> None:
         if work.job is not None and work.job.sampling:
             work.job.gathering.suggest(self._sample(work.job, slot))
             return
         lead = work.unit.lead
+        taken = self._take(work, slot)
+        data, seen = taken.data, taken.seen
         if work.job is not None:
-            self.kernels[lead.group].fold(work.job.gathering, self._take(work, slot)[0], work.stats)
+            self.kernels[lead.group].fold(work.job.gathering, data, work.stats)
             return
-        data, seen = self._take(work, slot)
-        out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
         warning = None
         if lead.action is Action.MERGE:
+            out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
             self.kernels[lead.group].combine(data, work.stats, out)
+            produced = write_unit(work.unit, out, sink, look=True)
         else:
             out = data.raws[0]
             if lead.action is Action.KEEP:
                 warning = self._differing(data)
-        produced = self._look(work.unit, out, lead.spec.dtype) if lead.action is Action.MERGE else seen[0]
-        self._write(work.unit, out, sink)
-        for record in _records(work.unit, [produced, *seen], warning):
+            write_unit(work.unit, out, sink, look=False)
+            produced = seen[:1]
+        for record in records(work.unit, [*produced, *seen], warning):
             with self.lock:
                 self._book(record)
             journal.add(record)
@@ -384,7 +330,7 @@ class _Runner:
                 n = segment.stop - segment.start
                 runs = sample_runs(n, samples=max(share // len(unit.segments), 512))
                 pieces = [Segment(segment.tensor, 0, 0, segment.start + a, segment.start + b) for a, b in runs]
-                data = self._read(Unit(tuple(pieces)), slot)
+                data = self._read(Unit(tuple(pieces)), slot).data
                 count = sum(b - a for a, b in runs)
                 parts.append(self.kernels[segment.tensor.group].deltas(data, [(0, count)]))
         return np.concatenate(parts, axis=1)
@@ -398,39 +344,6 @@ class _Runner:
                 a, b = (self.plan.inputs[i].ref for i in (data.unit.lead.inputs[0].model, operand.model))
                 return f"{names}: {data.unit.lead.spec.dtype} differs between {a} and {b}; taken from {a}"
         return None
-
-    def _write(self, unit: Unit, out: memoryview[Any], sink: ShardSink) -> None:
-        """Neighbours in the file are written together."""
-        size = unit.lead.spec.dtype.itemsize
-        at = 0
-        run_start, run_offset, run_shard = 0, -1, -1
-        for s in unit.segments:
-            offset = s.tensor.offset + s.start * size
-            if s.tensor.shard != run_shard or offset != run_offset + (at - run_start):
-                if run_shard >= 0:
-                    sink.write(run_shard, [out[run_start:at]], run_offset)
-                run_start, run_offset, run_shard = at, offset, s.tensor.shard
-            at += (s.stop - s.start) * size
-        sink.write(run_shard, [out[run_start:at]], run_offset)
-
-    def _look(self, unit: Unit, raw: memoryview[Any], dtype: DType) -> _Seen:
-        """Digests and measures of the unit's bytes, of one input or of the output."""
-        edges, digests = [0], []
-        size = dtype.itemsize
-        for s in unit.segments:
-            at = edges[-1] - s.start
-            bounds = map(grid_of(s.tensor.spec.shape).bounds, range(s.first, s.last))
-            digests.append(tuple(piece_digest(raw[(at + a) * size : (at + b) * size]) for a, b in bounds))
-            edges.append(at + s.stop)
-        return _Seen(digests, measure(self.device.kernels or load_kernels(), raw, dtype, edges))
-
-
-def _records(unit: Unit, seen: Sequence[_Seen], warning: str | None) -> Iterator[Record]:
-    """One a segment. seen: of the output, then of each input."""
-    for place, s in enumerate(unit.segments):
-        produced, *inputs = (each.digests[place] for each in seen)
-        measures = tuple(each.measures[place] for each in seen)
-        yield Record(s.tensor.index, s.first, s.last, produced, tuple(inputs), measures, warning)
 
 
 def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:

@@ -46,6 +46,21 @@ class Work:
     stats: Mapping[str, Any] = field(default_factory=dict)
     held: dict[int, Any] | None = None
 
+    def kept(self) -> Any:
+        """What an earlier pass over the unit has kept, or None."""
+        return None if self.held is None else self.held.get(self.unit.segments[0].first)
+
+    def keep(self, taken: Any) -> None:
+        """Keep something of the unit for later passes."""
+        if self.held is not None:
+            self.held[self.unit.segments[0].first] = taken
+
+    def let_go(self) -> Any:
+        """What was kept of a unit that is now merged, for the last time; or None."""
+        if self.job is not None or self.held is None:
+            return None
+        return self.held.pop(self.unit.segments[0].first, None)
+
 
 class Scheduler:
     """Hands out work to any number of threads. `next` blocks while nothing is ready and returns None at the end."""

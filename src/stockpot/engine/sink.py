@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stockpot.errors import OutputError
@@ -27,27 +27,34 @@ class ShardSink:
                 self._fds.append(fd)
                 if fresh or os.fstat(fd).st_size != shard.size:
                     _reserve(fd, shard.size)
-                self._write(len(self._fds) - 1, [shard.header], 0)  # again on resume: a crash may have taken it
+                self._write(len(self._fds) - 1, shard.header, 0)  # again on resume: a crash may have taken it
         except OSError as e:
             self.close()
             raise OutputError(f"{directory}: can't be written: {e.strerror or e}") from e
 
-    def write(self, shard: int, buffers: Sequence[memoryview[Any]], offset: int) -> None:
-        """Write buffers one after the other at `offset`. Raises OutputError."""
+    def fd(self, shard: int) -> int:
+        """For who writes by himself, and tells of it by `wrote`."""
+        return self._fds[shard]
+
+    def wrote(self, shards: Iterable[int]) -> None:
+        """These were written to."""
+        with self._lock:
+            self._dirty.update(shards)
+
+    def write(self, shard: int, buffer: memoryview[Any], offset: int) -> None:
+        """Write at `offset`. Raises OutputError."""
         try:
-            self._write(shard, buffers, offset)
+            self._write(shard, buffer, offset)
         except OSError as e:
             raise OutputError(f"{self.paths[shard]}: write at byte {offset} failed: {e.strerror or e}") from e
 
-    def _write(self, shard: int, buffers: Sequence[Any], offset: int) -> None:
-        for buffer in buffers:
-            view = memoryview(buffer)
-            while len(view):
-                n = os.pwrite(self._fds[shard], view, offset)
-                view = view[n:]
-                offset += n
-        with self._lock:
-            self._dirty.add(shard)
+    def _write(self, shard: int, buffer: Any, offset: int) -> None:
+        view = memoryview(buffer)
+        while len(view):
+            n = os.pwrite(self._fds[shard], view, offset)
+            view = view[n:]
+            offset += n
+        self.wrote([shard])
 
     def flush(self) -> None:
         """fdatasync every file written to since the last flush."""

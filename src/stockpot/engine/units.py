@@ -10,7 +10,7 @@ from stockpot.methods.declaration import Scope
 from stockpot.planning.grid import PIECE, SMALL, grid_of
 from stockpot.planning.plan import Action, Plan, TensorPlan
 
-__all__ = ["Segment", "Unit", "cut_pieces", "most_of_a_unit", "units_of", "work_lists"]
+__all__ = ["Segment", "Unit", "aligned", "cut_pieces", "most_of_a_unit", "units_of", "work_lists"]
 
 _BATCH_TENSORS = 4096
 
@@ -73,13 +73,18 @@ def units_of(plan: Plan, tensor: TensorPlan, done: Callable[[int], set[int]] | N
     return out
 
 
+def aligned(size: int) -> int:
+    """Bytes that an input takes in a buffer with others."""
+    return -(-size // 64) * 64
+
+
 def most_of_a_unit(plan: Plan) -> int:
-    """Bytes of the inputs of the largest unit, each rounded up to a multiple of 64."""
+    """Bytes of a buffer for the inputs of the largest unit."""
     most = 0
     for t in plan.tensors:
         numel = min(cut_pieces(plan, t) * PIECE, t.spec.numel)
         sizes = (numel * plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs)
-        most = max(most, sum(-(-size // 64) * 64 for size in sizes))
+        most = max(most, sum(map(aligned, sizes)))
     return most
 
 

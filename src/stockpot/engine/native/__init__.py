@@ -7,6 +7,7 @@ same work: the same bytes, several times slower.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import numpy as np
 from stockpot.methods.forms import Form
 from stockpot.specs import DType
 
-__all__ = ["LIBRARY", "Block", "Kernels", "load_kernels"]
+__all__ = ["LIBRARY", "Block", "Kernels", "Stream", "load_kernels"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 2
+_ABI = 3
 _SLACK = 16  # places that the kernel may write past those that count
 _CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -51,6 +52,31 @@ class _Task(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("scale", ctypes.c_double),
     )
+
+
+class _Stream(ctypes.Structure):
+    """Mirrors Stream in transfer.inc."""
+
+    _fields_ = (
+        ("raw", ctypes.c_void_p),
+        ("extents", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("itemsize", ctypes.c_int32),
+        ("digests", ctypes.c_void_p),
+        ("squares", ctypes.c_void_p),
+        ("nans", ctypes.c_void_p),
+        ("infinities", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Bytes in memory and where they are in files, one after the other: (open file, offset, bytes)."""
+
+    raw: Any
+    dtype: DType
+    extents: Sequence[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,7 @@ class Kernels:
         library.stockpot_mask.restype = None
         library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
         library.stockpot_measure.restype = None
+        library.stockpot_transfer.argtypes = (p, i32, i32, p, i64, p, i64)
         library.stockpot_allow.argtypes = (i32,)
         library.stockpot_allow.restype = None
 
@@ -103,26 +130,26 @@ class Kernels:
     def _task(self, block: Block, form: Form | None, mask: Any) -> tuple[_Task, list[Any]]:
         """The task and what must stay alive while it is used."""
         m = len(block.raws)
-        raws = np.array([_address(r) for r in block.raws], np.uintp)
-        dtypes = np.array([_CODES[d] for d in block.dtypes], np.int32)
+        raws = (ctypes.c_void_p * m)(*map(_address, block.raws))
+        dtypes = (ctypes.c_int32 * m)(*(_CODES[d] for d in block.dtypes))
         alive: list[Any] = [raws, dtypes, block]
-        task = _Task(n=block.n, m=m, scale=1.0, raws=raws.ctypes.data, dtypes=dtypes.ctypes.data)
+        task = _Task(n=block.n, m=m, scale=1.0, raws=ctypes.addressof(raws), dtypes=ctypes.addressof(dtypes))
         if block.base is not None:
             task.base, task.base_dtype = _address(block.base[0]), _CODES[block.base[1]]
         if form is None:
             return task, alive
 
-        def keep(values: Sequence[float], dtype: Any) -> int:
-            array = np.array(values, dtype)
+        def keep(values: Sequence[float], kind: Any) -> int:
+            array = (kind * len(values))(*values)
             alive.append(array)
-            return int(array.ctypes.data)
+            return ctypes.addressof(array)
 
-        task.weight = keep(form.weight, np.float64)
+        task.weight = keep(form.weight, ctypes.c_double)
         task.scale = form.scale
         if form.cutoff is not None:
-            task.trims, task.cutoff = 1, keep(form.cutoff, np.float32)
+            task.trims, task.cutoff = 1, keep(form.cutoff, ctypes.c_float)
         if form.factor is not None:
-            task.factor = keep(form.factor, np.float64)
+            task.factor = keep(form.factor, ctypes.c_double)
         if form.masked:
             alive.append(mask)
             task.mask = mask.ctypes.data
@@ -189,6 +216,44 @@ class Kernels:
         places = (ctypes.c_int64 * (k + 1))(*edges)
         self._library.stockpot_measure(_address(raw), _CODES[dtype], places, k, squares, nans, infinities)
         return zip(squares, nans, infinities, strict=True)
+
+    @property
+    def transfers(self) -> bool:
+        """Whether `transfer` works here, and is faster than its parts."""
+        return bool(self._library.stockpot_transfers())
+
+    def transfer(
+        self, streams: Sequence[Stream], pieces: Sequence[int], edges: Sequence[int], *, look: bool, write: bool
+    ) -> list[tuple[list[bytes], list[tuple[float, int, int]]]] | None:
+        """Read every stream, or write it. Of each, where asked to look: the BLAKE3 digests of the ranges between neighbouring
+        `pieces` (elements), and what `measure` finds between `edges`, nothing where it doesn't know the dtype.
+
+        None when a file did not give or take all of it.
+        """
+        n, k = len(pieces) - 1, len(edges) - 1
+        doubles, counts = ctypes.c_double * k, ctypes.c_int64 * k
+        tasks = (_Stream * len(streams))()
+        found = []
+        for task, s in zip(tasks, streams, strict=True):
+            extents = (ctypes.c_int64 * (3 * len(s.extents)))(*itertools.chain.from_iterable(s.extents))
+            digests, known = (ctypes.c_char * (32 * n))(), (doubles(), counts(), counts())
+            found.append((extents, digests, known))
+            task.raw, task.extents, task.count = _address(s.raw), ctypes.addressof(extents), len(s.extents)
+            task.dtype, task.itemsize = _CODES.get(s.dtype, -1), s.dtype.itemsize
+            if look:
+                task.digests = ctypes.addressof(digests)
+                task.squares, task.nans, task.infinities = (ctypes.addressof(x) for x in known)
+        whole, parts = (ctypes.c_int64 * (n + 1))(*pieces), (ctypes.c_int64 * (k + 1))(*edges)
+        if self._library.stockpot_transfer(tasks, len(streams), write, whole, n, parts, k):
+            return None
+        if not look:
+            return []
+        out = []
+        for s, (_, digests, known) in zip(streams, found, strict=True):
+            raw = digests.raw
+            measures = list(zip(*known, strict=True)) if s.dtype in _CODES else []
+            out.append(([raw[i : i + 32] for i in range(0, 32 * n, 32)], measures))
+        return out
 
     def mask(self, key: int, start: int, whole: int, rest: int, out: Any) -> None:
         """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""

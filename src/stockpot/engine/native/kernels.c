@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 2
+#define ABI 3
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -189,6 +189,10 @@ typedef uint32_t LooseWords __attribute__((vector_size(64), may_alias, aligned(2
 #define FOR_TARGET
 #define FUSED_INLINE INLINE
 #include "fused.inc"
+#undef FUSED
+#undef FOR_TARGET
+#undef FUSED_INLINE
+#undef FUSED_WIDTH
 
 /* How many elements were done at once; the rest is for the code in tiles. */
 static int64_t combine_fused(const Task *t) { return t->m <= FUSED_MODELS ? CHOOSE(combine)(t) : 0; }
@@ -294,6 +298,21 @@ EXPORT void stockpot_measure(const void *raw, int32_t dtype, const int64_t *edge
                              int64_t *nans, int64_t *infinities) {
     measure(raw, dtype, edges, count, squares, nans, infinities);
 }
+
+#ifdef BY_TARGET
+#include "transfer.inc"
+
+EXPORT int32_t stockpot_transfers(void) { return level() > 0; }
+
+EXPORT int32_t stockpot_transfer(const Stream *streams, int32_t count, int32_t write, const int64_t *pieces,
+                                 int64_t piece_count, const int64_t *edges, int64_t segments) {
+    return transfer(streams, count, write, pieces, piece_count, edges, segments);
+}
+#else
+EXPORT int32_t stockpot_transfers(void) { return 0; }
+
+EXPORT int32_t stockpot_transfer(void) { return 1; }
+#endif
 
 /* Random masks: see engine/masks.py, which defines the stream. */
 
