@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockpot.errors import ArgumentError, nearest
+from stockpot.textfiles import read_table, read_text
 
 __all__ = ["Aggregate", "aggregate_scores", "parse_weights"]
 
@@ -67,15 +67,7 @@ def aggregate_scores(
 
 
 def _rows(where: str, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    try:
-        with open(where, encoding="utf-8", newline="") as f:
-            reader = csv.reader(f)
-            head = [c.strip() for c in next(reader, [])]
-            lines = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
-    except OSError as e:
-        raise ArgumentError(f"{where}: can't be read: {e.strerror or e}") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ArgumentError(f"{where}: not a CSV file in UTF-8: {e}") from e
+    head, lines = read_table(read_text(where, "a table of scores", ArgumentError), where, ArgumentError)
     if len(head) < 2 or not lines:
         raise ArgumentError(f"{where}: expected a line of column names, then rows of a name and numbers")
     twice = next((c for c in weights if head.count(c) > 1), None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from stockpot.errors import SuiteError, nearest, nearest_file
 from stockpot.evaluation.suite import Slice, Suite
+from stockpot.textfiles import read_text
 
 __all__ = ["Document", "document_id", "filled", "in_selection", "read_documents"]
 
@@ -52,8 +53,6 @@ def read_documents(part: Slice, suite: Suite) -> list[Document]:
     where = f"{suite.path}:{part.line}: slice {part.name!r}"
     if not os.path.isfile(path):
         raise SuiteError(f"{where}: data: {_missing(path)}")
-    if os.path.getsize(path) > _MAX_BYTES:
-        raise SuiteError(f"{where}: data: {path} is larger than 4 GiB; give a sample")
     ending = os.path.splitext(path)[1].lower()
     language = part.kind in ("loss", "perplexity")
     unused, what = ("chunk", "JSON lines") if ending in _JSON_ENDINGS else ("field", "plain text")
@@ -89,13 +88,9 @@ def _missing(path: str) -> str:
 
 
 def _read(path: str, where: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return f.read()
-    except OSError as e:
-        raise SuiteError(f"{where}: data: {path}: can't be read: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise SuiteError(f"{where}: data: {path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    return read_text(
+        path, "the documents of a slice: give a sample", SuiteError, most=_MAX_BYTES, where=f"{where}: data: "
+    )
 
 
 def _rows(path: str, where: str) -> list[tuple[int, dict[str, Any]]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from stockpot.errors import RecipeError, StockpotError, nearest_file
+from stockpot.errors import RecipeError, StockpotError
+from stockpot.textfiles import read_text
 
 __all__ = ["Node", "parse_documents", "read_yaml_text"]
 
@@ -22,15 +22,7 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 def read_yaml_text(path: str, what: str, error: type[StockpotError] = RecipeError) -> str:
     """The text of a YAML file of ours. what: "a recipe", for the error. Raises `error` where it can't be read or is too large."""
-    try:
-        if os.path.getsize(path) > _MAX_BYTES:
-            raise error(f"{path}: {os.path.getsize(path)} bytes is too large for {what}")
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-    except OSError as e:
-        raise error(f"{path}: can't be read: {e.strerror or e}{nearest_file(path)}") from e
-    except UnicodeDecodeError as e:
-        raise error(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    return read_text(path, what, error, most=_MAX_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from typing import Any
 
 from stockpot.errors import ArgumentError
+from stockpot.textfiles import read_table, read_text
 
 __all__ = ["read_weights"]
 
 
 def read_weights(path: str) -> dict[int, float]:
     """A JSON object from step to weight, or a CSV with the columns step and weight. Raises ArgumentError."""
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8", newline="") as f:
-            text = f.read(2**24)
-    except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "not a text file"
-        raise ArgumentError(f"{path}: can't be read: {why}") from e
+    text = read_text(os.path.expanduser(path), "a file of weights", ArgumentError, most=2**24)
     rows: list[tuple[Any, Any]] = []
     if path.endswith(".json"):
         try:
@@ -30,17 +25,11 @@ def read_weights(path: str) -> dict[int, float]:
             raise ArgumentError(f'{path}: expected an object from step to weight, such as {{"100": 0.4, "200": 0.6}}')
         rows = list(pairs)
     else:
-        try:
-            reader = csv.DictReader(text.splitlines())
-            columns = [c.strip() for c in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            if "step" not in columns or "weight" not in columns:
-                raise ArgumentError(
-                    f"{path}: expected the columns step and weight, got {', '.join(columns) or 'nothing'}"
-                )
-            rows = [(row["step"], row["weight"]) for row in reader]
-        except csv.Error as e:
-            raise ArgumentError(f"{path}: not a CSV file: {e}") from e
+        columns, lines = read_table(text, path, ArgumentError)
+        if "step" not in columns or "weight" not in columns:
+            raise ArgumentError(f"{path}: expected the columns step and weight, got {', '.join(columns) or 'nothing'}")
+        found = (dict(zip(columns, cells, strict=False)) for _, cells in lines)
+        rows = [(row.get("step"), row.get("weight")) for row in found]
     out: dict[int, float] = {}
     for step, weight in rows:
         try:

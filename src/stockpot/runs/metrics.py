@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import csv
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.errors import ArgumentError, CheckpointError, nearest
+from stockpot.textfiles import read_table, read_text
 
 __all__ = ["MetricLog", "MetricValue", "known_objective", "log_from_rows", "read_metrics_file"]
 
-_MAX_BYTES = 256 * 2**20
+
 _MIN_WORDS = frozenset(
     "loss losses perplexity ppl nll error err wer cer ter mse mae rmse brier bpb bpc ce crossentropy xent".split()
 )
@@ -134,15 +133,7 @@ def _number(raw: Any) -> float | None:
 
 def read_metrics_file(path: str) -> MetricLog:
     """A `.csv` with a column `step`, or `.jsonl` with a key `step` a line. Raises CheckpointError."""
-    try:
-        if os.path.getsize(path) > _MAX_BYTES:
-            raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes is too large for a file of metrics")
-        with open(path, encoding="utf-8", newline="") as f:
-            text = f.read()
-    except OSError as e:
-        raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise CheckpointError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    text = read_text(path, "a file of metrics", CheckpointError)
     rows: list[Mapping[str, Any]] = []
     if path.endswith((".jsonl", ".json", ".ndjson")):
         for number, line in enumerate(text.splitlines(), 1):
@@ -157,13 +148,8 @@ def read_metrics_file(path: str) -> MetricLog:
             rows.append(row)
         named = any("step" in r or "global_step" in r for r in rows)
     else:
-        try:
-            reader = csv.DictReader(text.splitlines())
-            fields = [f.strip() for f in reader.fieldnames or ()]
-            reader.fieldnames = fields
-            rows = [{k: v for k, v in r.items() if k} for r in reader]
-        except csv.Error as e:
-            raise CheckpointError(f"{path}: not a CSV file: {e}") from e
+        fields, lines = read_table(text, path, CheckpointError)
+        rows = [{k: v for k, v in zip(fields, cells, strict=False) if k} for _, cells in lines]
         named = "step" in fields or "global_step" in fields
     if not named:
         raise CheckpointError(f"{path}: expected a column 'step' beside the metrics")
