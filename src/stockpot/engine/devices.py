@@ -5,6 +5,7 @@ Both run the same method functions. Elementwise results are the same bits: each 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,20 @@ class Device(Protocol):
     name: str
     #: compiled kernels that work on this device's memory
     kernels: Kernels | None
+    #: whether it rather computes a whole unit at once than what fits into a core's cache
+    whole_units: bool
+
+    def memory(self, size: int) -> memoryview[Any]:
+        """Uninitialised memory of the host, of the kind that this device copies from and to without waiting."""
+        ...
+
+    def working(self) -> contextlib.AbstractContextManager[Any]:
+        """What a thread computes within."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until what this thread has stored is there."""
+        ...
 
     def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
         """`m` buffers of n elements -> `[m, n]`, float64 when `wide` else float32. `slot` keeps scratch per thread."""
@@ -51,9 +66,19 @@ class NumpyDevice:
     """The CPU: compiled kernels for what they know, numpy for the rest."""
 
     name = "cpu"
+    whole_units = False
 
     def __init__(self) -> None:
         self.kernels = load_kernels()
+
+    def memory(self, size: int) -> memoryview[Any]:
+        return byte_buffer(size)
+
+    def working(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def settle(self) -> None:
+        pass
 
     def load(self, raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
         m = len(raws)
@@ -76,7 +101,11 @@ class NumpyDevice:
 
 
 class TorchDevice:
-    """Any torch device: `cuda`, `cuda:1`, or `cpu` under the name `torch`."""
+    """Any torch device: `cuda`, `cuda:1`, or `cpu` under the name `torch`.
+
+    On a GPU every thread has a stream of its own and page-locked buffers, so that the copies of one thread and the
+    arithmetic of another go on together; a thread waits once a unit, for its output.
+    """
 
     def __init__(self, where: str) -> None:
         import torch
@@ -85,6 +114,7 @@ class TorchDevice:
         self.kernels: Kernels | None = None
         self.name = where
         self.device = torch.device("cpu" if where == "torch" else where)
+        self.whole_units = self.device.type == "cuda"
         self.dtypes = {
             DType.F64: torch.float64,
             DType.F32: torch.float32,
@@ -99,8 +129,8 @@ class TorchDevice:
         out = torch.empty((len(raws), n), dtype=torch.float64 if wide else torch.float32, device=self.device)
         for i, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
             if n:
-                host = torch.frombuffer(raw, dtype=self.dtypes[dtype])
-                out[i] = host.to(self.device)
+                # in its own dtype: fewer bytes to copy
+                out[i] = torch.frombuffer(raw, dtype=self.dtypes[dtype]).to(self.device, non_blocking=True)
         return out
 
     def store(self, values: Any, dtype: DType, raw: Any) -> None:
@@ -108,7 +138,21 @@ class TorchDevice:
             if dtype in (DType.F8_E4M3, DType.F8_E5M2):  # one rounding rule for all devices
                 encode_into(values.cpu().numpy(), dtype, raw)
             else:
-                self.torch.frombuffer(raw, dtype=self.dtypes[dtype]).copy_(values)
+                host = self.torch.frombuffer(raw, dtype=self.dtypes[dtype])
+                host.copy_(values.to(self.dtypes[dtype]), non_blocking=True)
+
+    def memory(self, size: int) -> memoryview[Any]:
+        if self.device.type != "cuda":
+            return byte_buffer(size)
+        return memoryview(self.torch.empty(size, dtype=self.torch.uint8, pin_memory=True).numpy().data)
+
+    def working(self) -> contextlib.AbstractContextManager[Any]:
+        cuda = self.torch.cuda
+        return cuda.stream(cuda.Stream(self.device)) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def settle(self) -> None:
+        if self.device.type == "cuda":
+            self.torch.cuda.current_stream(self.device).synchronize()
 
     def masks(self, masks: Any) -> Any:
         return self.torch.from_numpy(masks).to(self.device)

@@ -202,6 +202,10 @@ class Kernel:
 
     def combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
         """Fill `out` with the unit's output bytes. `stats` are those gathered beforehand."""
+        self._combine(data, stats, out)
+        self.device.settle()
+
+    def _combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
         with np.errstate(all="ignore"):
             if self.method.scope is not Scope.ELEMENT:
                 at = 0
@@ -213,7 +217,9 @@ class Kernel:
             compiled = self._compiled(data)
             dtype = data.unit.lead.spec.dtype
             # kernels work in tiles of their own; what bounds their blocks is the size of a mask
-            step = self.chunk if not compiled else 4 * self.chunk if self.method.random else data.unit.numel
+            step = 4 * self.chunk if compiled else self.chunk
+            if self.device.whole_units or (compiled and not self.method.random):
+                step = data.unit.numel
             for segments, start, stop, known in self._runs(data, stats, step):
                 keywords = self._keywords(known, segments, data)
                 if compiled:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
-
-from stockpot.engine.devices import byte_buffer
 
 __all__ = ["Pool"]
 
 
 class Pool:
-    """`size` bytes in places of `each` bytes. Thread-safe."""
+    """`size` bytes from `memory` in places of `each` bytes. Thread-safe."""
 
-    def __init__(self, size: int, each: int) -> None:
+    def __init__(self, size: int, each: int, memory: Callable[[int], memoryview[Any]]) -> None:
+        self._new = memory
         self._each = each
         self._free = list(range(size // each if each else 0))
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class Pool:
             if not self._free:
                 return None
             if self._memory is None:
-                self._memory = byte_buffer(len(self._free) * self._each)
+                self._memory = self._new(len(self._free) * self._each)
             place = self._free.pop()
             return place, self._memory[place * self._each : (place + 1) * self._each]
 

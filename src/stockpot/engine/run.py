@@ -19,7 +19,7 @@ import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
-from stockpot.engine.devices import Device, byte_buffer
+from stockpot.engine.devices import Device
 from stockpot.engine.digest_book import DigestBook, observer
 from stockpot.engine.digests import tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
@@ -98,7 +98,7 @@ class _Runner:
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
-        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan))
+        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan), device.memory)
         budget = plan.budget
         self.kernels = [Kernel(device, g, plan.seed, budget.chunk) for g in plan.groups]
 
@@ -237,17 +237,18 @@ class _Runner:
     def _worker(self, scheduler: Scheduler, sink: ShardSink, journal: Journal) -> None:
         slot: dict[Any, Any] = {}
         try:
-            while True:
-                work, hints = scheduler.next()
-                for unit in hints:
-                    self._advise(unit)
-                if work is None:
-                    return
-                self._do(work, slot, sink, journal)
-                kept = work.let_go()
-                if kept is not None:
-                    self.pool.give(kept.place)
-                scheduler.finished(work)
+            with self.device.working():
+                while True:
+                    work, hints = scheduler.next()
+                    for unit in hints:
+                        self._advise(unit)
+                    if work is None:
+                        return
+                    self._do(work, slot, sink, journal)
+                    kept = work.let_go()
+                    if kept is not None:
+                        self.pool.give(kept.place)
+                    scheduler.finished(work)
         except BaseException as e:
             self.errors.append(e)
             scheduler.stop()
@@ -266,13 +267,20 @@ class _Runner:
         edges = [0]
         for dtype in dtypes:
             edges.append(edges[-1] + aligned(unit.numel * dtype.itemsize))
-        buffer = _buffer(slot, "raw", edges[-1])
+        buffer = self._buffer(slot, "raw", edges[-1])
         raws = [buffer[at : at + unit.numel * d.itemsize] for at, d in zip(edges, dtypes, strict=False)]
         seen = read_unit(unit, self.plan.inputs, raws, dtypes, look=look)
         with self.lock:
             self.outcome.bytes_read += sum(map(len, raws))
             self.bytes_done += sum(map(len, raws))
         return _Taken(UnitData(unit, raws, dtypes, slot), seen)
+
+    def _buffer(self, slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
+        """A reused buffer of this thread."""
+        held: memoryview[Any] | None = slot.get(key)
+        if held is None or len(held) < size:
+            slot[key] = held = self.device.memory(max(size, 1))
+        return held[:size]
 
     def _take(self, work: Work, slot: dict[Any, Any]) -> _Taken:
         """The data of a unit: from what an earlier pass has kept, or read, and then kept for the next while there is room."""
@@ -301,7 +309,7 @@ class _Runner:
             return
         warning = None
         if lead.action is Action.MERGE:
-            out = _buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
+            out = self._buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
             self.kernels[lead.group].combine(data, work.stats, out)
             produced = write_unit(work.unit, out, sink, look=True)
         else:
@@ -353,14 +361,6 @@ def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)  # type: ignore[no-any-return]
-
-
-def _buffer(slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
-    """A reused buffer of this thread."""
-    held = slot.get(key)
-    if held is None or len(held) < size:
-        slot[key] = held = byte_buffer(max(size, 1))
-    return held[:size]
 
 
 def _clear(directory: str, keep: Set[str] = frozenset()) -> None:
