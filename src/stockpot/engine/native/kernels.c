@@ -7,6 +7,7 @@
  * No Python, no allocation beyond scratch, no globals but the one that tests set: called through ctypes, without
  * Python's lock.
  */
+#define _GNU_SOURCE /* sync_file_range */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
