@@ -233,6 +233,24 @@ def test_splits_are_numpys(window):
     assert len(passed_over[1]) == 0
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 1000, 100_000])
+def test_ranks_are_numpys(n):
+    kernels = load_kernels()
+    assert kernels is not None
+    rng = np.random.default_rng(n)
+    for values in (
+        rng.integers(0, 2**32, n, dtype=np.uint32),
+        rng.normal(size=n).astype(np.float32).view(np.uint32) >> 16 << 16,
+        rng.integers(2**31 - 2, 2**31 + 3, n, dtype=np.uint32),
+        np.full(n, 7, np.uint32),
+    ):
+        ordered = np.sort(values)
+        before = values.copy()
+        for rank in {0, n // 3, n // 2, n - 1}:
+            assert kernels.select(values, rank) == ordered[rank]
+        assert np.array_equal(values, before)
+
+
 CHUNKS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 1024]
 
 

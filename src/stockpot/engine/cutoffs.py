@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.engine.native import load_kernels
 from stockpot.methods.arrays import is_numpy, magnitude
 
 __all__ = ["Selection", "kept_count", "kth_magnitudes"]
@@ -70,10 +71,7 @@ class Selection:
         margin = (4 * n**0.5 + 0.004 * n) * spread + 1
         first, last = int(share * n - margin), int(share * n + margin)
         first, last = max(first, 0), min(last, n)
-        size.partition(first)  # one place at a time is ten times faster than both
-        if last < n:
-            size[first:].partition(last - first)
-        self._open(int(size[first]) if first > 0 else 0, int(size[last]) + 1 if last < n else _TOP)
+        self._open(_ranked(size, first) if first > 0 else 0, _ranked(size, last) + 1 if last < n else _TOP)
 
     def fold(self, delta: Any) -> None:
         """Take in one block `[n]` of deltas. Thread-safe."""
@@ -119,9 +117,7 @@ class Selection:
         elif wanted >= inside:
             self._open(self.high, _TOP)
         elif self.bins is None:
-            values = np.concatenate(self._held)
-            values.partition(wanted)
-            return self._found(int(values[wanted]))
+            return self._found(_ranked(np.concatenate(self._held), wanted))
         else:
             bin_ = int(np.searchsorted(np.cumsum(self.bins), wanted, side="right"))
             start = self.low + (bin_ << self.shift)
@@ -134,6 +130,12 @@ class Selection:
         self.cutoff = float(np.uint32(pattern).view(np.float32))
         self.bins, self._held = None, []
         return True
+
+
+def _ranked(bits: Any, rank: int) -> int:
+    """The pattern of this rank, from 0."""
+    kernels = load_kernels()
+    return int(np.partition(bits, rank)[rank]) if kernels is None else kernels.select(bits, rank)
 
 
 def kept_count(density: float, count: int) -> int:

@@ -141,8 +141,10 @@ class Kernel:
         stat, known = gathering.current, {**stats, **gathering.results}
         compiled = self._compiled(data) if isinstance(stat, Cutoff) or (stat and stat.kernel) else None
         step = max(self.chunk // REDUCE, 1) * REDUCE
-        if isinstance(stat, Total):
-            step = PIECE if compiled and not self.method.random else REDUCE
+        if compiled and (isinstance(stat, Cutoff) or not self.method.random):
+            step = PIECE
+        elif isinstance(stat, Total):
+            step = REDUCE
         offset = at - segment.start
         with np.errstate(all="ignore"):
             for piece in range(segment.first, segment.last):

@@ -22,7 +22,7 @@ from stockpot.specs import DType
 __all__ = ["LIBRARY", "Block", "Kernels", "Stream", "load_kernels"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 3
+_ABI = 4
 _SLACK = 16  # places that the kernel may write past those that count
 _CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -109,6 +109,8 @@ class Kernels:
         library.stockpot_totals.argtypes = (p, i32, i32, p)
         library.stockpot_signs.argtypes = (p, i32, p)
         library.stockpot_split.argtypes = (p, i32, p, p, p, p, p)
+        library.stockpot_select.argtypes = (p, i64, i64, p)
+        library.stockpot_select.restype = ctypes.c_uint32
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
@@ -207,6 +209,11 @@ class Kernels:
         _check(self._library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
         del alive
         return [(int(below[i]), inside[i, : int(held[i])].copy()) for i in range(m)]
+
+    def select(self, values: Any, rank: int) -> int:
+        """The value of this rank (from 0) among uint32, as `numpy.partition` would find it."""
+        scratch = np.empty(len(values) + 1, np.uint32)
+        return int(self._library.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
 
     def measure(self, raw: Any, dtype: DType, edges: Sequence[int]) -> Iterator[tuple[float, int, int]]:
         """(sum of squares, count of NaN, of infinities) of each range between neighbouring `edges`."""
