@@ -368,22 +368,40 @@ static inline uint64_t mix(uint64_t k0, uint64_t k1, uint64_t index) {
     return z ^ (z >> 31);
 }
 
+#define DRAWN 64 /* blocks of 32 bytes at a time: several in flight at once, then compared in vectors */
+
 /* out[e] = byte start + e of the stream < whole, or, where equal, a second draw < rest. */
-EXPORT void stockpot_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t whole, uint64_t rest, uint8_t *out) {
-    uint64_t first = (uint64_t)start / 32;
+CLONES static void draw_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t whole, uint64_t rest, uint8_t *out) {
+    uint64_t words[4 * DRAWN];
+    uint8_t bytes[32 * DRAWN], below = (uint8_t)whole;
     int64_t skip = start % 32, at = 0;
-    for (uint64_t block = first; at < n; block++) {
-        uint64_t counter[4] = {block + 1, 0, 0, 0}, words[4]; /* numpy raises the counter before it draws */
-        philox(counter, k0, k1, words);
-        uint8_t bytes[32];
-        for (int w = 0; w < 4; w++)
-            for (int b = 0; b < 8; b++) bytes[8 * w + b] = (uint8_t)(words[w] >> (8 * b));
-        int64_t stop = 32 - skip < n - at ? 32 : skip + n - at;
-        for (int64_t i = skip; i < stop; i++) out[at + i - skip] = bytes[i] < whole;
-        if (rest)
-            for (int64_t i = skip; i < stop; i++)
-                if (bytes[i] == whole) out[at + i - skip] = mix(k0, k1, (uint64_t)(start + at + i - skip)) < rest;
+    for (uint64_t block = (uint64_t)start / 32; at < n; block += DRAWN) {
+        int64_t stop = 32 * DRAWN - skip < n - at ? 32 * DRAWN : skip + n - at;
+        for (int64_t b = 0; b < (stop + 31) / 32; b++) {
+            uint64_t counter[4] = {block + (uint64_t)b + 1, 0, 0, 0}; /* numpy raises the counter before it draws */
+            philox(counter, k0, k1, words + 4 * b);
+        }
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        memcpy(bytes, words, sizeof bytes);
+#else
+        for (int i = 0; i < 32 * DRAWN; i++) bytes[i] = (uint8_t)(words[i / 8] >> 8 * (i % 8));
+#endif
+        uint8_t *to = out + at - skip;
+        for (int64_t i = skip; i < stop; i++) to[i] = bytes[i] < below;
+        for (int64_t w = skip / 8; rest && w < (stop + 7) / 8; w++) {
+            uint64_t others; /* a byte of zero where the drawn one is `whole`, which is seldom */
+            memcpy(&others, bytes + 8 * w, 8);
+            others ^= below * 0x0101010101010101u;
+            if (!((others - 0x0101010101010101u) & ~others & 0x8080808080808080u)) continue;
+            for (int64_t i = 8 * w; i < 8 * w + 8; i++)
+                if (bytes[i] == below && i >= skip && i < stop)
+                    to[i] = mix(k0, k1, (uint64_t)(start + at + i - skip)) < rest;
+        }
         at += stop - skip;
         skip = 0;
     }
+}
+
+EXPORT void stockpot_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t whole, uint64_t rest, uint8_t *out) {
+    draw_mask(k0, k1, start, n, whole, rest, out);
 }
