@@ -10,6 +10,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "src/stockpot/engine/native"
+SOURCES = ("kernels.c", "kernels.inc", "fused.inc", "transfer.inc", "blake3.inc")
 # no fused multiply-add: the bytes must be those of the numpy code
 FLAGS = (
     "-std=gnu11 -O3 -shared -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"
@@ -34,7 +35,7 @@ class CustomBuildHook(BuildHookInterface):
         if self.target_name != "wheel" or sys.platform == "win32":
             return
         library = os.path.join(self.root, FOLDER, "kernels.so.1")
-        sources = [os.path.join(self.root, FOLDER, name) for name in ("kernels.c", "kernels.inc", "fused.inc", "transfer.inc", "blake3.inc")]
+        sources = [os.path.join(self.root, FOLDER, name) for name in SOURCES]
         if not os.path.exists(library) or os.path.getmtime(library) < max(map(os.path.getmtime, sources)):
             why = compile_library(sources[0], library)
             if why:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,16 @@ def test_an_input_that_changes_during_the_merge(copies, tmp_path, monkeypatch):
     stockpot.merge(linear(a, b), tmp_path / "reference")
     one, two = load(tmp_path / "out"), load(tmp_path / "reference")
     assert all(torch.equal(one[k], two[k]) for k in two)
+
+
+def test_measuring_without_kernels_takes_little_memory():
+    raw = bytearray(2 * 2**22)
+    measures.measure(None, raw[:8], DType.BF16, [0, 4])
+    tracemalloc.start()
+    measures.measure(None, memoryview(raw), DType.BF16, [0, 2**22])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
 
 
 # disks that fail

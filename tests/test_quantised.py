@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import stockpot
 from stockpot.checkpoints import ReadRequest, open_checkpoint
 from stockpot.errors import CheckpointError
 
-from fp8 import quantise, write_fp8
+from fp8 import quantise, settings, write_fp8
 from helpers import CONFIG, SHAPES, load, write_model
 
 
@@ -121,3 +122,19 @@ def test_one_scale_for_a_tensor_of_any_shape(shape, tmp_path):
     raw = bytearray(2 * n)
     checkpoint.read([ReadRequest("w", 0, n)], memoryview(raw))
     assert raw == (codes.float() * 0.25).bfloat16().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_memory_of_reading_is_what_the_budget_says(tmp_path):
+    """Numbers beside the output while FP8 is read, for each element."""
+    n = 2**20
+    codes, scale, _ = quantise(torch.randn(1024, 1024), "block")
+    config = {**CONFIG, "quantization_config": settings("block")}
+    write_model(tmp_path / "m", {"w.weight": codes, "w.weight_scale_inv": scale}, config)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    raw = memoryview(bytearray(2 * n))
+    checkpoint.read([ReadRequest("w.weight", 0, 1024)], raw[:2048])  # imports, scales
+    tracemalloc.start()
+    checkpoint.read([ReadRequest("w.weight", 0, n)], raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 5 * n < peak <= checkpoint.scratch_itemsize * n + 2**20

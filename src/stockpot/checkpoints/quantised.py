@@ -59,6 +59,11 @@ class DequantisedCheckpoint(DerivedCheckpoint):
         scales = sum(self.source.spec(s.name).numel * 4 for s in self.scaled.values())
         return scales + self.source.resident
 
+    @property
+    def scratch_itemsize(self) -> int:
+        """The code, the number as float32, and twice more while it is encoded."""
+        return 13 + self.source.scratch_itemsize
+
     def _scale(self, name: str) -> Any:
         """`[blocks of rows, blocks of columns]` float32."""
         import numpy as np
