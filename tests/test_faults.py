@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import stockpot
 from stockpot.api import Options, merge_planned
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.engine import measures
+from stockpot.engine import measures, run
 from stockpot.engine.native import Kernels, load_kernels
 from stockpot.engine.sink import ShardSink
 from stockpot.errors import NonfiniteError, OutputError, ReadError
@@ -156,7 +157,6 @@ def test_an_input_that_changes_after_the_plan(copies, tmp_path, how):
 
 def test_an_input_that_changes_during_the_merge(copies, tmp_path, monkeypatch):
     a, b = copies
-    from stockpot.engine import run
 
     original = run._Runner._work
 
@@ -203,6 +203,26 @@ def failing(real, number: int, after: int):
         return real(*args)
 
     return call
+
+
+def test_no_thread_outlives_a_merge_whose_caller_fails(family, tmp_path, monkeypatch):
+    """Files opened afterwards may have the descriptors that a thread still had in hand."""
+    real = run._Runner._do
+
+    def slow(self, *args):
+        time.sleep(0.2)
+        real(self, *args)
+
+    def progress(done: int, total: int) -> None:
+        raise KeyError("a caller's own mistake")
+
+    with monkeypatch.context() as m:
+        m.setattr(run._Runner, "_do", slow)
+        with pytest.raises(KeyError, match="own mistake"):
+            stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out", progress=progress)
+    assert not [t for t in threading.enumerate() if t.name.startswith("stockpot-")]
+    stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out")
+    stockpot.verify(tmp_path / "out")
 
 
 @pytest.fixture(params=["compiled", "python"])

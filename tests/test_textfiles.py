@@ -22,6 +22,20 @@ def test_tables_as_a_spreadsheet_saves_them(tmp_path):
     assert [v for _, v in read_metrics_file(str(path)).series["weight"]] == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("odd", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
+def test_only_line_ends_end_a_row(odd, tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text(f"model,a,b\nx{odd}y,1,2\n", encoding="utf-8")
+    assert [(r.name, r.score) for r in aggregate_scores(str(path), {"a": 1, "b": 1}, [])] == [(f"x{odd}y", 1.5)]
+
+
+def test_a_short_row_lacks_its_last_columns(tmp_path):
+    path = tmp_path / "weights.csv"
+    path.write_text("step,weight,weight\n1,2\n")
+    with pytest.raises(ArgumentError, match="step '1' with weight None"):
+        read_weights(str(path))
+
+
 def test_scores_as_a_spreadsheet_saves_them(tmp_path):
     path = tmp_path / "scores.csv"
     path.write_bytes(b"\xef\xbb\xbfmodel,a,b\r\none,1,3\r\n")

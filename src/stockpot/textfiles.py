@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 
 from stockpot.errors import StockpotError, nearest_file
@@ -25,7 +26,7 @@ def read_text(path: str, what: str, error: type[StockpotError], *, most: int = 2
 
 def read_table(text: str, path: str, error: type[StockpotError]) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """A CSV file's names of columns, and (line, cells) of every row that isn't blank."""
-    reader = csv.reader(text.splitlines(keepends=True))
+    reader = csv.reader(io.StringIO(text))
     try:
         names = [c.strip() for c in next(reader, [])]
         return names, [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]

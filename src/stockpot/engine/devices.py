@@ -142,9 +142,10 @@ class TorchDevice:
                 host.copy_(values.to(self.dtypes[dtype]), non_blocking=True)
 
     def memory(self, size: int) -> memoryview[Any]:
-        if self.device.type != "cuda":
-            return byte_buffer(size)
-        return memoryview(self.torch.empty(size, dtype=self.torch.uint8, pin_memory=True).numpy().data)
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # no more memory may be locked: copies from other memory wait
+                return memoryview(self.torch.empty(size, dtype=self.torch.uint8, pin_memory=True).numpy().data)
+        return byte_buffer(size)
 
     def working(self) -> contextlib.AbstractContextManager[Any]:
         cuda = self.torch.cuda

@@ -204,8 +204,10 @@ class Kernel:
 
     def combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
         """Fill `out` with the unit's output bytes. `stats` are those gathered beforehand."""
-        self._combine(data, stats, out)
-        self.device.settle()
+        try:
+            self._combine(data, stats, out)
+        finally:
+            self.device.settle()
 
     def _combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
         with np.errstate(all="ignore"):

@@ -218,15 +218,22 @@ class _Runner:
             for i in range(workers)
         ]
         total = self.plan.bytes_in + self.plan.bytes_out
-        for thread in threads:
-            thread.start()
-        while any(t.is_alive() for t in threads):
+        try:
             for thread in threads:
-                thread.join(0.05)
-            if self.asked_to_stop.is_set():
-                scheduler.stop()
-            elif progress is not None:
-                progress(min(self.bytes_done + self.outcome.resumed_bytes, total), total)
+                thread.start()
+            while any(t.is_alive() for t in threads):
+                for thread in threads:
+                    thread.join(0.05)
+                if self.asked_to_stop.is_set():
+                    scheduler.stop()
+                elif progress is not None:
+                    progress(min(self.bytes_done + self.outcome.resumed_bytes, total), total)
+        finally:
+            # whatever `progress` raises: no thread may go on once the files are closed, their descriptors may soon be others'
+            scheduler.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
         if self.asked_to_stop.is_set() and not scheduler.complete:
             raise Interrupted(
                 f"stopped; {self.outcome.partial} keeps what is done, and the same command goes on from there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from typing import Any
@@ -28,7 +29,7 @@ def read_weights(path: str) -> dict[int, float]:
         columns, lines = read_table(text, path, ArgumentError)
         if "step" not in columns or "weight" not in columns:
             raise ArgumentError(f"{path}: expected the columns step and weight, got {', '.join(columns) or 'nothing'}")
-        found = (dict(zip(columns, cells, strict=False)) for _, cells in lines)
+        found = (dict(itertools.zip_longest(columns, cells[: len(columns)])) for _, cells in lines)
         rows = [(row.get("step"), row.get("weight")) for row in found]
     out: dict[int, float] = {}
     for step, weight in rows:

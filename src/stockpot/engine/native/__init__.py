@@ -235,7 +235,7 @@ class Kernels:
         """Read every stream, or write it. Of each, where asked to look: the BLAKE3 digests of the ranges between neighbouring
         `pieces` (elements), and what `measure` finds between `edges`, nothing where it doesn't know the dtype.
 
-        None when a file did not give or take all of it.
+        None when a file did not give or take all of it, or there is no memory for scratch.
         """
         n, k = len(pieces) - 1, len(edges) - 1
         doubles, counts = ctypes.c_double * k, ctypes.c_int64 * k

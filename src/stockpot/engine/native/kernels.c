@@ -3,6 +3,7 @@
  * both give the same bytes; no fused multiply-add (compiled with -ffp-contract=off), no reassociation.
  *
  * kernels.inc holds all of it for float32 and float64; fused.inc the most used parts again, for float32 and in vectors.
+ * transfer.inc reads and writes files on the way in and out, and hashes (blake3.inc) and measures what passes.
  *
  * No Python, no allocation beyond scratch, no globals but the one that tests set: called through ctypes, without
  * Python's lock.
