@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from stockpot.cli.show import default_text
-from stockpot.methods import methods
+from stockpot.methods import Example, Method, methods
 
 HEAD = """# Methods
 
@@ -37,7 +37,7 @@ def render() -> str:
     """The page."""
     parts = [HEAD]
     for method in methods().values():
-        if not method.function.__module__.startswith("stockpot."):
+        if not method.builtin:
             continue
         low, high = method.models
         count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
@@ -45,17 +45,45 @@ def render() -> str:
         parts.append(f"## {method.name}\n\n{doc[0]}\n")
         space = "differences from a base (`base_model` is needed)" if method.space.value == "delta" else "weights"
         source = f" Source: {method.cite}." if method.cite else ""
-        parts.append(f"Works on {space}; models: {count}.{source}\n")
+        parts.append(f"Works on {space}; models: {count}.{source}{_more(method)}\n")
         parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")
         for p in method.parameters.values():
             kind = p.kind.describe().replace("|", "\\|")
             parts.append(f"| `{p.name}` | {kind} | {'yes' if p.per_model else ''} | {default_text(p)} |")
         if len(doc) > 1:
             parts.append(f"\n```text\n{doc[1].strip()}\n```\n")
-        module = inspect.getdoc(inspect.getmodule(method.function)) or ""
-        if method.name == "ties":
-            parts.append(module.split("\n", 2)[2].strip() + "\n")
+        if method.dialects_say:
+            parts.append("\n".join(f"- `{name}`: {method.dialects_say[name]}" for name in method.dialects) + "\n")
+        shown = [e for e in method.examples if e.source or e is method.examples[0]][:3]
+        parts.append("\n".join(map(_example, shown)) + "\n")
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _more(method: Method) -> str:
+    """What else a reader must know, in sentences."""
+    out = [f" Beside each model: {c.name}, {c.about} (`companions`)." for c in method.companions]
+    if method.applies is not None:
+        rest = {"mean": "the mean of the models", "base": "the base's"}.get(
+            str(method.otherwise), str(method.otherwise)
+        )
+        out.append(f" For tensors of the kinds {', '.join(method.applies)}; others get {rest}.")
+    if method.reproducible == "machine":
+        out.append(" Rests on a linear algebra library, so that its last bits may differ from machine to machine.")
+    if method.ordered:
+        out.append(" The order of the models matters.")
+    if method.experimental:
+        out.append(" Experimental.")
+    return "".join(out)
+
+
+def _example(example: Example) -> str:
+    given = ", ".join(f"{k} {v}" for k, v in example.parameters.items())
+    base = f", base {example.base}" if example.base is not None else ""
+    why = f" ({example.source})" if example.source else ""
+    beside = "".join(f", {k} {v}" for k, v in example.companions.items())
+    return (
+        f"Example{why}: models {example.models}{base}{beside}{', ' + given if given else ''} give {example.expected}.\n"
+    )
 
 
 if __name__ == "__main__":

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockpot.engine.cutoffs import Selection, kth_magnitudes
 from stockpot.engine.kernel import sample_runs
+from stockpot.statistics import Known, Rank
 
 
 def select(values: np.ndarray, keep: int, sample: np.ndarray | None = None, block: int = 1000) -> tuple[float, int]:
-    selection = Selection(len(values), keep)
-    if sample is not None:
-        selection.suggest(sample)
+    """(the cutoff that keeps `keep` of the values, passes that it took)."""
+    stat = Rank("density", rounding="nearest")
+    seek = stat.start({"density": (keep / len(values),)}, 1, len(values), {})
+    if sample is not None and not isinstance(seek, Known):
+        seek = stat.suggest(seek, sample[None])
     passes = 0
-    while selection.cutoff is None:
+    while not isinstance(seek, Known):
+        total = None
         for start in range(0, len(values), block):
-            selection.fold(values[start : start + block])
-        selection.finish_pass()
+            part = stat.fold(seek, values[None, start : start + block], {})
+            total = part if total is None else stat.merge(seek, total, part)
+        seek = stat.finish(seek, total)
         passes += 1
         assert passes < 6
-    return selection.cutoff, passes
+    return seek.value[0], passes
 
 
 def expected(values: np.ndarray, keep: int) -> float:
@@ -67,9 +70,8 @@ def test_against_sorting(values: list[float], data: st.DataObject) -> None:
         assert cutoff == 0.0
     else:
         assert cutoff == expected(array, keep)
-    (direct,) = kth_magnitudes(array[None], [keep / len(values)])
-    if int(keep / len(values) * len(values)) == keep:
-        assert direct == cutoff
+    (direct,) = Rank("density", rounding="nearest").at_once(array[None], {"density": (keep / len(values),)}, {})
+    assert direct == cutoff
 
 
 @pytest.mark.parametrize("n", [1, 511, 2048, 2049, 5000, 10**6])
@@ -86,12 +88,6 @@ def test_too_much_inside_the_window_is_counted_instead() -> None:
         assert select(values, 2**20, block=block)[0] == expected(values, 2**20)
 
 
-def test_float64_and_torch_agree_with_float32() -> None:
+def test_float64_is_compared_in_float32() -> None:
     values = np.random.default_rng(1).standard_normal(5000)
-    want = expected(values, 1000)
-    assert select(values, 1000)[0] == want
-    selection = Selection(5000, 1000)
-    while selection.cutoff is None:
-        selection.fold(torch.from_numpy(values))
-        selection.finish_pass()
-    assert selection.cutoff == want
+    assert select(values, 1000)[0] == expected(values, 1000)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 import stockpot
 from stockpot import Options
 from stockpot.errors import ArgumentError, OutputError, VerificationError
-from stockpot.methods import Cutoff, Mask, PerModel, Real, Scope, Space, Total, dare_ties, method, ties
+from stockpot.methods import Cost, Mask, PerModel, Rank, Real, Scope, Space, Total, dare_ties, method, ties
 from stockpot.methods.arrays import magnitude
 from stockpot.methods.declaration import _REGISTRY
 
@@ -604,12 +604,12 @@ def test_the_sample_for_a_cutoff_over_the_whole_model_is_of_one_size(
 def test_families_that_need_rows_or_whole_tensors(family32: Path, tmp_path: Path) -> None:
     shapes: list[tuple[int, ...]] = []
 
-    @method(scope=Scope.ROW, space=Space.DELTA, stats=(Cutoff("density", over="row"),))
+    @method(scope=Scope.ROW, space=Space.DELTA, stats=(Rank("density", over="row"),))
     def row_trim(delta: Any, *, cutoff: Any, density: Annotated[PerModel, Real(0, 1)] = 0.5) -> Any:
         """Keep the largest half of each row."""
         return (delta * (magnitude(delta) >= cutoff)).sum(0)
 
-    @method(scope=Scope.TENSOR, space=Space.WEIGHT)
+    @method(scope=Scope.TENSOR, space=Space.WEIGHT, cost=Cost(lambda m, shape, size: 0))
     def whole(models: Any) -> Any:
         """See whole matrices."""
         shapes.append(models.shape[1:])
@@ -618,7 +618,7 @@ def test_families_that_need_rows_or_whole_tensors(family32: Path, tmp_path: Path
     @method(
         space=Space.DELTA,
         stats=(Total("energy", of=lambda delta, **_: delta * delta, over="model"),),
-        random=Mask("density"),
+        draws=(Mask("density"),),
     )
     def scaled_by_energy(delta: Any, *, energy: Any, mask: Any, density: Annotated[PerModel, Real(0, 1)] = 0.5) -> Any:
         """A total over the model and a mask."""
@@ -651,7 +651,7 @@ def test_families_that_need_rows_or_whole_tensors(family32: Path, tmp_path: Path
 def test_torch_device_without_a_gpu(family: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="CUDA"):
         stockpot.merge(text_of("linear", family), tmp_path / "out", Options(device="cuda:99"))
-    with pytest.raises(ArgumentError, match="expected cpu"):
+    with pytest.raises(ArgumentError, match="expected auto, cpu"):
         stockpot.merge(text_of("linear", family), tmp_path / "out", Options(device="gpu"))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

@@ -11,14 +11,16 @@ from typing import Annotated, Any
 import pytest
 
 import stockpot
-from stockpot.methods import Cutoff, PerModel, Real, Space, method, methods
+from stockpot.methods import PerModel, Rank, Real, Space, method, methods
 
 SOURCE = Path(stockpot.__file__).parent
 
 #: a package may import those on lower levels; packages of one level do not import each other
 LEVELS = [
     {"errors"},
-    {"specs", "textfiles"},
+    {"specs", "textfiles", "machine"},
+    {"grid"},
+    {"statistics"},
     {"checkpoints", "methods", "recipes"},
     {"adapters", "runs"},
     {"planning"},
@@ -103,7 +105,7 @@ def test_declarations_check_themselves() -> None:
 
     with pytest.raises(TypeError, match="no parameter"):
 
-        @method(space=Space.DELTA, stats=(Cutoff("density"),))
+        @method(space=Space.DELTA, stats=(Rank("density"),))
         def no_density(delta: Any, *, cutoff: Any) -> Any:
             """."""
 

@@ -42,9 +42,9 @@ def test_slerp_guards() -> None:
     np.testing.assert_allclose(on(slerp, [[0.0, 0], [2, 4.0]], t=0.5, dialect="mergekit"), [2**0.5, 2 * 2**0.5])
     near_opposite = [-math.cos(0.05), math.sin(0.05)]
     assert abs(on(slerp, [[1.0, 0], near_opposite], t=0.5)).max() < 1
-    assert slerp_weights((1, -0.9985, 1), 0.5, guarded=False)[0] > 10  # 3.1 degrees from opposite
-    assert slerp_weights((1, 0.99951, 1), 0.3) == (0.7, 0.3)
-    assert slerp_weights((float("nan"), 0, 1), 0.3) == (0.7, 0.3)
+    assert slerp_weights(((1, -0.9985), (-0.9985, 1)), 0.5, guarded=False)[0] > 10  # 3.1 degrees from opposite
+    assert slerp_weights(((1, 0.99951), (0.99951, 1)), 0.3) == (0.7, 0.3)
+    assert slerp_weights(((float("nan"), 0), (0, 1)), 0.3) == (0.7, 0.3)
 
 
 def test_slerp_identities() -> None:

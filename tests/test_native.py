@@ -13,14 +13,13 @@ import torch
 from blake3 import blake3
 
 from stockpot.checkpoints.codecs import decode_into, encode_into
-from stockpot.engine.cutoffs import _split_numpy
 from stockpot.engine.masks import MaskStream, mask_key
-from stockpot.engine.native import LIBRARY, Block, Stream, load_kernels
-from stockpot.engine.reduce import piece_sum
+from stockpot.engine.native import LIBRARY, Block, Stream, load_kernels, numpy_only
 from stockpot.methods import get_method, methods
 from stockpot.methods.forms import Form
-from stockpot.methods.spherical import pair_gram
 from stockpot.specs import DType
+from stockpot.statistics.order import Window, tally
+from stockpot.statistics.sums import gram_terms, piece_sum
 
 SPECIAL = [
     0.0,
@@ -44,11 +43,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 @pytest.fixture
-def without_kernels(monkeypatch):
+def without_kernels():
     def call(function, *args, **kwargs):
-        with monkeypatch.context() as m:
-            m.setattr("stockpot.engine.devices.load_kernels", lambda: None)
-            m.setattr("stockpot.engine.masks.load_kernels", lambda: None)
+        with numpy_only():
             return function(*args, **kwargs)
 
     return call
@@ -71,7 +68,7 @@ def test_kernels_are_built_where_there_is_a_compiler():
 
 
 def test_switched_off():
-    code = "from stockpot.engine.devices import NumpyDevice; assert NumpyDevice().kernels is None"
+    code = "from stockpot.engine.native import load_kernels; assert load_kernels() is None"
     subprocess.run([sys.executable, "-c", code], check=True, env={"STOCKPOT_NATIVE": "0", "PATH": ""})
 
 
@@ -206,14 +203,19 @@ def test_rounding_to_16_bits_is_numpys():
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 65535, 65536, 65537, 200_000])
-def test_sums_are_numpys_to_the_last_bit(n):
+@pytest.mark.parametrize("models", [1, 2, 3, 7])
+@pytest.mark.parametrize("delta", [False, True])
+def test_sums_are_numpys_to_the_last_bit(n, models, delta):
     kernels = load_kernels()
     assert kernels is not None
     rng = np.random.default_rng(n)
-    rows = np.stack([rng.normal(size=n).astype(np.float32) for _ in range(2)])
-    block = Block(n, [r.view(np.uint8).data for r in rows], [DType.F32] * 2, None, False)
-    start = np.array([1.0, 2.0, 3.0])
-    assert np.array_equal(kernels.totals("gram", block, None, None, start), piece_sum(pair_gram(rows), start))
+    rows = np.stack([rng.normal(size=n).astype(np.float32) for _ in range(models)])
+    base = rng.normal(size=n).astype(np.float32)
+    given = (base.view(np.uint8).data, DType.F32) if delta else None
+    block = Block(n, [r.view(np.uint8).data for r in rows], [DType.F32] * models, given, False)
+    start = np.arange(1.0, models * (models + 1) // 2 + 1)
+    expected = piece_sum(gram_terms(rows - base if delta else rows), start)
+    assert np.array_equal(kernels.totals("gram", block, None, None, start), expected)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -226,9 +228,9 @@ def test_splits_are_numpys(window):
     (below, inside), passed_over = kernels.split(
         Block(len(row), [block.raws[0]] * 2, [DType.F32] * 2, None, False), [window, None]
     )
-    expected = _split_numpy(row, *window)
-    assert below == expected[0]
-    assert np.array_equal(inside, expected[1])
+    expected = tally(Window(len(row), 0, *window), abs(row).view(np.uint32))
+    assert below == expected.below
+    assert np.array_equal(inside, expected.held[0])
     assert passed_over[0] == 0
     assert len(passed_over[1]) == 0
 

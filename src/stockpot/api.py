@@ -46,7 +46,8 @@ def check_threads(threads: int) -> int:
 class Options:
     """How to run a merge; none of it changes the output's bytes but `seed` and `shard_size`.
 
-    device      "cpu", "cuda", "cuda:N", or "torch" (torch on the CPU)
+    device      of methods on whole matrices: "cpu", "cuda", "cuda:N", "auto" (a GPU where there is one), or "torch" (torch on
+                the CPU). Elementwise methods and their statistics run on the CPU, where they are faster
     threads     worker threads; None: as many as processors
     max_memory  bytes (or "2GiB") of memory for the merge, over what the interpreter takes; None: 512 MiB
     shard_size  bytes of tensor data in a file, at most
@@ -65,7 +66,7 @@ class Options:
         if self.threads is not None:
             check_threads(self.threads)
         if not isinstance(self.device, str):
-            raise ArgumentError(f"device: expected cpu, cuda, cuda:N or torch, got {self.device!r}")
+            raise ArgumentError(f"device: expected auto, cpu, cuda, cuda:N or torch, got {self.device!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ArgumentError(f"seed: expected a whole number, got {self.seed!r}")
 
@@ -253,7 +254,7 @@ def _factors_report(planned: Plan) -> dict[str, Any] | None:
     from stockpot.adapters import factors_report, read_adapter
 
     first = planned.inputs[0].checkpoint
-    if planned.soup is None or planned.kind != "adapter" or planned.recipe.merge_method != "linear":
+    if planned.soup is None or planned.kind != "adapter" or not all(g.method.average for g in planned.groups):
         return None
     if first.config.get("peft_type") != "LORA" or first.config.get("target_parameters"):
         return None

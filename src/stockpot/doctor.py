@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 import stockpot
-from stockpot.planning.planner import available_threads
+from stockpot.machine import available_threads, memory
 
-__all__ = ["examine", "memory"]
+__all__ = ["examine"]
 
 _NEEDED = ("numpy", "blake3", "ml_dtypes", "pyyaml", "rich", "typer", "threadpoolctl")
 #: package -> (extra that brings it, what it is for)
@@ -59,26 +59,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def memory() -> dict[str, int | None]:
-    """Bytes in all, and those that a merge could take now; also what a container allows."""
-    found: dict[str, int | None] = {"total": None, "available": None, "container_limit": None}
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            rows = dict(line.split(":", 1) for line in f)
-        found["total"] = int(rows["MemTotal"].split()[0]) * 1024
-        found["available"] = int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
-            text = f.read().strip()
-        found["container_limit"] = int(text) if text.isdigit() else None
-    except OSError:
-        pass
-    return found
 
 
 def _devices() -> dict[str, Any]:

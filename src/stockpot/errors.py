@@ -25,6 +25,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "ArgumentError",
@@ -50,9 +54,32 @@ __all__ = [
 
 
 class StockpotError(Exception):
-    """The root: everything that stockpot raises on purpose."""
+    """The root: everything that stockpot raises on purpose.
+
+    places  where the mistake stands, the outermost first: `recipe.yml:3`, `run`. They come before what is wrong in the text
+    """
 
     exit_code = 1
+    places: tuple[str, ...] = ()
+
+    def within(self, *places: str) -> Self:
+        """The same error, said to stand in these places; for `raise` and for lists of problems."""
+        self.places = (*places, *self.places)
+        return self
+
+    def about(self, path: str, name: str) -> Self:
+        """The same error about `path` (messages about a file begin with its path), by the name that the user gave it."""
+        if self.args and isinstance(self.args[0], str) and self.args[0].startswith(path):
+            self.args = (name + self.args[0][len(path) :], *self.args[1:])
+        return self
+
+    @property
+    def what(self) -> str:
+        """What is wrong, without where."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return ": ".join((*self.places, self.what))
 
 
 class UserError(StockpotError):
@@ -96,7 +123,7 @@ class NonfiniteError(InputError, ValueError):
 
 
 class EvaluationError(InputError, RuntimeError):
-    """A checkpoint could not be scored: the evaluator raised, hung, died, or gave what is no number."""
+    """A checkpoint could not be scored: the evaluator raised, hung, died, or returned something that is not a finite number."""
 
 
 class ReadError(InputError, OSError):
@@ -134,8 +161,22 @@ class ProblemsError(StockpotError):
     def __init__(self, problems: Sequence[StockpotError]) -> None:
         self.problems = tuple(problems)
         self.exit_code = min((p.exit_code for p in self.problems), default=2)
+        super().__init__(self.problems)
+
+    def within(self, *places: str) -> Self:
+        for p in self.problems:
+            p.within(*places)
+        return self
+
+    def about(self, path: str, name: str) -> Self:
+        for p in self.problems:
+            p.about(path, name)
+        return self
+
+    @property
+    def what(self) -> str:
         head = f"{len(self.problems)} problems" if len(self.problems) != 1 else "1 problem"
-        super().__init__(head + ":\n" + "\n".join(f"  - {p}" for p in self.problems))
+        return head + ":\n" + "\n".join(f"  - {p}" for p in self.problems)
 
     def __reduce__(self) -> tuple[type[ProblemsError], tuple[tuple[StockpotError, ...]]]:
         return type(self), (self.problems,)  # between processes

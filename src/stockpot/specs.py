@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from stockpot.errors import ArgumentError, nearest
 
-__all__ = ["DType", "Shape", "TensorSpec", "format_count", "format_size", "parse_dtype", "parse_size"]
+__all__ = ["DType", "Shape", "TensorSpec", "format_count", "format_size", "parse_dtype", "parse_size", "work_itemsize"]
 
 Shape = tuple[int, ...]
 
@@ -40,6 +40,11 @@ class DType(enum.Enum):
 
     def __str__(self) -> str:
         return self.label
+
+
+def work_itemsize(out: DType) -> int:
+    """Bytes of a number while computing: float64 for float32 and float64 outputs, float32 for narrower ones."""
+    return 8 if out.itemsize >= 4 else 4
 
 
 BY_LABEL = {d.label: d for d in DType}

@@ -175,7 +175,12 @@ def _method_row(method: Any) -> dict[str, Any]:
         "scope": method.scope.value,
         "models": list(method.models),
         "statistics": [s.name for s in method.stats],
-        "random": method.random is not None,
+        "draws": [d.name for d in method.draws],
+        "companions": {c.name: c.about for c in method.companions},
+        "applies": list(method.applies) if method.applies is not None else None,
+        "otherwise": method.otherwise,
+        "reproducible": method.reproducible,
+        "experimental": method.experimental,
         "dialects": list(method.dialects),
         "cite": method.cite,
         "parameters": [

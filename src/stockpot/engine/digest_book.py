@@ -9,7 +9,7 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.digests import piece_digest, tensor_digest
-from stockpot.planning.grid import grid_of
+from stockpot.grid import grid_of
 
 __all__ = ["DigestBook", "observer"]
 

@@ -1,6 +1,6 @@
 """Digests that don't ask for an order of reading.
 
-A tensor's digest is the BLAKE3 of the BLAKE3 digests of its pieces (see planning.grid), in order. Pieces are hashed as
+A tensor's digest is the BLAKE3 of the BLAKE3 digests of its pieces (see stockpot.grid), in order. Pieces are hashed as
 they pass through, so no input is read a second time for its digest. A file's digest is the BLAKE3 of its header and of the
 digests of its tensors in the order of their bytes.
 """

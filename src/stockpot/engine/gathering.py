@@ -1,4 +1,4 @@
-"""The statistics of one tensor, or of the whole model, while they are being gathered: which one, which pass, what so far."""
+"""Statistics while they are being gathered: the one place where folded blocks become values, on disk and in memory alike."""
 
 from __future__ import annotations
 
@@ -6,98 +6,105 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stockpot.engine.cutoffs import Selection, kept_count
-from stockpot.engine.reduce import piece_sum
-from stockpot.methods.statistics import Cutoff, Statistic, Total
+from stockpot.planning.plan import MergeGroup, StatPlan, spans_by_tensor
+from stockpot.statistics import Known
 
-__all__ = ["Gathering"]
+__all__ = ["Gathering", "WideValues"]
 
 
 class Gathering:
-    """Statistics one after the other, each in as many passes over the data as it needs.
+    """Statistics of the same elements, one after the other, each in as many passes over the data as it needs.
 
-    Every pass: `fold` each block (from any thread, in any order), then `finish_pass` once. `results` holds what is known.
+    Every pass: `add` what each block contributes (from any thread, in any order), then `finish_pass` once. `results` holds the
+    values that are known, by the statistics' places in the plan.
+
+    count  elements in all; names  values that are known beforehand, by name
     """
 
-    def __init__(self, stats: Sequence[Statistic], params: Mapping[str, Any], models: int, count: int) -> None:
-        self.results: dict[str, Any] = {}
-        self._queue = list(stats)
-        self._params = params
-        self._models = models
-        self._count = count
-        self._lock = threading.Lock()
-        self._selections: list[Selection] = []
-        self._partial: dict[tuple[int, int], Any] = {}
+    def __init__(self, stats: Sequence[StatPlan], count: int, names: Mapping[str, Any]) -> None:
+        self.results: dict[int, Any] = {}
+        self.seek: Any = None
+        #: whether a sample of the deltas should come first
         self.fresh = False
+        self._queue = list(stats)
+        self._count = count
+        self._names = dict(names)
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[int, int], Any] = {}
+        self._total: Any = None
         self._open()
 
     @property
-    def current(self) -> Statistic | None:
+    def current(self) -> StatPlan | None:
         """The statistic that the next pass is for; None when all are known."""
         return self._queue[0] if self._queue else None
 
     def _open(self) -> None:
-        stat = self.current
-        self._partial = {}
-        if isinstance(stat, Cutoff):
-            density = self._params[stat.param]
-            self._selections = [Selection(self._count, kept_count(d, self._count)) for d in density]
-            self.fresh = True
-            if all(s.cutoff is not None for s in self._selections):
-                self._close(tuple(s.cutoff for s in self._selections))
+        """Start on the first statistic of the queue that needs data."""
+        while self._queue:
+            plan = self._queue[0]
+            seek = plan.stat.start(plan.params, plan.models, self._count, self._names)
+            if not isinstance(seek, Known):
+                self.seek, self.fresh = seek, plan.stat.samples
+                return
+            self._close(seek)
 
-    def _close(self, result: Any) -> None:
-        self.results[self._queue.pop(0).name] = result
+    def _close(self, found: Known) -> None:
+        plan = self._queue.pop(0)
+        self.results[plan.index] = self._names[plan.stat.name] = found.value
+        self.seek, self.fresh = None, False
+
+    def suggest(self, sample: Any) -> None:
+        """A sample `[m, n]` of the block before the first pass."""
+        self.seek = self._queue[0].stat.suggest(self.seek, sample)
         self.fresh = False
-        self._open()
 
-    def suggest(self, deltas: Any) -> None:
-        """A sample `[m, n]` before the first pass of a cutoff."""
-        for selection, sample in zip(self._selections, deltas, strict=True):
-            selection.suggest(sample)
-        self.fresh = False
+    def so_far(self, key: tuple[int, int]) -> Any:
+        """What an ordered statistic's piece comes to so far; None before its first block. key: (tensor, piece)."""
+        return self._parts.get(key)
 
-    def fold(self, block: Any, keywords: Mapping[str, Any], key: tuple[int, int]) -> None:
-        """Take in one block `[m, n]`. `key` is (tensor, piece): sums are added up in the order of the keys.
-
-        For a Total a piece may come in several calls, in order, from one thread.
-        """
-        stat = self.current
-        if isinstance(stat, Total):
-            terms = stat.of(block, **keywords)
-            total = piece_sum(terms, self._partial.get(key))
-            self.put_total(key, total)
-        else:
-            for selection, row in zip(self._selections, block, strict=True):
-                selection.fold(row)
-
-    def partial(self, key: tuple[int, int]) -> Any:
-        """What a Total's piece comes to so far; None before its first call."""
-        return self._partial.get(key)
-
-    def put_total(self, key: tuple[int, int], total: Any) -> None:
-        """A Total's piece as summed up elsewhere, `partial` included."""
+    def add(self, key: tuple[int, int], part: Any) -> None:
+        """Take in what a block contributes: of an ordered statistic all of its piece so far."""
+        stat = self._queue[0].stat
         with self._lock:
-            self._partial[key] = total
-
-    def windows(self) -> list[tuple[int, int] | None]:
-        """For each model the bit patterns that a Cutoff's pass looks for; None where the cutoff is known."""
-        return [None if s.cutoff is not None else (s.low, s.high) for s in self._selections]
-
-    def put_split(self, found: Sequence[tuple[int, Any]]) -> None:
-        """For each model how many patterns lie below its window, and those inside, of one block."""
-        for selection, (below, inside) in zip(self._selections, found, strict=True):
-            selection.put(below, inside)
+            if stat.ordered:
+                self._parts[key] = part
+            else:
+                self._total = part if self._total is None else stat.merge(self.seek, self._total, part)
 
     def finish_pass(self) -> None:
         """All blocks of this pass were folded."""
-        stat = self.current
-        if isinstance(stat, Total):
-            total: Any = 0.0
-            for key in sorted(self._partial):
-                total = total + self._partial[key]
-            self._close(total)
-        elif stat is not None:
-            done = [s.finish_pass() for s in self._selections]
-            if all(done):
-                self._close(tuple(s.cutoff for s in self._selections))
+        stat = self._queue[0].stat
+        total = self._total
+        if stat.ordered:
+            for key in sorted(self._parts):
+                part = self._parts[key]
+                total = part if total is None else stat.merge(self.seek, total, part)
+        self._parts, self._total = {}, None
+        found = stat.finish(self.seek, total)
+        if isinstance(found, Known):
+            self._close(found)
+            self._open()
+        else:
+            self.seek = found
+
+
+class WideValues:
+    """Values of the statistics that span tensors, and which of them each tensor gets."""
+
+    def __init__(self, groups: Sequence[MergeGroup], stats: Sequence[StatPlan]) -> None:
+        self._groups = groups
+        self._span_of = spans_by_tensor(stats)
+        self._values: dict[tuple[int, int], Any] = {}
+
+    def put(self, stat: int, span: int, value: Any) -> None:
+        self._values[stat, span] = value
+
+    def of(self, tensor: int, group: int) -> dict[int, Any]:
+        """Those that are known already, for one tensor of a group: by the statistics' places in the plan."""
+        out = {}
+        for stat in self._groups[group].stats if group >= 0 else ():
+            span = self._span_of.get(stat, {}).get(tensor)
+            if span is not None and (stat, span) in self._values:
+                out[stat] = self._values[stat, span]
+        return out

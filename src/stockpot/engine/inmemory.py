@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from stockpot.checkpoints.memory import MemorySource
+from stockpot.checkpoints.roles import role_of
 from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.devices import NumpyDevice
-from stockpot.engine.gathering import Gathering
+from stockpot.engine.gathering import Gathering, WideValues
 from stockpot.engine.kernel import Kernel, UnitData, read_segment
 from stockpot.engine.units import Segment
 from stockpot.errors import ArgumentError, MismatchError, nearest
-from stockpot.methods.declaration import Method, Space
+from stockpot.grid import REDUCE, grid_of
+from stockpot.methods.averaging import linear
+from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.methods.parameters import REQUIRED
-from stockpot.planning.grid import REDUCE, grid_of
-from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, TensorPlan
+from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, StatPlan, TensorPlan
+from stockpot.planning.statistics import plan_statistics
 
 __all__ = ["merge_dicts", "merge_plan"]
 
@@ -46,20 +50,79 @@ def merge_dicts(
         raise ArgumentError(
             f"{method.name} takes {low if low == high else f'at least {low}'} models, got {len(models)}"
         )
-    group = MergeGroup(0, method, _parameters(method, len(models), parameters))
-    why = method.check(group.params) if method.check else None
+    beside = _companions(method, len(models), parameters)
+    parameters = {key: value for key, value in parameters.items() if key not in beside}
+    given = _parameters(method, len(models), parameters)
+    why = method.check(given) if method.check else None
     if why:
         raise ArgumentError(f"{method.name}: {why}")
-    dicts = [*models, base] if method.space is Space.DELTA and base is not None else models
-    template = dicts[-1] if method.space is Space.DELTA else dicts[0]
+    subtracted = [base] if method.space is Space.DELTA and base is not None else []
+    template = subtracted[0] if subtracted else models[0]
+    dicts = [*models, *subtracted, *(d for found in beside.values() for d in found)]
     _check_names(dicts, template)
     sources = [MemorySource(d) for d in dicts]
     for name in template:
-        _check_kinds(sources, name)
-    tensors = [_tensor(i, name, sources, method) for i, name in enumerate(template)]
-    return {
-        t.name: _like(template[t.name], raw) for t, raw in merged_tensors(tensors, [group], sources, seed, 4 * REDUCE)
-    }
+        _check_kinds(sources[: len(models) + len(subtracted)], name)
+    made = _InMemory(method, given, len(models))
+    tensors = [made.tensor(i, name, sources) for i, name in enumerate(template)]
+    groups, stats = plan_statistics(tensors, made.groups)
+    merged = merged_tensors(tensors, groups, stats, sources, seed, 4 * REDUCE)
+    return {t.name: _like(template[t.name], raw) for t, raw in merged}
+
+
+@dataclass
+class _InMemory:
+    """What the planner does for a recipe, for state dicts: which method each tensor gets, of which operands."""
+
+    method: Method
+    params: Mapping[str, Any]
+    models: int
+    groups: list[MergeGroup] = field(default_factory=list)
+
+    def group(self, method: Method) -> int:
+        for g in self.groups:
+            if g.method is method:
+                return g.index
+        shared = {k: v for k, v in self.params.items() if k in {p.keyword for p in method.parameters.values()}}
+        if method is linear:
+            shared.pop("normalize", None)
+        params = dict(self.params) if method is self.method else _parameters(method, self.models, shared)
+        self.groups.append(MergeGroup(len(self.groups), method, params))
+        return len(self.groups) - 1
+
+    def tensor(self, index: int, name: str, sources: Sequence[MemorySource]) -> TensorPlan:
+        delta = self.method.space is Space.DELTA
+        first = self.models if delta else 0
+        spec = sources[first].spec(name)
+        if not spec.dtype.is_float:
+            return TensorPlan(index, name, spec, Action.KEEP, -1, (Operand(first, name),), None)
+        method = self.method
+        if method.applies is not None and role_of(name, spec.shape) not in method.applies:
+            if method.otherwise == "base":
+                return TensorPlan(index, name, spec, Action.COPY, -1, (Operand(first, name),), None)
+            method = linear if method.otherwise == "mean" else get_method(str(method.otherwise))
+        operands = tuple(Operand(i, name, i) for i in range(self.models))
+        base = Operand(first, name) if method.space is Space.DELTA else None
+        beside = range(self.models + delta, len(sources)) if method is self.method else ()
+        companions = tuple(Operand(i, name) for i in beside)
+        return TensorPlan(index, name, spec, Action.MERGE, self.group(method), operands, base, companions=companions)
+
+
+def _companions(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The state dicts beside the models, by name."""
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for companion in method.companions:
+        found = given.get(companion.name)
+        if (
+            not isinstance(found, (list, tuple))
+            or len(found) != models
+            or not all(isinstance(d, Mapping) for d in found)
+        ):
+            raise ArgumentError(
+                f"{method.name} needs {companion.name}=, {companion.about}: a list of {models} mappings, one for each model"
+            )
+        out[companion.name] = list(found)
+    return out
 
 
 def merge_plan(plan: Plan, sources: Sequence[TensorSource], threads: int = 1) -> Iterator[tuple[TensorPlan, Array]]:
@@ -67,26 +130,23 @@ def merge_plan(plan: Plan, sources: Sequence[TensorSource], threads: int = 1) ->
 
     sources: what is read for each input of the plan, by its index.
     """
-    yield from merged_tensors(plan.tensors, plan.groups, sources, plan.seed, plan.budget.chunk, threads)
+    yield from merged_tensors(plan.tensors, plan.groups, plan.stats, sources, plan.seed, plan.budget.chunk, threads)
 
 
 def merged_tensors(
-    tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], sources: Sequence[TensorSource], seed: int, chunk: int,
-    threads: int = 1,
+    tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], stats: Sequence[StatPlan], sources: Sequence[TensorSource],
+    seed: int, chunk: int, threads: int = 1,
 ) -> Iterator[tuple[TensorPlan, Array]]:  # fmt: skip
-    """(tensor, its bytes as uint8) in order. What a method needs of the whole model is gathered first."""
-    kernels = [Kernel(NumpyDevice(), g, seed, chunk) for g in groups]
-    stats = [
-        _model_stats(k, [t for t in tensors if t.action is Action.MERGE and t.group == k.group.index], sources)
-        for k in kernels
-    ]
+    """(tensor, its bytes as uint8) in order. What spans tensors is gathered first."""
+    kernels = [Kernel(NumpyDevice(), g, stats, seed, chunk) for g in groups]
+    values = _gathered(kernels, tensors, groups, stats, sources)
 
     def one(t: TensorPlan) -> tuple[TensorPlan, Array]:
         data = _data(t, sources)
         if t.action is not Action.MERGE or t.spec.numel == 0:
             return t, np.frombuffer(data.raws[0], np.uint8)
         raw = np.empty(t.spec.nbytes, np.uint8)
-        kernels[t.group].combine(data, stats[t.group], raw.data)
+        kernels[t.group].combine(data, values.of(t.index, t.group), raw.data)
         return t, raw
 
     if threads == 1:
@@ -120,7 +180,7 @@ def _parameters(method: Method, models: int, given: Mapping[str, Any]) -> dict[s
             expected = p.kind.check(v)
             if expected:
                 raise ArgumentError(f"{p.keyword}: expected {expected}, got {v!r}")
-        checked = [v if isinstance(v, (bool, str)) else float(v) for v in values]
+        checked = [p.kind.convert(v) for v in values]
         out[p.keyword] = tuple(checked) if p.per_model else checked[0]
     return out
 
@@ -144,36 +204,29 @@ def _check_kinds(sources: Sequence[MemorySource], name: str) -> None:
         raise MismatchError(f"{name!r}: float in one model, not in another: {', '.join(map(str, dtypes))}")
 
 
-def _tensor(index: int, name: str, sources: Sequence[MemorySource], method: Method) -> TensorPlan:
-    delta = method.space is Space.DELTA
-    first = len(sources) - 1 if delta else 0
-    spec = sources[first].spec(name)
-    if not spec.dtype.is_float:
-        return TensorPlan(index, name, spec, Action.KEEP, -1, (Operand(first, name),), None)
-    operands = tuple(Operand(i, name, i) for i in range(len(sources) - (1 if delta else 0)))
-    base = Operand(first, name) if delta else None
-    return TensorPlan(index, name, spec, Action.MERGE, 0, operands, base)
-
-
 def _data(t: TensorPlan, sources: Sequence[TensorSource]) -> UnitData:
     n = t.spec.numel
     return read_segment(Segment(t, 0, grid_of(t.spec.shape).pieces, 0, n), sources)
 
 
-def _model_stats(kernel: Kernel, tensors: Sequence[TensorPlan], sources: Sequence[TensorSource]) -> dict[str, Any]:
-    """Statistics over all tensors together."""
-    params = kernel.group.params
-    wide = [s for s in kernel.method.active_stats(params) if s.scope_for(params) == "model"]
-    if not wide or not tensors:
-        return {}
-    gathering = Gathering(wide, params, len(tensors[0].operands), sum(t.spec.numel for t in tensors))
-    gathering.fresh = False
-    while gathering.current is not None:
-        for t in tensors:
-            if t.spec.numel:
-                kernel.fold(gathering, _data(t, sources), {})
-        gathering.finish_pass()
-    return gathering.results
+def _gathered(
+    kernels: Sequence[Kernel], tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], stats: Sequence[StatPlan],
+    sources: Sequence[TensorSource],
+) -> WideValues:  # fmt: skip
+    """The statistics that span tensors, one after the other."""
+    values = WideValues(groups, stats)
+    for stat in stats:
+        for number, span in enumerate(stat.spans):
+            lead = tensors[span[0]]
+            names = {stats[i].stat.name: v for i, v in values.of(lead.index, lead.group).items()}
+            gathering = Gathering([stat], sum(tensors[t].spec.numel for t in span), names)
+            while gathering.current is not None:
+                for t in (tensors[i] for i in span):
+                    if t.spec.numel:
+                        kernels[t.group].fold(gathering, _data(t, sources), values.of(t.index, t.group))
+                gathering.finish_pass()
+            values.put(stat.index, number, gathering.results[stat.index])
+    return values
 
 
 def _like(template: Any, raw: np.ndarray[Any, Any]) -> Any:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.codecs import encode_into
 from stockpot.checkpoints.source import ReadRequest, TensorSource
-from stockpot.engine.cutoffs import kept_count, kth_magnitudes
-from stockpot.engine.devices import Device, byte_buffer
+from stockpot.engine.devices import Device, byte_buffer, load_block
+from stockpot.engine.draws import draw
 from stockpot.engine.gathering import Gathering
-from stockpot.engine.masks import MaskStream, mask_key
-from stockpot.engine.native import Block, Kernels
+from stockpot.engine.native import Block, Kernels, load_kernels
 from stockpot.engine.units import Segment, Unit
-from stockpot.methods.arrays import is_numpy, magnitude
+from stockpot.grid import PIECE, REDUCE, SMALL, grid_of
 from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.methods.forms import Form
-from stockpot.methods.statistics import Cutoff, Total
-from stockpot.planning.budget import work_itemsize
-from stockpot.planning.grid import PIECE, REDUCE, SMALL, grid_of
-from stockpot.planning.plan import MergeGroup
-from stockpot.specs import DType
+from stockpot.planning.plan import MergeGroup, StatPlan
+from stockpot.specs import DType, work_itemsize
+from stockpot.statistics.sums import piece_sum
 
 __all__ = ["Kernel", "UnitData", "read_segment", "sample_runs"]
+
+#: (segment, first element, end) of a tensor: what elements a block is made of
+Place = tuple[Segment, int, int]
 
 
 @dataclass
@@ -40,6 +42,11 @@ class UnitData:
         """Bytes of elements start..stop of the unit, of input i."""
         size = self.dtypes[i].itemsize
         return self.raws[i][start * size : stop * size]
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64."""
+        return work_itemsize(self.unit.lead.spec.dtype) == 8
 
 
 def read_segment(segment: Segment, sources: Sequence[TensorSource], slot: dict[Any, Any] | None = None) -> UnitData:
@@ -57,10 +64,11 @@ def read_segment(segment: Segment, sources: Sequence[TensorSource], slot: dict[A
 
 @dataclass(frozen=True)
 class Kernel:
-    """Computes with one group of a plan on one device."""
+    """Computes with one group of a plan. plans: all statistics of the plan; device: for whole matrices."""
 
     device: Device
     group: MergeGroup
+    plans: Sequence[StatPlan]
     seed: int
     chunk: int
 
@@ -68,107 +76,171 @@ class Kernel:
     def method(self) -> Method:
         return self.group.method
 
+    @cached_property
+    def _stats(self) -> tuple[StatPlan, ...]:
+        """Those of the group."""
+        return tuple(self.plans[i] for i in self.group.stats)
+
+    @cached_property
+    def _of_tensors(self) -> tuple[StatPlan, ...]:
+        """Those of which every tensor has its own value."""
+        return tuple(s for s in self._stats if s.extent == "tensor")
+
+    @cached_property
+    def _of_rows(self) -> tuple[StatPlan, ...]:
+        return tuple(s for s in self._stats if s.extent == "row")
+
+    @cached_property
+    def _native(self) -> Kernels | None:
+        return load_kernels()
+
     # arrays
 
     def _load(self, data: UnitData, start: int, stop: int) -> tuple[Any, Any]:
         """(block `[m, n]`, base `[n]` or None) of elements start..stop of the unit; deltas where the method wants them."""
         n = stop - start
-        wide = work_itemsize(data.unit.lead.spec.dtype) == 8
         m = len(data.unit.lead.operands)
         raws = [data.part(i, start, stop) for i in range(len(data.raws))]
-        block = self.device.load(raws[:m], data.dtypes[:m], n, wide, data.slot.setdefault("models", {}))
+        block = load_block(raws[:m], data.dtypes[:m], n, data.wide, data.slot.setdefault("models", {}))
         if self.method.space is Space.WEIGHT:
             return block, None
-        base = self.device.load(raws[m:], data.dtypes[m:], n, wide, data.slot.setdefault("base", {}))[0]
+        at = slice(m, m + 1)
+        base = load_block(raws[at], data.dtypes[at], n, data.wide, data.slot.setdefault("base", {}))[0]
         block -= base
         return block, base
 
-    def _compiled(self, data: UnitData) -> tuple[Kernels, Callable[..., Form]] | None:
-        """The kernels that can do this group's arithmetic on these dtypes, and what makes its form; or None."""
-        kernels, form = self.device.kernels, self.method.form
-        if kernels is None or form is None or not kernels.takes([*data.dtypes, data.unit.lead.spec.dtype]):
-            return None
-        return kernels, form
+    def _companions(self, data: UnitData, start: int, stop: int) -> dict[str, Any]:
+        """`[m, n]` of each companion, by name."""
+        lead = data.unit.lead
+        m, first = len(lead.operands), lead.weighed
+        out = {}
+        for k, companion in enumerate(self.method.companions):
+            which = range(first + k * m, first + (k + 1) * m)
+            raws, dtypes = [data.part(i, start, stop) for i in which], [data.dtypes[i] for i in which]
+            out[companion.name] = load_block(
+                raws, dtypes, stop - start, data.wide, data.slot.setdefault(companion.name, {})
+            )
+        return out
+
+    def _compiled(self, data: UnitData) -> Kernels | None:
+        """The kernels, if they can read these dtypes and write the output's."""
+        kernels = self._native
+        known = kernels is not None and kernels.takes([*data.dtypes, data.unit.lead.spec.dtype])
+        return kernels if known and not self.method.companions else None
 
     def _block(self, data: UnitData, start: int, stop: int) -> Block:
         """Elements start..stop of the unit as they are, for a kernel."""
         m = len(data.unit.lead.operands)
         raws = [data.part(i, start, stop) for i in range(len(data.raws))]
         base = (raws[m], data.dtypes[m]) if self.method.space is Space.DELTA else None
-        return Block(stop - start, raws[:m], data.dtypes[:m], base, work_itemsize(data.unit.lead.spec.dtype) == 8)
+        return Block(stop - start, raws[:m], data.dtypes[:m], base, data.wide)
 
-    def _mask(self, segment: Segment, start: int, stop: int, slot: dict[Any, Any]) -> Any:
-        """Booleans `[m, n]` for elements start..stop of a tensor."""
-        assert self.method.random is not None
-        density = self.group.params[self.method.random.param]
-        out = np.empty((len(density), stop - start), np.bool_)
-        stream = slot.get("masks")
-        if stream is None:
-            stream = slot["masks"] = MaskStream()
-        for i, (operand, d) in enumerate(zip(segment.tensor.operands, density, strict=True)):
-            stream.fill(mask_key(self.seed, operand.position, segment.tensor.name), d, start, out[i])
-        return out
-
-    def _masks(self, segments: Sequence[tuple[Segment, int, int]], slot: dict[Any, Any]) -> Any:
-        parts = [self._mask(s, start, stop, slot) for s, start, stop in segments]
-        return self.device.masks(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+    def _names(self, known: Mapping[int, Any]) -> dict[str, Any]:
+        """The values of statistics by name."""
+        return {s.stat.name: known[s.index] for s in self._stats if s.index in known}
 
     def _keywords(
-        self, stats: Mapping[str, Any], segments: Sequence[tuple[Segment, int, int]], data: UnitData
+        self, known: Mapping[int, Any], places: Sequence[Place], data: UnitData, block: Any = None, start: int = 0
     ) -> dict[str, Any]:
+        """All that the function takes beside the block: what its group asked for, and nothing else that may be known.
+
+        block: the elements in hand, in the shape in which the method sees them, from `start` of the unit on.
+        """
+        m = len(data.unit.lead.operands)
         keywords = dict(self.group.params)
-        for stat in self.method.stats:
-            absent = (0.0,) * len(data.unit.lead.operands) if isinstance(stat, Cutoff) else None
-            keywords[stat.name] = stats.get(stat.name, absent)
-        if self.method.random is not None:
-            keywords["mask"] = self._masks(segments, data.slot)
+        keywords.update((s.name, s.absent(m)) for s in self.method.stats)
+        keywords.update(self._names(known))
+        if self.method.companions:
+            n = sum(stop - first for _, first, stop in places)
+            found = self._companions(data, start, start + n)
+            keywords.update({k: v if block is None else v.reshape(block.shape) for k, v in found.items()})
+        for s in self._of_rows:
+            if block is not None:
+                keywords[s.stat.name] = s.stat.of_rows(block, self.group.params, keywords)
+        for declared in self.method.draws:
+            made = draw(declared, self.seed, places, keywords, block, data.slot, wide=data.wide)
+            keywords[declared.name] = made if block is None else made.reshape(block.shape)
         return keywords
+
+    def _rows(self, segment: Segment, n: int) -> tuple[int, int]:
+        """n elements of a tensor as (rows, elements of a row)."""
+        shape = segment.tensor.spec.shape
+        row = grid_of(shape).row if len(shape) > 1 else segment.tensor.spec.numel
+        return (n // row if row else 0), row
 
     # statistics
 
-    def fold(self, gathering: Gathering, data: UnitData, stats: Mapping[str, Any]) -> None:
-        """One pass of a statistic over the unit's segments. `stats` are those known already."""
+    def fold(self, gathering: Gathering, data: UnitData, known: Mapping[int, Any]) -> None:
+        """One pass of a statistic over the unit's segments. known: values of statistics gathered before."""
         at = 0
         for segment in data.unit.segments:
-            self.fold_segment(gathering, data, segment, at, stats)
+            self.fold_segment(gathering, data, segment, at, known)
             at += segment.stop - segment.start
 
     def fold_segment(
-        self, gathering: Gathering, data: UnitData, segment: Segment, at: int, stats: Mapping[str, Any]
+        self, gathering: Gathering, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]
     ) -> None:
         """The same for one segment, which begins at element `at` of the unit's data."""
-        grid = grid_of(segment.tensor.spec.shape)
-        stat, known = gathering.current, {**stats, **gathering.results}
-        compiled = self._compiled(data) if isinstance(stat, Cutoff) or (stat and stat.kernel) else None
-        step = max(self.chunk // REDUCE, 1) * REDUCE
-        if compiled and (isinstance(stat, Cutoff) or not self.method.random):
-            step = PIECE
-        elif isinstance(stat, Total):
-            step = REDUCE
-        offset = at - segment.start
+        plan = gathering.current
+        assert plan is not None
+        known = {**known, **gathering.results}
         with np.errstate(all="ignore"):
+            if self.method.scope is Scope.ROW and segment.stop > segment.start:
+                self._fold_rows(gathering, data, segment, at, known)
+                return
+            compiled = self._compiled(data)
+            folds = compiled.folds(plan.stat, self.method) if compiled else None
+            step = max(self.chunk // REDUCE, 1) * REDUCE
+            if folds and not (folds.form and self.method.draws):
+                step = PIECE
+            elif plan.stat.ordered:
+                step = REDUCE
+            grid, offset = grid_of(segment.tensor.spec.shape), at - segment.start
             for piece in range(segment.first, segment.last):
                 key = (segment.tensor.index, piece)
                 low, high = grid.bounds(piece)
                 for start in range(low, high, step):
                     stop = min(start + step, high)
-                    place = [(segment, start, stop)]
-                    if compiled is None:
-                        block, _ = self._load(data, offset + start, offset + stop)
-                        gathering.fold(block, self._keywords(known, place, data), key)
-                        continue
-                    kernels, form = compiled
-                    raw = self._block(data, offset + start, offset + stop)
-                    if isinstance(stat, Total):
-                        # the Gram matrix is of the inputs as they are, and what the form needs is made from it
-                        keywords = {} if stat.kernel == "gram" else self._keywords(known, place, data)
-                        made = form(**keywords) if keywords else None
-                        total = gathering.partial(key)
-                        gathering.put_total(
-                            key, kernels.totals(str(stat.kernel), raw, made, keywords.get("mask"), total)
-                        )
+                    places = [(segment, start, stop)]
+                    first = offset + start
+                    if folds:
+                        raw = self._block(data, first, offset + stop)
+                        keywords = self._keywords(known, places, data) if folds.form else {}
+                        form = self._form(keywords) if folds.form else None
+                        part = folds.fold(gathering.seek, raw, form, keywords.get("mask"), gathering.so_far(key))
                     else:
-                        gathering.put_split(kernels.split(raw, gathering.windows()))
+                        block, _ = self._load(data, first, offset + stop)
+                        keywords = self._keywords(known, places, data, block, first)
+                        part = plan.stat.fold(gathering.seek, block, keywords, gathering.so_far(key))
+                    gathering.add(key, part)
+
+    def _form(self, keywords: Mapping[str, Any]) -> Form:
+        assert self.method.form is not None
+        return self.method.form(**keywords)
+
+    def _fold_rows(
+        self, gathering: Gathering, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]
+    ) -> None:
+        """By whole rows: a piece of several, or all pieces of a long one."""
+        plan = gathering.current
+        assert plan is not None
+        grid, offset = grid_of(segment.tensor.spec.shape), at - segment.start
+        together = grid.per_row or (grid.pieces if len(segment.tensor.spec.shape) < 2 else 1)
+        for first in range(segment.first, segment.last, together):
+            pieces = range(first, min(first + together, segment.last))
+            start, stop = grid.span(pieces[0], pieces[-1] + 1)
+            block, _ = self._load(data, offset + start, offset + stop)
+            block = block.reshape(len(block), *self._rows(segment, stop - start))
+            keywords = self._keywords(known, [(segment, start, stop)], data, block, offset + start)
+            if not plan.stat.ordered:
+                flat = plan.stat.fold(gathering.seek, block, keywords)
+                gathering.add((segment.tensor.index, first), flat)
+                continue
+            terms = plan.stat.terms(block, keywords)
+            terms = terms.reshape(len(terms), -1)
+            for piece in pieces:
+                low, high = (edge - start for edge in grid.bounds(piece))
+                gathering.add((segment.tensor.index, piece), piece_sum(terms[:, low:high]))
 
     def sample(self, data: UnitData, at: int, n: int) -> Any:
         """A few thousand deltas `[m, s]` from n elements that begin at `at` of the unit's data, for a first guess."""
@@ -178,122 +250,128 @@ class Kernel:
         """`[m, n]` numpy: what the method would get for runs of elements, all of one length."""
         if compiled := self._compiled(data):
             block = self._block(data, 0, data.unit.numel)
-            return compiled[0].deltas(block, [start for start, _ in runs], runs[0][1] - runs[0][0])
-        return np.concatenate([self.device.to_numpy(self._load(data, a, b)[0]).copy() for a, b in runs], axis=1)
+            return compiled.deltas(block, [start for start, _ in runs], runs[0][1] - runs[0][0])
+        return np.concatenate([self._load(data, a, b)[0].copy() for a, b in runs], axis=1)
 
-    def gather(self, data: UnitData, segment: Segment, at: int, stats: Mapping[str, Any]) -> dict[str, Any]:
-        """All statistics of one tensor whose every element is in hand."""
-        active = [s for s in self.method.active_stats(self.group.params) if s.scope_for(self.group.params) == "tensor"]
-        known = dict(stats)
+    def gather(self, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]) -> Mapping[int, Any]:
+        """All statistics of one tensor whose every element is in hand, beside those known."""
+        active = self._of_tensors
         if not active:
             return known
+        found = dict(known)
         n = segment.stop - segment.start
-        if n <= SMALL and isinstance(active[0], Cutoff):
-            density = self.group.params[active[0].param]
-            known[active[0].name] = kth_magnitudes(self.deltas(data, [(at, at + n)]), density)
-            active = active[1:]
-        gathering = Gathering(active, self.group.params, len(segment.tensor.operands), n)
+        if n <= SMALL and self.method.scope is not Scope.ROW:
+            value = self._at_once(active[0], data, segment, at, found)
+            if value is not None:
+                found[active[0].index] = value
+                active = active[1:]
+        gathering = Gathering(active, n, self._names(found))
         while gathering.current is not None:
             if gathering.fresh:
                 gathering.suggest(self.sample(data, at, n))
-            self.fold_segment(gathering, data, segment, at, known)
+            self.fold_segment(gathering, data, segment, at, found)
             gathering.finish_pass()
-        return {**known, **gathering.results}
+        return {**found, **gathering.results}
+
+    def _at_once(self, plan: StatPlan, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]) -> Any:
+        """A statistic of a small tensor, where there is a short way."""
+        n = segment.stop - segment.start
+        if plan.stat.samples:  # of the deltas alone
+            return plan.stat.at_once(self.deltas(data, [(at, at + n)]), plan.params, {})
+        return None
 
     # output
 
-    def combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
-        """Fill `out` with the unit's output bytes. `stats` are those gathered beforehand."""
-        try:
-            self._combine(data, stats, out)
-        finally:
-            self.device.settle()
-
-    def _combine(self, data: UnitData, stats: Mapping[str, Any], out: memoryview[Any]) -> None:
+    def combine(self, data: UnitData, known: Mapping[int, Any], out: memoryview[Any]) -> None:
+        """Fill `out` with the unit's output bytes. known: values of statistics gathered beforehand."""
         with np.errstate(all="ignore"):
             if self.method.scope is not Scope.ELEMENT:
                 at = 0
                 for segment in data.unit.segments:
-                    known = self.gather(data, segment, at, stats) if segment.whole else stats
-                    self._combine_shaped(data, segment, at, known, out)
+                    own = self.gather(data, segment, at, known) if segment.whole else known
+                    self._combine_shaped(data, segment, at, own, out)
                     at += segment.stop - segment.start
                 return
-            compiled = self._compiled(data)
+            compiled = self._compiled(data) if self.method.form is not None else None
             dtype = data.unit.lead.spec.dtype
             # kernels work in tiles of their own; what bounds their blocks is the size of a mask
             step = 4 * self.chunk if compiled else self.chunk
-            if self.device.whole_units or (compiled and not self.method.random):
-                step = data.unit.numel
-            for segments, start, stop, known in self._runs(data, stats, step):
-                keywords = self._keywords(known, segments, data)
+            if compiled and not self.method.draws:
+                step = max(data.unit.numel, 1)
+            for places, start, stop, own in self._runs(data, known, step):
                 if compiled:
-                    kernels, form = compiled
+                    keywords = self._keywords(own, places, data)
                     raw = out[start * dtype.itemsize : stop * dtype.itemsize]
-                    kernels.combine(self._block(data, start, stop), form(**keywords), keywords.get("mask"), raw, dtype)
+                    compiled.combine(
+                        self._block(data, start, stop), self._form(keywords), keywords.get("mask"), raw, dtype
+                    )
                     continue
                 block, base = self._load(data, start, stop)
+                keywords = self._keywords(own, places, data, block, start)
                 self._store(data, self.method.function(block, **keywords), base, start, stop, out)
 
     def _runs(
-        self, data: UnitData, stats: Mapping[str, Any], step: int
-    ) -> Iterator[tuple[list[tuple[Segment, int, int]], int, int, Mapping[str, Any]]]:
-        """Runs of elements to compute at once: (segments in it, start, stop, statistics)."""
-        own_stats = any(s.scope_for(self.group.params) == "tensor" for s in self.method.active_stats(self.group.params))
-        if len(data.unit.segments) > 1 and not own_stats:
+        self, data: UnitData, known: Mapping[int, Any], step: int
+    ) -> Iterator[tuple[list[Place], int, int, Mapping[int, Any]]]:
+        """Runs of elements to compute at once: (places of them, start, stop, statistics)."""
+        if len(data.unit.segments) > 1 and not self._of_tensors:
             whole = [(s, s.start, s.stop) for s in data.unit.segments]
-            yield from self._small_runs(whole, stats, step)
+            yield from self._small_runs(whole, known, step)
             return
         at = 0
         for segment in data.unit.segments:
             n = segment.stop - segment.start
-            known = self.gather(data, segment, at, stats) if own_stats and segment.whole else stats
+            own = self.gather(data, segment, at, known) if segment.whole else known
             for start in range(0, n, step):
                 stop = min(start + step, n)
-                yield [(segment, segment.start + start, segment.start + stop)], at + start, at + stop, known
+                yield [(segment, segment.start + start, segment.start + stop)], at + start, at + stop, own
             at += n
 
     def _small_runs(
-        self, whole: list[tuple[Segment, int, int]], stats: Mapping[str, Any], step: int
-    ) -> Iterator[tuple[list[tuple[Segment, int, int]], int, int, Mapping[str, Any]]]:
+        self, whole: list[Place], known: Mapping[int, Any], step: int
+    ) -> Iterator[tuple[list[Place], int, int, Mapping[int, Any]]]:
         """Several small tensors at once, up to `step` elements."""
         at, first = 0, 0
-        run: list[tuple[Segment, int, int]] = []
+        run: list[Place] = []
         for item in whole:
             n = item[2] - item[1]
             if run and at + n - first > step:
-                yield run, first, at, stats
+                yield run, first, at, known
                 run, first = [], at
             run.append(item)
             at += n
         if run:
-            yield run, first, at, stats
+            yield run, first, at, known
 
     def _combine_shaped(
-        self, data: UnitData, segment: Segment, at: int, known: Mapping[str, Any], out: memoryview[Any]
+        self, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any], out: memoryview[Any]
     ) -> None:
-        """ROW: `[m, rows, row]`; TENSOR: `[m, *shape]`."""
+        """ROW: `[m, rows, row]`; TENSOR: `[m, *shape]`, on the device."""
         n = segment.stop - segment.start
-        shape = segment.tensor.spec.shape
-        if self.method.scope is Scope.ROW:
-            row = grid_of(shape).row if len(shape) > 1 else n
-            shape = (n // row if row else 0, row)
+        rows = self.method.scope is Scope.ROW
+        shape = self._rows(segment, n) if rows else segment.tensor.spec.shape
         block, base = self._load(data, at, at + n)
         block = block.reshape(len(block), *shape)
-        keywords = self._keywords(known, [(segment, segment.start, segment.stop)], data)
-        for stat in self.method.active_stats(self.group.params):
-            if isinstance(stat, Cutoff) and stat.scope_for(self.group.params) == "row":
-                keywords[stat.name] = _row_cutoffs(block, self.group.params[stat.param])
-        if "mask" in keywords:
-            keywords["mask"] = keywords["mask"].reshape(block.shape)
-        self._store(data, self.method.function(block, **keywords).reshape(-1), base, at, at + n, out)
+        keywords = self._keywords(known, [(segment, segment.start, segment.stop)], data, block, at)
+        if rows:
+            result = self.method.function(block, **keywords)
+        else:
+            arrays = {name for name in keywords if isinstance(keywords[name], np.ndarray)}
+            moved = {name: self.device.put(v) if name in arrays else v for name, v in keywords.items()}
+            result = self.device.get(self.method.function(self.device.put(block), **moved))
+        if result.shape != tuple(shape):
+            raise TypeError(f"method {self.method.name!r} returned {tuple(result.shape)}, expected {tuple(shape)}")
+        self._store(data, result.reshape(-1), base, at, at + n, out)
 
     def _store(self, data: UnitData, result: Any, base: Any, start: int, stop: int, out: memoryview[Any]) -> None:
-        if result.shape[-1] != stop - start:
-            raise TypeError(f"method {self.method.name!r} returned {tuple(result.shape)} for {stop - start} elements")
+        if result.shape != (stop - start,):
+            raise TypeError(
+                f"method {self.method.name!r} returned {tuple(result.shape)} for {stop - start} elements; expected [*block]"
+            )
         if base is not None:
-            result += base
+            result = np.add(result, base, out=result if result.flags.writeable and result.dtype == base.dtype else None)
         dtype = data.unit.lead.spec.dtype
-        self.device.store(result, dtype, out[start * dtype.itemsize : stop * dtype.itemsize])
+        encode_into(result, dtype, out[start * dtype.itemsize : stop * dtype.itemsize])
 
 
 def sample_runs(n: int, samples: int = 2**15, run: int = 1024) -> list[tuple[int, int]]:
@@ -302,18 +380,3 @@ def sample_runs(n: int, samples: int = 2**15, run: int = 1024) -> list[tuple[int
         return [(0, n)]
     count = max(min(samples // run, n // run), 1)
     return [(start, start + run) for start in ((n - run) * i // max(count - 1, 1) for i in range(count))]
-
-
-def _row_cutoffs(block: Any, density: Sequence[float]) -> Any:
-    """`[m, ..., n]` -> `[m, ..., 1]`: each row's k-th magnitude; nan where k is 0, 0 where everything is kept."""
-    size = magnitude(block)
-    n = size.shape[-1]
-    out = size[..., :1] * 0
-    for i, d in enumerate(density):
-        keep = kept_count(d, n)
-        if keep <= 0:
-            out[i] = float("nan")
-        elif keep < n:
-            ordered = np.sort(size[i], axis=-1) if is_numpy(size) else size[i].sort(dim=-1).values
-            out[i] = ordered[..., n - keep : n - keep + 1]
-    return out

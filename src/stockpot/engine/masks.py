@@ -51,6 +51,20 @@ class MaskStream:
             edge = np.flatnonzero(draws == int(whole))
             out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < np.uint64(rest)
 
+    def fill_each(self, key: int, probability: np.ndarray[Any, Any], start: int, out: np.ndarray[Any, Any]) -> None:
+        """The same with a probability for each element: where all are equal, the mask that `fill` draws."""
+        exact = np.asarray(probability, np.float64) * 256
+        whole = np.floor(exact)
+        draws = self._bytes(key, start, len(out))
+        np.less(draws, whole, out=out)
+        edge = np.flatnonzero(draws == whole)
+        rest = ((exact[edge] - whole[edge]) * 2.0**64).astype(np.uint64)
+        out[edge] = _hash(key, edge.astype(np.uint64) + np.uint64(start)) < rest
+
+    def words(self, key: int, start: int, n: int) -> Any:
+        """64-bit words start..start + n of the stream of this key."""
+        return self._bytes(key, 8 * start, 8 * n).view("<u8")
+
     def _bytes(self, key: int, start: int, n: int) -> Any:
         """Bytes start..start + n of the stream of this key."""
         counter, skip = divmod(start, _BYTES_PER_COUNTER)

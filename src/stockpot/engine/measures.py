@@ -63,12 +63,17 @@ def _tile(raw: Any, dtype: DType, start: int, stop: int) -> Measure:
 
 @dataclass
 class Sizes:
-    """Measures of whole tensors, put together from those of their parts: of the output, and of each input by its place."""
+    """Measures of whole tensors, put together from those of their parts: of the output, and of each input by its place.
+
+    models  how many of a tensor's inputs, the first ones, are models and not companions
+    """
 
     of: dict[str, list[Measure]] = field(default_factory=dict)
+    models: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, measures: Sequence[Measure]) -> None:
-        """measures: the output's, then those of the inputs."""
+    def add(self, name: str, measures: Sequence[Measure], models: int) -> None:
+        """measures: the output's, then those of the inputs, of which the first are `models`."""
+        self.models[name] = models
         known = self.of.get(name)
         self.of[name] = list(measures) if known is None else [a + b for a, b in zip(known, measures, strict=True)]
 
@@ -81,7 +86,7 @@ class Sizes:
         """The output's norm over the mean of the inputs'; None where these are zero or beyond float64."""
         if name not in self.of or len(self.of[name]) < 2:
             return None
-        out, *inputs = (math.sqrt(m.squares) for m in self.of[name])
+        out, *inputs = (math.sqrt(m.squares) for m in self.of[name][: 1 + self.models[name]])
         mean = sum(inputs) / len(inputs)
         return out / mean if mean > 0 and math.isfinite(mean) and math.isfinite(out) else None
 

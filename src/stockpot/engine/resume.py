@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from stockpot.engine.digests import piece_digest
 from stockpot.engine.journal import Record
-from stockpot.planning.grid import grid_of
+from stockpot.grid import grid_of
 from stockpot.planning.plan import Plan
 
 __all__ = ["sound_records"]

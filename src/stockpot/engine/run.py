@@ -19,7 +19,7 @@ import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
-from stockpot.engine.devices import Device
+from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digest_book import DigestBook, observer
 from stockpot.engine.digests import tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
@@ -36,7 +36,8 @@ from stockpot.engine.sink import ShardSink
 from stockpot.engine.transfer import Seen, read_unit, records, write_unit
 from stockpot.engine.units import Segment, Unit, aligned, most_of_a_unit
 from stockpot.errors import Interrupted, OutputError, ReadError
-from stockpot.planning.grid import grid_of
+from stockpot.grid import grid_of
+from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
 
 __all__ = ["Outcome", "Progress", "run_plan"]
@@ -90,7 +91,6 @@ class _Runner:
     def __init__(self, plan: Plan, partial: str, device: Device, asked_to_stop: threading.Event) -> None:
         self.asked_to_stop = asked_to_stop
         self.plan = plan
-        self.device = device
         self.outcome = Outcome(partial)
         self.pieces_done: dict[int, set[int]] = {}
         self.out_book = DigestBook()
@@ -98,9 +98,9 @@ class _Runner:
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
-        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan), device.memory)
+        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan), byte_buffer)
         budget = plan.budget
-        self.kernels = [Kernel(device, g, plan.seed, budget.chunk) for g in plan.groups]
+        self.kernels = [Kernel(device, g, plan.stats, plan.seed, budget.chunk) for g in plan.groups]
 
     # setting up and winding down
 
@@ -134,7 +134,8 @@ class _Runner:
             for record in sound_records(self.plan, partial, journal.records):
                 self._take_over(record)
             journal.begin(resumed=resumed)
-            with _one_blas_thread(any(m.checkpoint.parts for m in self.plan.inputs)):
+            whole = any(g.method.scope is Scope.TENSOR for g in self.plan.groups)
+            with _one_blas_thread(whole or any(m.checkpoint.parts for m in self.plan.inputs)):
                 self._work(sink, journal, progress)
             self._check_unchanged()
             finished = True
@@ -204,7 +205,7 @@ class _Runner:
             if self.plan.inputs[operand.model].checkpoint.spec(operand.name).shape != t.spec.shape:
                 continue  # cropped: only a part of that tensor was read
             self.in_book.add((operand.model, operand.name), pieces, record.first, digests)
-        self.outcome.sizes.add(t.name, record.measures)
+        self.outcome.sizes.add(t.name, record.measures, t.weighed)
         if record.warning and record.warning not in self.outcome.warnings:
             self.outcome.warnings.append(record.warning)
 
@@ -244,18 +245,17 @@ class _Runner:
     def _worker(self, scheduler: Scheduler, sink: ShardSink, journal: Journal) -> None:
         slot: dict[Any, Any] = {}
         try:
-            with self.device.working():
-                while True:
-                    work, hints = scheduler.next()
-                    for unit in hints:
-                        self._advise(unit)
-                    if work is None:
-                        return
-                    self._do(work, slot, sink, journal)
-                    kept = work.let_go()
-                    if kept is not None:
-                        self.pool.give(kept.place)
-                    scheduler.finished(work)
+            while True:
+                work, hints = scheduler.next()
+                for unit in hints:
+                    self._advise(unit)
+                if work is None:
+                    return
+                self._do(work, slot, sink, journal)
+                kept = work.let_go()
+                if kept is not None:
+                    self.pool.give(kept.place)
+                scheduler.finished(work)
         except BaseException as e:
             self.errors.append(e)
             scheduler.stop()
@@ -286,7 +286,7 @@ class _Runner:
         """A reused buffer of this thread."""
         held: memoryview[Any] | None = slot.get(key)
         if held is None or len(held) < size:
-            slot[key] = held = self.device.memory(max(size, 1))
+            slot[key] = held = byte_buffer(max(size, 1))
         return held[:size]
 
     def _take(self, work: Work, slot: dict[Any, Any]) -> _Taken:

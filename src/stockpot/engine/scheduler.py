@@ -8,25 +8,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.engine.gathering import Gathering
+from stockpot.engine.gathering import Gathering, WideValues
 from stockpot.engine.units import Unit, units_of, work_lists
-from stockpot.methods.statistics import Statistic
-from stockpot.planning.plan import Action, Plan, TensorPlan
+from stockpot.planning.plan import Action, Plan, StatPlan, TensorPlan
 
 __all__ = ["Job", "Scheduler", "Work"]
+
+
+@dataclass(frozen=True)
+class WideJob:
+    """A statistic to be gathered over the tensors of one span."""
+
+    stat: StatPlan
+    number: int
+    span: tuple[int, ...]
 
 
 @dataclass(eq=False)
 class Job:
     """Statistics being gathered over some tensors. When they are known, `then` units become ready with them.
 
+    wide  the span that they are of, if they span tensors
     held  what is kept of the units' data until `then`, by first piece; None where nothing may be
     """
 
     gathering: Gathering
     units: list[Unit]
-    stats: Mapping[str, Any]
+    stats: Mapping[int, Any]
     then: list[Unit]
+    wide: WideJob | None = None
     left: int = 0
     sampling: bool = False
     held: dict[int, Any] | None = None
@@ -43,7 +53,7 @@ class Work:
 
     unit: Unit
     job: Job | None
-    stats: Mapping[str, Any] = field(default_factory=dict)
+    stats: Mapping[int, Any] = field(default_factory=dict)
     held: dict[int, Any] | None = None
 
     def kept(self) -> Any:
@@ -74,37 +84,32 @@ class Scheduler:
         self._read_ahead = read_ahead
         self._active = 0
         self._stopped = False
-        self._model_stats: dict[str, dict[str, Any]] = {}
+        self._values = WideValues(plan.groups, plan.stats)
         self._wide = self._wide_jobs()
-        self._wide_running = False
+        self._wide_running = 0
         self._items = self._combine_items()
         self._exhausted = False
 
     # what there is to do
 
-    def _stats(self, tensor: TensorPlan, over: str) -> list[Statistic]:
-        if tensor.action is not Action.MERGE:
+    def _own_stats(self, t: TensorPlan) -> list[StatPlan]:
+        """The statistics of which this tensor has values of its own."""
+        if t.action is not Action.MERGE:
             return []
-        group = self.plan.groups[tensor.group]
-        return [s for s in group.method.active_stats(group.params) if s.scope_for(group.params) == over]
+        return [self.plan.stats[i] for i in self.plan.groups[t.group].stats if self.plan.stats[i].extent == "tensor"]
 
-    def _wide_jobs(self) -> deque[tuple[str, Job]]:
-        """One job for each method with statistics over the whole model."""
-        found: dict[str, list[TensorPlan]] = {}
-        for t in self.plan.tensors:
-            if self._stats(t, "model"):
-                found.setdefault(self.plan.groups[t.group].method.name, []).append(t)
-        jobs: deque[tuple[str, Job]] = deque()
-        for name, tensors in found.items():
-            if all(not units_of(self.plan, t, self.done) for t in tensors):
-                continue
-            group = self.plan.groups[tensors[0].group]
-            count = sum(t.spec.numel for t in tensors)
-            gathering = Gathering(self._stats(tensors[0], "model"), group.params, len(tensors[0].operands), count)
-            chosen = {t.index for t in tensors}
-            units = [u for u in self._units(None) if u.lead.index in chosen]
-            jobs.append((name, Job(gathering, units, {}, [])))
-        return jobs
+    def _wide_jobs(self) -> deque[list[WideJob]]:
+        """The statistics that span tensors, one after the other: a job for each span."""
+        out: deque[list[WideJob]] = deque()
+        for stat in self.plan.stats:
+            spans = [
+                (n, span)
+                for n, span in enumerate(stat.spans)
+                if any(units_of(self.plan, self.plan.tensors[t], self.done) for t in span)
+            ]
+            if spans:
+                out.append([WideJob(stat, n, span) for n, span in spans])
+        return out
 
     def _units(self, done: Callable[[int], set[int]] | None) -> Iterator[Unit]:
         for tensors in work_lists(self.plan):
@@ -128,19 +133,20 @@ class Scheduler:
             left = units_of(self.plan, t, self.done)
             if not left:
                 continue
-            stats = self._stats(t, "tensor")
+            stats = self._own_stats(t)
+            known = self._known(t)
             if stats and not left[0].segments[0].whole:
-                group = self.plan.groups[t.group]
-                gathering = Gathering(stats, group.params, len(t.operands), t.spec.numel)
-                yield Job(gathering, units_of(self.plan, t), self._known(t), left)
+                gathering = Gathering(stats, t.spec.numel, self._names(known))
+                yield Job(gathering, units_of(self.plan, t), known, left)
             else:
                 for unit in left:
-                    yield Work(unit, None, self._known(t))
+                    yield Work(unit, None, known)
 
-    def _known(self, t: TensorPlan) -> Mapping[str, Any]:
-        if t.action is not Action.MERGE:
-            return {}
-        return self._model_stats.get(self.plan.groups[t.group].method.name, {})
+    def _known(self, t: TensorPlan) -> Mapping[int, Any]:
+        return self._values.of(t.index, t.group)
+
+    def _names(self, known: Mapping[int, Any]) -> dict[str, Any]:
+        return {self.plan.stats[i].stat.name: value for i, value in known.items()}
 
     # handing it out
 
@@ -179,26 +185,43 @@ class Scheduler:
         return hints
 
     def _start_wide(self) -> None:
-        if self._wide and not self._wide_running:
-            self._wide_running = True
-            self._start(self._wide[0][1])
+        """Begin on the next statistic that spans tensors, all its spans at once, when the one before is known."""
+        while self._wide and not self._wide_running:
+            jobs = self._wide.popleft()
+            self._wide_running = len(jobs)
+            by_tensor = {t: job for job in jobs for t in job.span}
+            units: dict[int, list[Unit]] = {job.number: [] for job in jobs}
+            for unit in self._units(None):
+                job = by_tensor.get(unit.lead.index)
+                if job is not None:
+                    units[job.number].append(unit)
+            for job in jobs:
+                first = self.plan.tensors[job.span[0]]
+                count = sum(self.plan.tensors[t].spec.numel for t in job.span)
+                gathering = Gathering([job.stat], count, self._names(self._known(first)))
+                self._start(Job(gathering, units[job.number], {}, [], job))
 
     def _start(self, job: Job) -> None:
         """Queue a job's next pass: a sample first where a cutoff wants one, then all its units."""
         if job.gathering.current is None:
             self._finish(job)
             return
+        if not job.units:  # nothing to fold: tensors without elements
+            job.gathering.fresh = False
+            job.gathering.finish_pass()
+            self._start(job)
+            return
         job.sampling = job.gathering.fresh
         units = job.units[:1] if job.sampling else job.units
         job.left = len(units)
-        self._ready.extend(Work(u, job, job.stats, job.held) for u in units)
+        own = (job.stats if job.wide is None else self._known(u.lead) for u in units)
+        self._ready.extend(Work(u, job, known, job.held) for u, known in zip(units, own, strict=True))
         self._condition.notify_all()
 
     def _finish(self, job: Job) -> None:
-        if self._wide and self._wide[0][1] is job:
-            name, _ = self._wide.popleft()
-            self._model_stats[name] = dict(job.gathering.results)
-            self._wide_running = False
+        if job.wide is not None:
+            self._values.put(job.wide.stat.index, job.wide.number, job.gathering.results[job.wide.stat.index])
+            self._wide_running -= 1
             self._start_wide()
         stats = {**job.stats, **job.gathering.results}
         self._ready.extendleft(Work(u, None, stats, job.held) for u in reversed(job.then))

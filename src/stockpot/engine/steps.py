@@ -89,7 +89,8 @@ class _Streamed:
     def __post_init__(self) -> None:
         self._sources = [m.checkpoint for m in self.plan.inputs]
         self._tensors = {t.name: t for t in self.plan.tensors}
-        self._kernels = [Kernel(self.device, g, self.plan.seed, self.plan.budget.chunk) for g in self.plan.groups]
+        of_plan = self.plan.stats, self.plan.seed, self.plan.budget.chunk
+        self._kernels = [Kernel(self.device, g, *of_plan) for g in self.plan.groups]
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         t = self._tensors[name]

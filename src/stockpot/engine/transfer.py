@@ -18,7 +18,7 @@ from stockpot.engine.measures import Measure, measure
 from stockpot.engine.native import Stream, load_kernels
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import Unit
-from stockpot.planning.grid import grid_of
+from stockpot.grid import grid_of
 from stockpot.planning.plan import ModelInput
 from stockpot.specs import DType
 

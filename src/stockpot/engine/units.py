@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from stockpot.grid import PIECE, SMALL, grid_of
 from stockpot.methods.declaration import Scope
-from stockpot.planning.grid import PIECE, SMALL, grid_of
 from stockpot.planning.plan import Action, Plan, TensorPlan
 
 __all__ = ["Segment", "Unit", "aligned", "cut_pieces", "most_of_a_unit", "units_of", "work_lists"]
@@ -95,6 +95,7 @@ def _batch_key(plan: Plan, t: TensorPlan) -> Any:
         t.shard,
         t.spec.dtype,
         tuple((o.model, o.position, plan.inputs[o.model].checkpoint.spec(o.name).dtype) for o in t.inputs),
+        tuple(of[t.index] for of in plan.span_of.values() if t.index in of),
     )
 
 

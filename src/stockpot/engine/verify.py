@@ -12,7 +12,7 @@ from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import byte_buffer
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
-from stockpot.planning.grid import grid_of
+from stockpot.grid import grid_of
 
 __all__ = ["checkpoint_digests", "compare", "side_digest", "stored_digest"]
 

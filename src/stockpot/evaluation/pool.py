@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from stockpot.doctor import memory
 from stockpot.errors import EvaluationError, OutputError
 from stockpot.evaluation.parts import PartInfo
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
-from stockpot.planning.planner import available_threads
+from stockpot.machine import available_threads, memory
 from stockpot.specs import format_size
 
 __all__ = ["Pool", "Recorder", "Task", "as_it_is", "memory_for_snapshots", "score_all"]

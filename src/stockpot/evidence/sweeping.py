@@ -14,6 +14,7 @@ from stockpot.evaluation.suite import Suite
 from stockpot.evidence.pages import BEST, published_lineage, write_report
 from stockpot.evidence.release import lineage_of, release_check
 from stockpot.evidence.scoring import SuiteLike, opened_suite
+from stockpot.planning.inputs import located
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import Run, open_run
 from stockpot.search import SweepOptions, SweepResult
@@ -82,39 +83,11 @@ def sweep(
 
 def _plain_recipe(recipe: Any) -> dict[str, Any]:
     """A recipe as a mapping whose paths no longer depend on where its file lies."""
-    import yaml
-
     parsed = load_recipe(recipe)
     if parsed.steps:
         raise ArgumentError("recipe: several steps can't be swept; merge the earlier ones first")
     plan(parsed)  # every mistake in it, before the grid
-    found: dict[str, Any] = yaml.safe_load(parsed.text)
-    beside = os.path.dirname(os.path.abspath(parsed.origin)) if os.path.isfile(parsed.origin) else None
-
-    def place(ref: Any) -> Any:
-        if isinstance(ref, dict):
-            return {k: place(v) if k in ("model", "path") else v for k, v in ref.items()}
-        starts = [start for start in (os.getcwd(), beside) if start is not None]
-        there = [p for p in (os.path.join(s, str(ref)) for s in starts) if os.path.exists(p)]
-        return os.path.realpath(there[0]) if there else ref
-
-    def put(owner: Any, *keys: str) -> None:
-        for key in keys:
-            if isinstance(owner, dict) and owner.get(key) is not None:
-                owner[key] = place(owner[key])
-
-    def entries(listed: list[Any]) -> list[Any]:
-        """Models of a list: mappings with a `model`, or the references themselves."""
-        return [{**e, "model": place(e["model"])} if isinstance(e, dict) and "model" in e else place(e) for e in listed]
-
-    put(found, "base_model")
-    put(found.get("run"), "path", "metrics")
-    put(found.get("adapter"), "base")
-    if found.get("models"):
-        found["models"] = entries(found["models"])
-    for part in found.get("slices") or ():
-        part["sources"] = entries(part["sources"])
-    return found
+    return located(parsed)
 
 
 def _publish_winner(
@@ -128,7 +101,7 @@ def _publish_winner(
         return target
     if os.path.isdir(target) and os.listdir(target) and not lineage_of(target):
         raise OutputError(
-            f"{target}: is none of stockpot's, so the winner is not put in its place; move it, or choose another OUT"
+            f"{target}: was not written by stockpot, so it is not replaced; move it away, or choose another OUT"
         )
     check = release_check(suite, force=force, told=told) if suite.gates else None
     merge_planned(planned, target, Options(), overwrite=True, release=check)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
 from stockpot.methods.averaging import check_weights, normalised
-from stockpot.methods.declaration import Space, method
+from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Flag, Named, PerModel, Real
 
@@ -22,7 +22,20 @@ def _form(weight: tuple[float, ...], scale: float, normalize: bool) -> Form:
     return Form(scaled(weight, scale, normalize))
 
 
-@method(space=Space.DELTA, models=(1, None), cite="arXiv:2212.04089", check=check_weights, form=_form)
+@method(
+    space=Space.DELTA,
+    models=(1, None),
+    cite="arXiv:2212.04089",
+    check=check_weights,
+    form=_form,
+    neutral={},
+    examples=(
+        Example([[2.5], [1.5]], [2.1], base=[2], parameters={"weight": [0.6, 0.4]}, within=1e-6),
+        Example([[2.5]], [1.5], base=[2], parameters={"weight": -1}, source="forgetting"),
+        Example([[1, 5], [2, 3], [7, 7]], [8, 5], base=[1, 1], parameters={"weight": [-1, 1, 1]}, source="analogy"),
+        Example([[3], [5]], [8], base=[1], parameters={"weight": [1, 3], "normalize": True, "lambda": 2}),
+    ),
+)
 def task_arithmetic(
     delta: Any,
     *,

@@ -1,7 +1,7 @@
-"""The few array operations that methods share, for numpy arrays and torch tensors alike.
+"""The few array operations that elementwise methods share, on numpy arrays.
 
 Everything is built from single IEEE operations (no fused multiply-add, no library reductions), so that a block gives
-the same bytes whatever its size, on every machine and, for these operations, on a GPU.
+the same bytes whatever its size, on every machine. Whole-matrix methods use `methods.backends` besides.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["add_rows", "column", "count_rows", "is_numpy", "keep_where", "magnitude", "weighted_sum"]
+from stockpot.statistics import magnitude32 as magnitude
 
-
-def is_numpy(x: Any) -> bool:
-    """Whether x is a numpy array (else it is a torch tensor)."""
-    return type(x).__module__.partition(".")[0] == "numpy"
+__all__ = ["add_rows", "column", "count_rows", "keep_where", "magnitude", "weighted_sum", "weighted_sum_64"]
 
 
 def add_rows(x: Any) -> Any:
@@ -37,24 +34,21 @@ def weighted_sum(x: Any, weight: Sequence[float]) -> Any:
     return total
 
 
+def weighted_sum_64(x: Any, weight: Sequence[float]) -> Any:
+    """The same in float64, whatever the dtype of x."""
+    import numpy as np
+
+    total = x[0].astype(np.float64) * weight[0]
+    for row, w in zip(x[1:], weight[1:], strict=True):
+        total += row.astype(np.float64) * w
+    return total
+
+
 def column(values: Sequence[float], like: Any) -> Any:
     """`[m]` -> an array `[m, 1, ...]` that broadcasts over the block `like [m, ...]`, in its dtype."""
-    shape = (len(values),) + (1,) * (like.ndim - 1)
-    if is_numpy(like):
-        import numpy as np
+    import numpy as np
 
-        return np.array(values, dtype=like.dtype).reshape(shape)
-    return like.new_tensor(list(values)).reshape(shape)
-
-
-def magnitude(x: Any) -> Any:
-    """|x| in float32: what cutoffs are compared with."""
-    a = abs(x)
-    if is_numpy(a):
-        import numpy as np
-
-        return a if a.dtype == np.float32 else a.astype(np.float32)
-    return a.float()
+    return np.array(values, dtype=like.dtype).reshape((len(values),) + (1,) * (like.ndim - 1))
 
 
 def keep_where(x: Any, mask: Any) -> Any:
@@ -62,21 +56,17 @@ def keep_where(x: Any, mask: Any) -> Any:
 
     numpy's own `where` and `copyto` take ten times as long on a random mask, which no branch predictor can follow.
     """
-    if is_numpy(x):
-        import numpy as np
+    import numpy as np
 
-        bits = np.uint32 if x.dtype == np.float32 else np.uint64
-        kept = mask.astype(bits)
-        np.multiply(kept, x.view(bits), out=kept)
-        return kept.view(x.dtype)
-    return x.masked_fill(~mask, 0)
+    bits = np.uint32 if x.dtype == np.float32 else np.uint64
+    kept = mask.astype(bits)
+    np.multiply(kept, x.view(bits), out=kept)
+    return kept.view(x.dtype)
 
 
 def count_rows(mask: Any, like: Any) -> Any:
     """`[m, ...]` booleans -> how many are True down the first axis, in the dtype of `like`."""
-    if is_numpy(mask):
-        import numpy as np
+    import numpy as np
 
-        dtype = np.int8 if len(mask) < 128 else np.int64
-        return np.add.reduce(mask.view(np.int8), axis=0, dtype=dtype).astype(like.dtype)
-    return mask.sum(0).to(like.dtype)
+    dtype = np.int8 if len(mask) < 128 else np.int64
+    return np.add.reduce(mask.view(np.int8), axis=0, dtype=dtype).astype(like.dtype)

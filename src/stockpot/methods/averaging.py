@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
-from stockpot.methods.declaration import Space, method
+from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Flag, PerModel, Real
 
@@ -36,7 +36,19 @@ def _form(weight: tuple[float, ...], normalize: bool) -> Form:
     return Form(normalised(weight) if normalize else weight)
 
 
-@method(space=Space.WEIGHT, models=(1, None), cite="arXiv:2203.05482", check=check_weights, form=_form)
+@method(
+    space=Space.WEIGHT,
+    models=(1, None),
+    average=True,
+    neutral={},
+    cite="arXiv:2203.05482",
+    check=check_weights,
+    form=_form,
+    examples=(
+        Example([[1, -2], [4, 1]], [3, 0], parameters={"weight": [1, 2]}),
+        Example([[1, -2], [4, 1]], [9, 0], parameters={"weight": [1, 2], "normalize": False}),
+    ),
+)
 def linear(
     models: Any,
     *,
@@ -52,7 +64,15 @@ def linear(
     return weighted_sum(models, normalised(weight) if normalize else weight)
 
 
-@method(space=Space.WEIGHT, models=(1, 1), cite="", form=lambda scale: Form(scale))
+@method(
+    space=Space.WEIGHT,
+    models=(1, 1),
+    base_role="copied",
+    neutral={},
+    copies=lambda params: params["scale"] == (1.0,),
+    form=lambda scale: Form(scale),
+    examples=(Example([[3, -1]], [1.5, -0.5], parameters={"scale": 0.5}),),
+)
 def passthrough(models: Any, *, scale: Annotated[PerModel, Real()] = 1.0) -> Any:
     """Copy one model's tensors, unchanged or times `scale`: for stacking layers with `slices`.
 

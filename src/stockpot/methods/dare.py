@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from stockpot.methods.arithmetic import scaled
 from stockpot.methods.arrays import column, keep_where, weighted_sum
 from stockpot.methods.averaging import check_weights
-from stockpot.methods.declaration import Space, method
+from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Election, Form
 from stockpot.methods.parameters import Choice, Flag, Named, PerModel, Real
-from stockpot.methods.statistics import Mask, Total
 from stockpot.methods.ties import disjoint_merge, norm_ratio, stack_rows
+from stockpot.statistics import L1Norms, Mask
 
 __all__ = ["dare_linear", "dare_ties"]
 
@@ -28,7 +28,13 @@ def _l1(params: Any) -> bool:
     return bool(params["rescale"]) and params["dialect"] == "mergekit"
 
 
-NORMS = (Total("norms", of=_masked_norms, when=_l1, kernel="norms"),)
+NORMS = (L1Norms("norms", of=_masked_norms, when=_l1),)
+SAY = {
+    "paper": "what is kept is divided by the density",
+    "mergekit": "what is kept is scaled back to the L1 norm that the delta had, tensor by tensor",
+}
+#: nothing is dropped, so that the result is known
+WHOLE = {"density": 1.0, "weight": [0.5, 2.0]}
 
 
 def drop_and_rescale(delta: Any, mask: Any, density: Sequence[float], rescale: bool, norms: Any) -> Any:
@@ -70,10 +76,13 @@ def _election(normalize: bool) -> Election:
     space=Space.DELTA,
     models=(1, None),
     stats=NORMS,
-    random=Mask("density"),
+    draws=(Mask("density"),),
     cite="arXiv:2311.03099",
     check=check_weights,
     form=_linear_form,
+    dialects=SAY,
+    neutral={"density": 1.0},
+    examples=(Example([[2, 0], [1, 3]], [1.5, 6], base=[1, 0], parameters=WHOLE | {"normalize": False}),),
 )
 def dare_linear(
     delta: Any,
@@ -107,9 +116,12 @@ def dare_linear(
     space=Space.DELTA,
     models=(1, None),
     stats=NORMS,
-    random=Mask("density"),
+    draws=(Mask("density"),),
     cite="arXiv:2311.03099",
     form=_ties_form,
+    dialects=SAY,
+    neutral={"density": 1.0},
+    examples=(Example([[2, -1], [2, 3]], [3.5, 6], base=[1, 0], parameters=WHOLE),),
 )
 def dare_ties(
     delta: Any,

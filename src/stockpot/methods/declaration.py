@@ -1,35 +1,40 @@
 """`@method`: a pure function on blocks, declared once.
 
-The signature is the only declaration. Recipe validation, `stockpot methods`, the docs table, the plan and the engine all
-derive from it. A method is one of six families, told apart by what it declares:
+The signature is the only declaration. Recipe validation, `stockpot methods`, the docs, the plan and the engine all derive from
+it, and nothing outside asks for a method by name. A declaration that can't be kept is refused when it is made. A method says,
+beside its parameters,
 
-- nothing more: a weighted sum (linear, task arithmetic);
-- `stats=(Total(gram),)`: weights computed from a few sums (the SLERP family);
-- `stats=(Cutoff(...),)`: trimmed by a magnitude that is known only after a first pass (TIES);
-- `random=Mask(...)`: keyed random masks (DARE); `scope=Scope.ROW` for ranks inside a row (DELLA);
-- `companions=("fisher",)`: a second checkpoint of the same names beside each model (Fisher averaging);
-- `scope=Scope.TENSOR`: the whole matrix at once (subspace methods).
+- `space`: whether it sees weights or deltas; `scope`: single elements, rows, or whole tensors at once;
+- `stats`: what it must know of more than the block in hand (see stockpot.statistics), and `draws`: its random numbers;
+- `companions`: checkpoints of the same names beside each model (a Fisher diagonal);
+- `applies` and `otherwise`: the kinds of tensors it is for, and what happens to the rest; `cost`: the memory of a whole-tensor
+  method, which the plan keeps within its limit;
+- `base_role`, `average`, `copies`, `ordered`, `reproducible`, `experimental`: see Method.
 """
 
 from __future__ import annotations
 
 import enum
+import importlib
 import inspect
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from stockpot.errors import RecipeError, nearest
+from stockpot.methods.checking import check_declaration, declared_parameters
 from stockpot.methods.forms import Form
-from stockpot.methods.parameters import REQUIRED, Choice, Flag, Named, Parameter, PerModel, Real
-from stockpot.methods.statistics import Cutoff, Mask, Statistic
+from stockpot.methods.parameters import Choice, Parameter
+from stockpot.specs import Shape
+from stockpot.statistics import Draw, Statistic
 
-__all__ = ["Method", "Scope", "Space", "get_method", "method", "methods"]
+__all__ = [
+    "ROLES", "BaseRole", "Companion", "Cost", "Example", "Method", "Scope", "Space", "get_method", "method", "methods",
+]  # fmt: skip
 
 
 class Scope(enum.Enum):
-    """How much of a tensor the function must see at once."""
+    """How much of a tensor the function must see at once: `[m, n]` elements, `[m, rows, n]` rows, `[m, *shape]`."""
 
     ELEMENT = "element"
     ROW = "row"
@@ -43,6 +48,52 @@ class Space(enum.Enum):
     DELTA = "delta"
 
 
+#: kinds of tensors: two-dimensional ones, convolution kernels, tables with a row for each token (heads too), one-dimensional
+#: ones and scalars (norms, biases), and matrices stacked along a first axis (packed experts)
+ROLES = ("matrix", "convolution", "embedding", "vector", "stack")
+
+#: what becomes of the base model: it is subtracted (DELTA); one of the models where the recipe lists it ("listed"); the first
+#: of the models, listed or not ("first"); what a rule with this method copies ("copied")
+BaseRole = Literal["subtracted", "listed", "first", "copied"]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A checkpoint of the same names and shapes beside each model. name: in recipes and of the keyword, `[m, *block]`."""
+
+    name: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole-tensor method takes beside the inputs it is given and the result.
+
+    scratch  (models, shape, bytes of a number) -> bytes
+    work     (models, shape) -> floating point operations, for the plan to show; None: not worth showing
+    """
+
+    scratch: Callable[[int, Shape, int], int]
+    work: Callable[[int, Shape], float] | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A merge with a known result, by hand or from a paper: in the docs, and checked by `stockpot.testing`.
+
+    models, base, companions, expected are nested lists of numbers, of one shape
+    within  largest difference from what is expected
+    """
+
+    models: Any
+    expected: Any
+    base: Any = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    companions: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    within: float = 1e-6
+
+
 @dataclass(frozen=True)
 class Method:
     """A declared merge method. Calling it merges plain dicts of tensors; `function` is the mathematics on blocks.
@@ -50,6 +101,15 @@ class Method:
     models        fewest and most models (None: any number); the base does not count in DELTA space
     check         what is wrong with a combination of parameters, or None
     form          the function's keywords -> the Form that does the same, for compiled kernels; or None
+    applies       the roles of tensors that it is for; None: all
+    otherwise     what the other tensors get: "mean" of the models, "base", or another method's name
+    reproducible  "anywhere": the same bytes on every machine; "machine": on machines with the same linear algebra library
+    average       whether it is the sum of weight_i model_i: what a run's weights are for
+    copies        whether with these parameters it copies its one model
+    ordered       whether the order of the models matters beyond rounding
+    experimental  rebuilt from a description, or not settled: the plan says so
+    dialects_say  for each dialect what it does differently
+    neutral       the parameters, beside the defaults, with which one model merges to itself; None: there are none
     """
 
     name: str
@@ -58,17 +118,37 @@ class Method:
     space: Space
     models: tuple[int, int | None]
     stats: tuple[Statistic, ...]
-    random: Mask | None
-    companions: tuple[str, ...]
+    draws: tuple[Draw, ...]
+    companions: tuple[Companion, ...]
     cite: str
     parameters: dict[str, Parameter]
     check: Callable[[Mapping[str, Any]], str | None] | None = None
     form: Callable[..., Form] | None = None
+    applies: tuple[str, ...] | None = None
+    otherwise: str | None = None
+    cost: Cost | None = None
+    reproducible: Literal["anywhere", "machine"] = "anywhere"
+    base_role: BaseRole = "listed"
+    average: bool = False
+    copies: Callable[[Mapping[str, Any]], bool] | None = None
+    ordered: bool = False
+    experimental: bool = False
+    dialects_say: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    neutral: Mapping[str, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.function.__module__, self.name)
 
     @property
     def summary(self) -> str:
         """First line of the docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def builtin(self) -> bool:
+        """Whether it comes with stockpot."""
+        return self.function.__module__.startswith("stockpot.")
 
     @property
     def dialects(self) -> tuple[str, ...]:
@@ -79,6 +159,11 @@ class Method:
         rest = tuple(d for d in dialect.kind.options if d != dialect.default)
         return (dialect.default, *rest)
 
+    @property
+    def streams(self) -> bool:
+        """Whether, without statistics, any run of elements can be merged by itself."""
+        return self.scope is Scope.ELEMENT
+
     def active_stats(self, params: Mapping[str, Any]) -> tuple[Statistic, ...]:
         """The statistics that these parameters make necessary."""
         return tuple(s for s in self.stats if s.needed(params))
@@ -86,7 +171,8 @@ class Method:
     def __call__(self, models: Any, *, base: Any = None, seed: int = 0, **parameters: Any) -> Any:
         """Merge state dicts in memory. models: list of {name: tensor}; base: {name: tensor} or None.
 
-        Per-model parameters take one value or a list of one value per model. Returns {name: tensor} of the type given.
+        Per-model parameters take one value or a list of one value per model; companions a list of one state dict per model.
+        Returns {name: tensor} of the type given.
         """
         from stockpot.engine.inmemory import merge_dicts
 
@@ -94,6 +180,7 @@ class Method:
 
 
 _REGISTRY: dict[str, Method] = {}
+_loaded: list[str] = []
 
 
 def method(
@@ -102,64 +189,95 @@ def method(
     space: Space,
     models: tuple[int, int | None] = (1, None),
     stats: tuple[Statistic, ...] = (),
-    random: Mask | None = None,
-    companions: tuple[str, ...] = (),
+    draws: tuple[Draw, ...] = (),
+    companions: tuple[Companion, ...] = (),
     cite: str = "",
     check: Callable[[Mapping[str, Any]], str | None] | None = None,
     form: Callable[..., Form] | None = None,
+    applies: tuple[str, ...] | None = None,
+    otherwise: str | None = None,
+    cost: Cost | None = None,
+    reproducible: Literal["anywhere", "machine"] = "anywhere",
+    base_role: BaseRole | None = None,
+    average: bool = False,
+    copies: Callable[[Mapping[str, Any]], bool] | None = None,
+    ordered: bool = False,
+    experimental: bool = False,
+    dialects: Mapping[str, str] | None = None,
+    examples: tuple[Example, ...] = (),
+    neutral: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
-    """Declare and register a merge method; see the module's docstring and `docs/methods.md`.
+    """Declare and register a merge method; see the module's docstring and `docs/extending.md`.
 
     The function takes the block first (`[m, *block]`), then keyword-only arguments: parameters annotated
-    `Annotated[..., Real(...)]`, and by name what it declares (each statistic, `mask`, companions).
+    `Annotated[..., Real(...)]`, and by name what it declares (each statistic, draw and companion). Raises TypeError for what it
+    could not do.
     """
 
     def declare(function: Callable[..., Any]) -> Method:
-        name = function.__name__
-        parameters = _parameters(function)
-        provided = {s.name for s in stats} | set(companions) | ({"mask"} if random else set())
-        asked = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        unknown = asked - {p.keyword for p in parameters.values()} - provided
-        if unknown or provided - asked:
-            raise TypeError(f"method {name!r}: declared {sorted(provided - asked)}, undeclared {sorted(unknown)}")
-        for s in stats:
-            if isinstance(s, Cutoff) and s.param not in parameters:
-                raise TypeError(f"method {name!r}: Cutoff refers to {s.param!r}, which is no parameter")
-        if name in _REGISTRY:
-            raise TypeError(f"a method named {name!r} exists already: {_REGISTRY[name].function.__module__}")
-        made = Method(name, function, scope, space, models, stats, random, companions, cite, parameters, check, form)
-        _REGISTRY[name] = made
+        made = Method(
+            name=function.__name__,
+            function=function,
+            scope=scope,
+            space=space,
+            models=models,
+            stats=stats,
+            draws=draws,
+            companions=companions,
+            cite=cite,
+            parameters=declared_parameters(function),
+            check=check,
+            form=form,
+            applies=applies,
+            otherwise=otherwise,
+            cost=cost,
+            reproducible=reproducible,
+            base_role=base_role or ("subtracted" if space is Space.DELTA else "listed"),
+            average=average,
+            copies=copies,
+            ordered=ordered or bool(draws),
+            experimental=experimental,
+            dialects_say=dict(dialects or {}),
+            examples=examples,
+            neutral=neutral,
+        )
+        check_declaration(made, ROLES)
+        if made.name in _REGISTRY:
+            raise TypeError(f"a method named {made.name!r} exists already: {_REGISTRY[made.name].function.__module__}")
+        _REGISTRY[made.name] = made
         return made
 
     return declare
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    out = {}
-    for p in inspect.signature(function).parameters.values():
-        annotation = p.annotation
-        if p.kind is p.KEYWORD_ONLY and isinstance(annotation, str) and "Annotated" in annotation:
-            try:
-                annotation = eval(annotation, function.__globals__)
-            except NameError as e:
-                raise TypeError(f"method {function.__name__!r}: annotation of {p.name!r}: {e} at module level") from e
-        if p.kind is not p.KEYWORD_ONLY or typing.get_origin(annotation) is not typing.Annotated:
-            continue
-        first, *notes = typing.get_args(annotation)
-        name = next((n.name for n in notes if isinstance(n, Named)), p.name)
-        kind = next(n for n in notes if isinstance(n, (Real, Flag, Choice)))
-        default = REQUIRED if p.default is p.empty else p.default
-        out[name] = Parameter(name, p.name, kind, first is PerModel, default)
-    return out
+def _restored(module: str, name: str) -> Method:
+    """A pickled method: its module declares it where it is read."""
+    if name not in _REGISTRY:
+        importlib.import_module(module)
+    return _REGISTRY[name]
+
+
+def _load_installed() -> None:
+    """Methods of other packages, which name their modules as entry points of the group `stockpot.methods`."""
+    if _loaded:
+        return
+    _loaded.append("done")
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="stockpot.methods"):
+        entry.load()
 
 
 def methods() -> dict[str, Method]:
     """Every registered method by name."""
+    _load_installed()
     return dict(sorted(_REGISTRY.items()))
 
 
 def get_method(name: str) -> Method:
     """Look a method up. RecipeError with the nearest name when there is none."""
+    if name not in _REGISTRY:
+        _load_installed()
     found = _REGISTRY.get(name)
     if found is None:
         raise RecipeError(

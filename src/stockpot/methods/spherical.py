@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import is_numpy, weighted_sum
-from stockpot.methods.declaration import Space, method
+from stockpot.methods.arrays import weighted_sum
+from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Choice, Real
-from stockpot.methods.statistics import Total
+from stockpot.statistics import Gram
 
 __all__ = ["slerp", "slerp_weights"]
 
@@ -18,31 +18,13 @@ ANTIPARALLEL = -0.99
 TINY_NORM = 1e-8
 
 
-def pair_gram(models: Any, **_: Any) -> Any:
-    """`[2, n] -> [3, n]` float64 terms of a.a, a.b, b.b."""
-    if is_numpy(models):
-        import numpy as np
-
-        terms = np.empty((3, *models[0].shape), np.float64)
-        a, b = terms[0], terms[2]
-        a[...], b[...] = models[0], models[1]
-        np.multiply(a, b, out=terms[1])
-        np.multiply(a, a, out=a)
-        np.multiply(b, b, out=b)
-        return terms
-    import torch
-
-    a, b = models[0].double(), models[1].double()
-    return torch.stack((a * a, a * b, b * b))
-
-
 def slerp_weights(gram: Any, t: float, guarded: bool = True) -> tuple[float, float]:
-    """(weight of a, weight of b) from (a.a, a.b, b.b).
+    """(weight of a, weight of b) from ((a.a, a.b), (b.a, b.b)).
 
     Linear where the vectors are nearly parallel (|cos| > 0.9995). `guarded` also where one is zero (an angle is then
     undefined) and where they are nearly opposite (cos < -0.99, where the weights grow past 30 and the plane is arbitrary).
     """
-    aa, ab, bb = (float(g) for g in gram)
+    (aa, ab), (_, bb) = ((float(g) for g in row) for row in gram)
     if not (math.isfinite(aa) and math.isfinite(ab) and math.isfinite(bb)):
         return 1.0 - t, t  # a NaN or infinity shows in the result either way
     na, nb = math.sqrt(aa), math.sqrt(bb)
@@ -63,9 +45,20 @@ def _form(gram: Any, t: float, dialect: str) -> Form:
 @method(
     space=Space.WEIGHT,
     models=(2, 2),
-    stats=(Total("gram", of=pair_gram, kernel="gram"),),
+    stats=(Gram(),),
+    base_role="first",
+    ordered=True,
     cite="Shoemake 1985",
     form=_form,
+    dialects={
+        "stockpot": "linear where a tensor is zero or both are nearly opposite",
+        "mergekit": "no guard there: weights may grow past 30",
+    },
+    examples=(
+        Example([[3, 0], [0, 4]], [2.121320, 2.828427], parameters={"t": 0.5}),
+        Example([[3, 0], [0, 4]], [2.771638, 1.530734], parameters={"t": 0.25}),
+        Example([[0, 0], [2, 4]], [1, 2], parameters={"t": 0.5}, source="a zero tensor has no angle"),
+    ),
 )
 def slerp(
     models: Any,
@@ -77,7 +70,7 @@ def slerp(
     """Spherical interpolation of two models, each tensor as one vector: t = 0 gives the base (or first), 1 the other.
 
     models  [2, *block]  the base (or first) model, the other one
-    gram    [3]          float64: a.a, a.b, b.b of the whole tensor
+    gram    [2, 2]       float64: inner products over the whole tensor
     t       float64      0 to 1
     returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle; linear where that is ill-conditioned
     dialect              `mergekit` drops the guards for zero and nearly opposite tensors

@@ -1,25 +1,22 @@
 """TIES: trim each task vector, elect a sign for every element, average what agrees.
 
-Three algorithms share this name; each is a dialect here:
-
-- `mergekit`: cutoff for each tensor, deltas weighted before the election, divided by the agreeing weight;
-- `paper`: one cutoff over the whole model, zero sums take the model's majority sign, divided by the agreeing count
-  (that is the same as the agreeing weight while all weights are 1, as in the paper);
-- `peft`: cutoff for each tensor, election on unweighted deltas, divided by the agreeing count.
+Three algorithms share this name; each is a dialect here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import add_rows, column, count_rows, is_numpy, keep_where, magnitude, weighted_sum
-from stockpot.methods.declaration import Space, method
+from stockpot.methods.arrays import add_rows, column, count_rows, keep_where, magnitude, weighted_sum_64
+from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import DivideBy, Election, Form
 from stockpot.methods.parameters import ByDialect, Choice, Flag, Named, PerModel, Real
-from stockpot.methods.statistics import Cutoff, Total
+from stockpot.statistics import Extent, L1Norms, Rank, SignSum
 
-__all__ = ["disjoint_merge", "norm_ratio", "settle_close_votes", "ties", "trim"]
+__all__ = ["disjoint_merge", "norm_ratio", "ties", "trim"]
+
+TAUS = [[0.9, -0.2, 0.05, 0.4, -0.6], [-0.8, -0.3, 0.5, 0.1, 0.2], [0.3, 0.7, -0.4, 0.05, -0.1]]
 
 
 def trim(delta: Any, cutoff: Sequence[float]) -> Any:
@@ -31,20 +28,21 @@ def trim(delta: Any, cutoff: Sequence[float]) -> Any:
 
 
 def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> Any:
-    """Elect a sign for each element and combine what agrees with it. kept: `[m, ...]` trimmed deltas."""
-    weighted_election, divide_by = election.weighted, election.divide_by
-    zero_is_positive = election.zero_is_positive
+    """Elect a sign for each element and combine what agrees with it. kept: `[m, ...]` trimmed deltas.
+
+    Where weights differ, the weighted sums that elect are taken in float64: deltas of bf16 weights are multiples of a power of
+    two, so that sums which are zero but for rounding, or beyond float32, are common enough to matter.
+    """
+    divide_by = election.divide_by
     common = weight[0] if len(set(weight)) == 1 and weight[0] > 0 else None
     if common is not None and divide_by == "weight":
         common = 1.0  # cancels
     # a weight that all share elects nothing and is better multiplied once, at the end
     plain = common is not None
     values = kept if plain else kept * column(weight, kept)
-    ballot = values if weighted_election else kept
-    mass = add_rows(ballot)
-    positive = mass >= 0 if zero_is_positive else mass > 0
-    if not plain and weighted_election:
-        settle_close_votes(positive, mass, kept, weight, zero_is_positive)
+    ballot = values if election.weighted else kept
+    mass = add_rows(ballot) if plain or not election.weighted else weighted_sum_64(kept, weight)
+    positive = mass >= 0 if election.zero_is_positive else mass > 0
     agree = (ballot > 0) == positive
     agree &= ballot != 0
     merged = add_rows(keep_where(values, agree))
@@ -61,43 +59,6 @@ def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> An
     return merged
 
 
-def settle_close_votes(positive: Any, mass: Any, kept: Any, weight: Sequence[float], zero_is_positive: bool) -> None:
-    """Decide again, in float64, elections so close that rounding in float32 may have decided them. In place.
-
-    Deltas of bf16 weights are multiples of a power of two, so weighted sums that are zero but for rounding are common.
-    """
-    if mass.dtype.itemsize >= 8 or mass.shape[-1] == 0:
-        return
-    bound = _largest(kept) * sum(abs(w) for w in weight) * (len(weight) + 2) * 2.0**-23
-    close = abs(mass) <= bound
-    some = kept[0] != 0
-    for row in kept[1:]:
-        some |= row != 0
-    close &= some
-    if is_numpy(mass):
-        import numpy as np
-
-        where: Any = np.nonzero(close)
-        index = (slice(None), *where)
-        votes = kept[index].astype(np.float64)
-    else:
-        where = close.nonzero(as_tuple=True)
-        index = (slice(None), *where)
-        votes = kept[index].double()
-    if votes.shape[-1]:
-        exact = weighted_sum(votes, weight)
-        positive[where] = exact >= 0 if zero_is_positive else exact > 0
-
-
-def _largest(x: Any) -> float:
-    """The largest magnitude that is a number."""
-    if is_numpy(x):
-        import numpy as np
-
-        return float(np.fmax(np.fmax.reduce(x, axis=None), -np.fmin.reduce(x, axis=None)))
-    return float(abs(x).nan_to_num(nan=0.0, posinf=float("inf")).max())
-
-
 def norm_ratio(before_after: Any) -> tuple[float, ...]:
     """`[2m]` sums of |delta| before and after sparsifying -> the factor that restores each L1 norm."""
     m = len(before_after) // 2
@@ -107,13 +68,9 @@ def norm_ratio(before_after: Any) -> tuple[float, ...]:
 
 def stack_rows(first: Any, second: Any) -> Any:
     """`[m, n], [m, n] -> [2m, n]`."""
-    if is_numpy(first):
-        import numpy as np
+    import numpy as np
 
-        return np.concatenate((first, second))
-    import torch
-
-    return torch.cat((first, second))
+    return np.concatenate((first, second))
 
 
 def _trimmed_norms(delta: Any, *, cutoff: Sequence[float], **_: Any) -> Any:
@@ -124,6 +81,18 @@ def _elected_signs(delta: Any, *, cutoff: Sequence[float], weight: Sequence[floa
     kept = trim(delta, cutoff)
     mass = add_rows(kept if all(w == 1.0 for w in weight) else kept * column(weight, kept))
     return ((mass > 0) * 1.0 - (mass < 0) * 1.0)[None]
+
+
+def _extent(params: Mapping[str, Any]) -> Extent:
+    return "model" if params["dialect"] == "paper" else "tensor"
+
+
+def _is_paper(params: Mapping[str, Any]) -> bool:
+    return bool(params["dialect"] == "paper")
+
+
+def _rescales(params: Mapping[str, Any]) -> bool:
+    return bool(params["rescale"])
 
 
 _DIVIDE: dict[str, DivideBy] = {"mergekit": "weight", "paper": "weight", "peft": "count"}
@@ -154,12 +123,31 @@ def _form(
     space=Space.DELTA,
     models=(1, None),
     stats=(
-        Cutoff("density", over=lambda p: "model" if p["dialect"] == "paper" else "tensor"),
-        Total("majority", of=_elected_signs, over="model", when=lambda p: p["dialect"] == "paper", kernel="signs"),
-        Total("norms", of=_trimmed_norms, when=lambda p: bool(p["rescale"]), kernel="norms"),
+        Rank("density", over=_extent),
+        SignSum("majority", of=_elected_signs, over="model", when=_is_paper),
+        L1Norms("norms", of=_trimmed_norms, when=_rescales),
     ),
     cite="arXiv:2306.01708",
     form=_form,
+    neutral={"density": 1.0},
+    dialects={
+        "mergekit": "cutoff for each tensor, deltas weighted before the election, divided by the agreeing weight",
+        "paper": "one cutoff over the whole model, zero sums take the model's majority sign, divided by the agreeing count "
+        "(that is the same as the agreeing weight while all weights are 1, as in the paper)",
+        "peft": "cutoff for each tensor, election on unweighted deltas, divided by the agreeing count",
+    },
+    examples=(
+        Example(TAUS, [0.9, 0.7, 0.5, 0, -0.6], base=[0] * 5, parameters={"density": 0.4}),
+        Example(TAUS, [0.6, 0.7, 0.5, 0.4, -0.6], base=[0] * 5, parameters={"density": 0.6}),
+        Example(TAUS, [-0.8, 0.7, 0.5, 0.4, -0.6], base=[0] * 5, parameters={"density": 0.6, "weight": [1, 2, 1]}),
+        Example(
+            TAUS,
+            [0.6, 0.7, 1.0, 0.4, -0.6],
+            base=[0] * 5,
+            parameters={"density": 0.6, "weight": [1, 2, 1], "dialect": "peft"},
+        ),
+        Example(TAUS, [0.9, 0.7, 0.5, 0, -0.6], base=[0] * 5, parameters={"density": 0.4, "dialect": "paper"}),
+    ),
 )
 def ties(
     delta: Any,
@@ -185,7 +173,7 @@ def ties(
     lambda    float64      scale of the result
     normalize              divide by what agrees (a mean) or not (a sum)
     rescale                restore each delta's L1 norm after trimming
-    dialect                `mergekit`, `paper` or `peft`: see the module's description
+    dialect                `mergekit`, `paper` or `peft`: three algorithms share this name
     returns   [*block]     merged delta; the base is added to it
     """
     kept = trim(delta, cutoff)

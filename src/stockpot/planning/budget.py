@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from stockpot.errors import ArgumentError
+from stockpot.grid import PIECE, REDUCE, grid_of
 from stockpot.methods.declaration import Scope
-from stockpot.planning.grid import PIECE, REDUCE, grid_of
-from stockpot.planning.plan import Action, Budget, MergeGroup, ModelInput, TensorPlan
-from stockpot.specs import DType, format_size
+from stockpot.planning.plan import Action, Budget, MergeGroup, ModelInput, StatPlan, TensorPlan
+from stockpot.specs import format_size, work_itemsize
+from stockpot.statistics import Mask, Rank
 
-__all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for", "work_itemsize"]
+__all__ = ["DEFAULT_LIMIT", "choose_budget", "chunk_for"]
 
 DEFAULT_LIMIT = 512 * 2**20
 #: what a cutoff in the making holds for each model (see engine.cutoffs)
@@ -25,11 +26,6 @@ _PER_TENSOR = 4096
 _SLACK = 1.25
 
 
-def work_itemsize(out: DType) -> int:
-    """Bytes of a number while computing: float64 for float32 and float64 outputs, float32 for narrower ones."""
-    return 8 if out.itemsize >= 4 else 4
-
-
 def chunk_for(models: int) -> int:
     """Elements of each model to compute at once: a power of two, 2^13 to 2^17."""
     chunk = 2**17
@@ -39,7 +35,12 @@ def chunk_for(models: int) -> int:
 
 
 def _worker_bytes(
-    t: TensorPlan, inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], pieces: int, chunk: int
+    t: TensorPlan,
+    inputs: Sequence[ModelInput],
+    groups: Sequence[MergeGroup],
+    stats: Sequence[StatPlan],
+    pieces: int,
+    chunk: int,
 ) -> int:
     """Bytes of one worker while it has a block of this tensor in hand."""
     grid = grid_of(t.spec.shape)
@@ -48,24 +49,36 @@ def _worker_bytes(
     sizes.append(max(inputs[o.model].checkpoint.scratch_itemsize for o in t.inputs))
     if t.action is not Action.MERGE:
         return block * (sum(sizes) + t.spec.dtype.itemsize)
-    method = groups[t.group].method
+    group = groups[t.group]
+    method, wide, m = group.method, work_itemsize(t.spec.dtype), len(t.operands)
     if method.scope is Scope.TENSOR:
         block = chunk = max(t.spec.numel, 1)
     elif method.scope is Scope.ROW:
         row = t.spec.numel if len(t.spec.shape) == 1 else grid.row
         block = max(block, row)
         chunk = max(chunk, row)
-    chunk = min(max(chunk, REDUCE) if method.stats else chunk, block)
-    m = len(t.operands)
-    rows = len(t.inputs) + (6 * m + 8 if method.stats or method.random else 4)
-    return block * (sum(sizes) + t.spec.dtype.itemsize) + chunk * work_itemsize(t.spec.dtype) * rows
+    needed = [stats[i].stat for i in group.stats]
+    chunk = min(max(chunk, REDUCE) if needed else chunk, block)
+    if method.cost is not None:
+        # as arrays: the inputs, and the result, which the base may be added to
+        arrays = block * wide * (len(t.inputs) + 2) + method.cost.scratch(m, t.spec.shape, wide)
+        # statistics come before it, in blocks
+        arrays = max(arrays, *(min(REDUCE, block) * (8 * s.scratch(m) + wide * len(t.inputs)) for s in needed), 0)
+        return block * (sum(sizes) + t.spec.dtype.itemsize) + arrays
+    rows = len(t.inputs) + (6 * m + 8 if needed or method.draws else 4)
+    arrays = chunk * wide * rows
+    drawn = sum(8 * m for d in method.draws if not isinstance(d, Mask)) * chunk
+    folded = max((chunk * (8 * s.scratch(m) + wide * len(t.inputs)) for s in needed), default=0)
+    return block * (sum(sizes) + t.spec.dtype.itemsize) + max(arrays + drawn, folded)
 
 
-def _passed_twice(tensors: Iterable[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup]) -> int:
+def _passed_twice(
+    tensors: Iterable[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], stats: Sequence[StatPlan]
+) -> int:
     """Bytes of inputs of the largest tensor that is read for its own statistics first, in whole pieces."""
     most = 0
     for t in tensors:
-        if t.action is not Action.MERGE or not groups[t.group].method.stats:
+        if t.action is not Action.MERGE or not any(stats[i].extent == "tensor" for i in groups[t.group].stats):
             continue
         sizes = (inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs)
         most = max(most, grid_of(t.spec.shape).pieces * PIECE * sum(sizes))
@@ -73,7 +86,12 @@ def _passed_twice(tensors: Iterable[TensorPlan], inputs: Sequence[ModelInput], g
 
 
 def choose_budget(
-    tensors: Sequence[TensorPlan], inputs: Sequence[ModelInput], groups: Sequence[MergeGroup], limit: int, threads: int
+    tensors: Sequence[TensorPlan],
+    inputs: Sequence[ModelInput],
+    groups: Sequence[MergeGroup],
+    stats: Sequence[StatPlan],
+    limit: int,
+    threads: int,
 ) -> Budget:
     """The most workers, then the largest blocks, that stay within `limit` bytes over the interpreter's own memory.
 
@@ -81,9 +99,8 @@ def choose_budget(
     """
     threads = max(1, min(threads, 1024))
     most = max((len(t.operands) for t in tensors), default=1)
-    window = (
-        min(_CUTOFF_WINDOW, 8 * sum(t.spec.numel for t in tensors)) * most if any(g.method.stats for g in groups) else 0
-    )
+    ranks = (len(s.stat.fractions(s.params)) for s in stats if isinstance(s.stat, Rank) and s.extent != "row")
+    window = min(_CUTOFF_WINDOW, 8 * sum(t.spec.numel for t in tensors)) * max(ranks, default=0)
     fixed = _FIXED + _PER_TENSOR * len(tensors) + sum(m.checkpoint.resident for m in inputs)
     chunk = chunk_for(most)
     worst: dict[int, tuple[int, TensorPlan | None]] = {}
@@ -95,7 +112,7 @@ def choose_budget(
     choices = [most_pieces >> k for k in range(most_pieces.bit_length())]
     for pieces in choices:
         worst[pieces] = max(
-            ((_worker_bytes(t, inputs, groups, pieces, chunk), t) for t in distinct.values()),
+            ((_worker_bytes(t, inputs, groups, stats, pieces, chunk), t) for t in distinct.values()),
             key=lambda pair: pair[0],
             default=(0, None),
         )
@@ -103,7 +120,7 @@ def choose_budget(
         for pieces in choices:
             peak = fixed + workers * window + window // 2 + int(workers * worst[pieces][0] * _SLACK)
             if peak <= limit:
-                hold = min(_HOLD, _passed_twice(distinct.values(), inputs, groups), limit - peak)
+                hold = min(_HOLD, _passed_twice(distinct.values(), inputs, groups, stats), limit - peak)
                 return Budget(limit, workers, pieces, chunk, hold, peak + hold)
     need, tensor = worst[choices[-1]]
     total = fixed + window + window // 2 + int(need * _SLACK)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from stockpot.checkpoints.tied import is_embedding, is_head
+from stockpot.checkpoints.roles import is_vocabulary
 from stockpot.errors import MismatchError, RecipeError, StockpotError
-from stockpot.methods.statistics import Cutoff
-from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
+from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
 from stockpot.recipes.schema import Recipe
 
-__all__ = ["check_fit", "check_kinds", "check_model_wide", "check_patterns", "is_vocabulary"]
+__all__ = ["check_fit", "check_kinds", "check_patterns", "check_statistics"]
 
 #: settings of a LoRA that must agree before its factors can be combined
 _ADAPTER_KEYS = (
@@ -80,13 +79,6 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
         left -= own
 
 
-def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has a row for each token: embeddings, output heads and their biases."""
-    return (
-        is_embedding(name) or is_head(name) or name.endswith(("lm_head.bias", "predictions.bias", "final_logits_bias"))
-    )
-
-
 def check_fit(
     name: str, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError], *, crops: bool
 ) -> bool:
@@ -115,25 +107,25 @@ def check_fit(
     return True
 
 
-def check_model_wide(
-    recipe: Recipe, groups: Sequence[MergeGroup], tensors: Sequence[TensorPlan], problems: list[StockpotError]
+def check_statistics(
+    recipe: Recipe, stats: Sequence[StatPlan], tensors: Sequence[TensorPlan], problems: list[StockpotError]
 ) -> None:
-    """A cutoff over the whole model needs one set of parameters for the whole model."""
-    wide: dict[str, set[int]] = {}
-    for t in tensors:
-        if t.action is Action.MERGE:
-            group = groups[t.group]
-            if any(s.scope_for(group.params) == "model" for s in group.method.active_stats(group.params)):
-                wide.setdefault(group.method.name, set()).add(t.group)
-    for name, found in wide.items():
-        densities = {groups[g].params[s.param] for g in found for s in groups[g].method.stats if isinstance(s, Cutoff)}
-        operands = {tuple(o.position for o in t.operands) for t in tensors if t.group in found}
-        if len(densities) > 1:
-            why = f"needs one density for all tensors, got {len(densities)} different ones"
-            problems.append(_at(recipe, "merge_method", f"{name}: one cutoff over the whole model {why}"))
+    """A statistic over the whole model needs one set of the parameters that matter to it, and the same models throughout."""
+    wide: dict[tuple[str, str], list[StatPlan]] = {}
+    for s in stats:
+        if s.extent == "model":
+            wide.setdefault((s.method.name, s.stat.name), []).append(s)
+    for (method, _), found in wide.items():
+        operands = {tuple(o.position for o in tensors[i].operands) for s in found for span in s.spans for i in span}
+        why = None
         if len(operands) > 1:
             why = "a cutoff over the whole model can't span slices of different models"
-            problems.append(_at(recipe, "merge_method", f"{name}: {why}"))
+        elif len(found) > 1:
+            names = " and ".join(found[0].stat.refers_to()) or "setting"
+            why = f"one cutoff over the whole model needs one {names} for all tensors, got {len(found)} different ones"
+        problem = _at(recipe, "merge_method", f"{method}: {why}")
+        if why and str(problem) not in map(str, problems):
+            problems.append(problem)
 
 
 def _at(recipe: Recipe, key: str, why: str) -> RecipeError:

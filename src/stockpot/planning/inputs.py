@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
@@ -12,10 +13,21 @@ from stockpot.errors import CheckpointError, ProblemsError, RecipeError, Stockpo
 from stockpot.planning.budget import DEFAULT_LIMIT
 from stockpot.planning.plan import ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written
+from stockpot.recipes.parsing import located_mapping
 from stockpot.recipes.schema import Recipe
 from stockpot.specs import format_size
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "located"]
+
+
+def located(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a mapping whose paths no longer depend on the working directory and on where its file lies."""
+    inputs = Inputs(recipe)
+
+    def place(ref: str) -> str:
+        return "+".join(map(inputs.locate, inputs.base_and_adapter(ref) or (ref,)))
+
+    return located_mapping(recipe, place)
 
 
 @dataclass
@@ -44,8 +56,10 @@ class Inputs:
         """The plan of an earlier step. Raises StockpotError."""
         raise NotImplementedError
 
-    def open(self, ref: str, line: int) -> int:
-        """The index of a model, opened once however often it is named; -1 after a problem."""
+    def open(self, ref: str, line: int, role: str = "model") -> int:
+        """The index of a model, opened once however often it is named; -1 after a problem. role: see ModelInput."""
+        if role != "model":
+            return self.open_companion(ref, line, role)
         step = next((s for s in self.recipe.steps if s.name == ref), None)
         if step is not None:
             return self.open_step(step, line)
@@ -61,8 +75,7 @@ class Inputs:
             checkpoint = self.with_adapter(ref, *adapted) if adapted else open_checkpoint(path)
         except StockpotError as e:
             self.failed.add(path)
-            message = str(e).replace(path, ref, 1) if path != ref and not adapted else str(e)
-            self.problems.append(type(e)(f"{self.recipe.at(line)}: {message}"))
+            self.problems.append((e if adapted else e.about(path, ref)).within(self.recipe.at(line)))
             return -1
         if not len(checkpoint):
             self.failed.add(path)
@@ -70,10 +83,22 @@ class Inputs:
             return -1
         return self.add(path, ref, checkpoint, line)
 
-    def add(self, key: str, ref: str, checkpoint: Checkpoint, line: int) -> int:
+    def open_companion(self, ref: str, line: int, role: str) -> int:
+        """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from."""
+        path = self.locate(ref)
+        key = f"{role}\0{path}"
+        if key not in self.by_path and key not in self.failed:
+            try:
+                return self.add(key, ref, open_checkpoint(path), line, role)
+            except StockpotError as e:
+                self.failed.add(key)
+                self.problems.append(e.about(path, ref).within(self.recipe.at(line), role))
+        return self.by_path.get(key, -1)
+
+    def add(self, key: str, ref: str, checkpoint: Checkpoint, line: int, role: str = "model") -> int:
         """Take in a model under the path or name `key`; its index."""
         index = self.by_path[key] = len(self.inputs)
-        self.inputs.append(ModelInput(index, ref, checkpoint, self.recipe.at(line)))
+        self.inputs.append(ModelInput(index, ref, checkpoint, self.recipe.at(line), role))
         for part in checkpoint.parts or (checkpoint,):
             # what a step needs stands among the step's own notes
             if part.download_bytes and not isinstance(checkpoint, MergedCheckpoint):
@@ -141,7 +166,8 @@ class Inputs:
                 )
             return fuse(self.part(base), [applied], [1.0], exact=True, ref=ref)
         except StockpotError as e:
-            raise type(e)(f"{ref}: {e}") from e
+            e.within(ref)
+            raise
 
     def part(self, ref: str) -> Checkpoint:
         """What a model is made of, opened once for all of them."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.names import outside_depth
+from stockpot.checkpoints.names import LayerMap, outside_depth
 from stockpot.checkpoints.tied import is_head, ties_embeddings
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.planning.plan import ModelInput, Operand
@@ -21,12 +21,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of `models` or one source of a slice, resolved."""
+    """One model of `models` or one source of a slice, resolved. companions: models by the names of what they are to it."""
 
     model: int
     position: int
     parameters: Settings
     layers: tuple[int, int] | None = None
+    companions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class Part:
 
 @dataclass
 class Match:
-    """An output tensor: its operands entry by entry (a base among `models` included), the base's, its depth, its part."""
+    """An output tensor: its operands entry by entry (a base among `models` included), the base's, its depth, its part.
+
+    layer  (stack, number) in the output, where it lies in numbered layers
+    """
 
     name: str
     part: Part
     operands: tuple[Operand, ...]
     base: Operand | None
     depth: float
-    in_layers: bool
+    layer: tuple[str, int] | None
     donor: Operand
     merged: bool = True
 
@@ -127,17 +131,17 @@ class Matcher:
             )
 
     def make(
-        self, name: str, source: dict[int, str], part: Part, depth: float, in_layers: bool, donor: Operand,
+        self, name: str, source: dict[int, str], part: Part, depth: float, layer: tuple[str, int] | None, donor: Operand,
         base_name: str, missing: dict[int, list[str]],
     ) -> Match:  # fmt: skip
         """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
         if not self.included(name):
-            return Match(name, part, (), None, depth, in_layers, donor, merged=False)
+            return Match(name, part, (), None, depth, layer, donor, merged=False)
         operands = [self.operand(e.model, source[i], e.position, missing) for i, e in enumerate(part.entries)]
         base = None
         if part.base is not None:
             base = self.operand(part.base, base_name, 0, missing)
-        return Match(name, part, tuple(o for o in operands if o), base, depth, in_layers, donor)
+        return Match(name, part, tuple(o for o in operands if o), base, depth, layer, donor)
 
 
 def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
@@ -155,7 +159,7 @@ def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
                 dict.fromkeys(range(len(part.entries)), name),
                 part,
                 layers.depth(name),
-                name in layers.places,
+                _layer_of(layers, name),
                 Operand(donor, own),
                 name,
                 missing,
@@ -166,6 +170,11 @@ def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
         if model != donor:
             m.check_extra(donor, model, set(names))
     return out
+
+
+def _layer_of(layers: LayerMap, name: str) -> tuple[str, int] | None:
+    place = layers.places.get(name)
+    return None if place is None else (place.stack, place.layer)
 
 
 def primary_stack(checkpoint: Checkpoint) -> tuple[str, int, list[str]]:
@@ -224,7 +233,7 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
                         source,
                         part,
                         depth,
-                        True,
+                        (prefix, total + j),
                         Operand(lead_donor, source[lead]),
                         f"{prefix}.{base_start + j}.{suffix}",
                         missing,
@@ -315,7 +324,7 @@ def _outside(
             dict.fromkeys(range(len(part.entries)), name),
             part,
             layers.depth(name),
-            place is not None,
+            _layer_of(layers, name),
             Operand(owner, found),
             name,
             missing,

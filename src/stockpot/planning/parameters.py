@@ -11,9 +11,9 @@ from stockpot.methods.declaration import Method
 from stockpot.methods.parameters import REQUIRED, Flag, Parameter
 from stockpot.planning.plan import MergeGroup
 from stockpot.recipes.schema import Recipe, Settings
-from stockpot.recipes.values import ABSENT, Setting, evaluate, filters, is_dynamic, reaches_gradient
+from stockpot.recipes.values import ABSENT, Setting, chosen, evaluate, filters, is_dynamic, reaches_gradient
 
-__all__ = ["Levels", "ParameterResolver"]
+__all__ = ["Levels", "ParameterResolver", "Place"]
 
 #: accepted for mergekit's sake, without effect here
 NO_EFFECT = {"int8_mask": "masks take no memory here"}
@@ -24,12 +24,29 @@ MERGEKIT_KNOWS = frozenset(
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its depth, 0 to 1, and in numbered layers the number of its layer and how many there are."""
+
+    depth: float = 0.0
+    layer: int | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
 class Levels:
     """The settings that can decide a tensor's parameters. `shared`: most specific first; `own`: one for each model."""
 
     shared: tuple[Settings, ...]
     own: tuple[Settings, ...]
     rule: Settings = field(default_factory=dict)
+
+    def without(self, name: str) -> Levels:
+        """The same without one parameter."""
+
+        def rest(settings: Settings) -> Settings:
+            return {key: value for key, value in settings.items() if key != name}
+
+        return Levels(tuple(map(rest, self.shared)), tuple(map(rest, self.own)), rest(self.rule))
 
     @property
     def dynamic(self) -> bool:
@@ -100,7 +117,7 @@ class ParameterResolver:
 
     # the value for one tensor
 
-    def group(self, method: Method, levels: Levels, sources: Sequence[str], name: str, t: float) -> MergeGroup | None:
+    def group(self, method: Method, levels: Levels, sources: Sequence[str], name: str, at: Place) -> MergeGroup | None:
         """The group of a tensor: its method with every parameter resolved. None after a problem.
 
         Filters see the output's `name`; those of per-model parameters see the tensor's name in that model (`sources`),
@@ -112,18 +129,18 @@ class ParameterResolver:
         for parameter in ordered:
             if parameter.per_model:
                 value: Any = tuple(
-                    self.value(method, parameter, levels, i, source, t, dialect) for i, source in enumerate(sources)
+                    self.value(method, parameter, levels, i, source, at, dialect) for i, source in enumerate(sources)
                 )
                 if any(v is None for v in value):
                     return None
             else:
-                value = self.value(method, parameter, levels, None, name, t, dialect)
+                value = self.value(method, parameter, levels, None, name, at, dialect)
                 if value is None:
                     return None
             params[parameter.keyword] = value
             if parameter.name == "dialect":
                 dialect = value
-        key = (method.name, tuple(sorted(params.items())))
+        key = (method.name, len(sources), tuple(sorted(params.items())))
         group = self._keys.get(key)
         if group is None:
             group = self._keys[key] = MergeGroup(len(self.groups), method, params)
@@ -138,11 +155,11 @@ class ParameterResolver:
         levels: Levels,
         model: int | None,
         name: str,
-        t: float,
+        at: Place,
         dialect: str | None,
     ) -> Any:
         chain = [levels.rule, *([levels.own[model]] if model is not None else []), *levels.shared]
-        setting, found = self.lookup(chain, parameter.name, name, t)
+        setting, found = self.lookup(chain, parameter, name, at)
         if setting is None:
             default = parameter.default_for(dialect)
             if parameter.name == "dialect" and self.recipe.mergekit_compat and "mergekit" in method.dialects:
@@ -164,16 +181,31 @@ class ParameterResolver:
         if expected:
             self.report(setting.line, f"{parameter.name}: expected {expected}, got {_shown(found)}")
             return None
-        return found if isinstance(found, (bool, str)) else float(found)
+        return parameter.kind.convert(found)
 
-    def lookup(self, chain: Sequence[Settings], key: str, name: str, t: float) -> tuple[Setting | None, Any]:
+    def lookup(
+        self, chain: Sequence[Settings], parameter: Parameter, name: str, at: Place
+    ) -> tuple[Setting | None, Any]:
         for settings in chain:
-            setting = settings.get(key)
+            setting = settings.get(parameter.name)
             if setting is not None:
-                found = evaluate(setting.value, name, t)
+                if parameter.per_layer:
+                    found = self.entry(parameter.name, setting, name, at)
+                else:
+                    found = evaluate(setting.value, name, at.depth)
                 if found is not ABSENT:
                     return setting, found
         return None, ABSENT
+
+    def entry(self, key: str, setting: Setting, name: str, at: Place) -> Any:
+        """Of a vector with an entry for each layer: that of the tensor's layer, ABSENT outside the layers."""
+        found = chosen(setting.value, name)
+        if not isinstance(found, tuple):
+            return found
+        if at.layers is not None and len(found) != at.layers:
+            self.report(setting.line, f"{key}: expected one entry for each of the {at.layers} layers, got {len(found)}")
+            return found[0]
+        return ABSENT if at.layer is None else found[at.layer]
 
     def note_unmatched(self) -> None:
         """Say where a parameter is set by filters only, none of which matched."""
@@ -193,12 +225,14 @@ class ParameterResolver:
 
     # gradients outside the layers
 
-    def gradient_note(self, levels: Levels, name: str) -> bool:
+    def gradient_note(self, method: Method, levels: Levels, name: str) -> bool:
         """Whether a gradient decides a parameter of this tensor."""
+        vectors = {p.name for p in method.parameters.values() if p.per_layer}
         return any(
             reaches_gradient(setting.value, name)
             for settings in (levels.rule, *levels.own, *levels.shared)
-            for setting in settings.values()
+            for key, setting in settings.items()
+            if key not in vectors
         )
 
 

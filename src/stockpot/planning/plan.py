@@ -5,20 +5,33 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.methods.declaration import Method, Space
 from stockpot.recipes.schema import Recipe
 from stockpot.runs import Soup
-from stockpot.specs import DType, TensorSpec
+from stockpot.specs import DType, TensorSpec, work_itemsize
+from stockpot.statistics import Extent, Statistic
 
-__all__ = ["Action", "Budget", "MergeGroup", "ModelInput", "Operand", "Plan", "Shard", "TensorPlan"]
+__all__ = [
+    "Action",
+    "Budget",
+    "MergeGroup",
+    "ModelInput",
+    "Operand",
+    "Plan",
+    "Shard",
+    "StatPlan",
+    "TensorPlan",
+    "spans_by_tensor",
+]
 
 #: raised when the bytes that a plan leads to change, so that a journal of an older engine is not resumed
-ENGINE_FORMAT = 1
+ENGINE_FORMAT = 2
 
 
 class Action(enum.Enum):
@@ -31,12 +44,17 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One distinct checkpoint that is read. where: the place in the recipe that names it first, as in `recipe.yml:3`."""
+    """One distinct checkpoint that is read.
+
+    where  the place in the recipe that names it first, as in `recipe.yml:3`
+    role   "model", or the name of the companion that it is to a model
+    """
 
     index: int
     ref: str
     checkpoint: Checkpoint
     where: str = ""
+    role: str = "model"
 
     @property
     def named(self) -> str:
@@ -55,24 +73,64 @@ class Operand:
 
 @dataclass(frozen=True)
 class MergeGroup:
-    """Tensors that share a method and its parameters. `params` are by keyword; per-model ones are tuples."""
+    """Tensors that share a method and its parameters. `params` are by keyword; per-model ones are tuples.
+
+    stats  the statistics that they need, by their places in the plan, in the order in which the method declares them
+    """
 
     index: int
     method: Method
     params: Mapping[str, Any]
+    stats: tuple[int, ...] = ()
 
     def public_params(self) -> dict[str, Any]:
         """By the names that recipes use."""
         return {p.name: self.params[p.keyword] for p in self.method.parameters.values() if p.keyword in self.params}
 
 
+@dataclass(frozen=True)
+class StatPlan:
+    """A statistic that is to be gathered: of what, with which parameters, and over which tensors one value holds.
+
+    place   of the statistic among those of its method
+    extent  over what one value holds
+    params  of the first group that needs it; those that matter are the same in all
+    models  how many it is gathered of
+    spans   the tensors, by index, that each value is gathered over; empty where each row or each tensor has its own
+    """
+
+    index: int
+    method: Method
+    place: int
+    extent: Extent
+    params: Mapping[str, Any]
+    models: int
+    spans: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def stat(self) -> Statistic:
+        return self.method.stats[self.place]
+
+    @property
+    def wide(self) -> bool:
+        """Whether a value spans tensors, so that it must be known before any of them is merged."""
+        return self.extent not in ("row", "tensor")
+
+
+def spans_by_tensor(stats: Sequence[StatPlan]) -> dict[int, dict[int, int]]:
+    """Statistic -> tensor -> the number of its span, for the statistics that span tensors."""
+    return {s.index: {t: n for n, span in enumerate(s.spans) for t in span} for s in stats if s.wide}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
     """One output tensor: where it comes from, what happens to it, where it goes.
 
-    operands  the models' tensors, in the order of the recipe, without the base
-    base      the base's tensor where the method works on deltas
-    offset    of its first byte in the shard file
+    operands    the models' tensors, in the order of the recipe, without the base
+    base        the base's tensor where the method works on deltas
+    companions  those of the models, all of the first kind that the method declares, then all of the second
+    layer       (stack, number) where it lies in numbered layers
+    offset      of its first byte in the shard file
     """
 
     index: int
@@ -84,11 +142,18 @@ class TensorPlan:
     base: Operand | None
     shard: int = 0
     offset: int = 0
+    companions: tuple[Operand, ...] = ()
+    layer: tuple[str, int] | None = None
 
     @property
     def inputs(self) -> tuple[Operand, ...]:
-        """All that is read for it, the base last."""
-        return (*self.operands, self.base) if self.base else self.operands
+        """All that is read for it: the models', the base's, the companions'."""
+        return (*self.operands, *((self.base,) if self.base else ()), *self.companions)
+
+    @property
+    def weighed(self) -> int:
+        """How many of the inputs, the first ones, are models: companions are not."""
+        return len(self.operands) + (self.base is not None)
 
 
 @dataclass(frozen=True)
@@ -126,6 +191,7 @@ class Plan:
     donor: int
     tokenizer_donor: int
     groups: tuple[MergeGroup, ...]
+    stats: tuple[StatPlan, ...]
     tensors: tuple[TensorPlan, ...]
     shards: tuple[Shard, ...]
     kind: str
@@ -135,7 +201,6 @@ class Plan:
     notes: tuple[str, ...] = ()
     written_dtype: DType | None = None
     soup: Soup | None = None
-    _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def bytes_out(self) -> int:
@@ -146,19 +211,21 @@ class Plan:
         """How many times a tensor's inputs are read: once to combine, and about once for each statistic before it."""
         if tensor.action is not Action.MERGE:
             return 1
-        group = self.groups[tensor.group]
-        return 1 + len(group.method.active_stats(group.params))
+        return 1 + sum(self.stats[i].extent != "row" for i in self.groups[tensor.group].stats)
 
     def bytes_of(self, tensor: TensorPlan) -> int:
         """Bytes of a tensor's inputs, read once."""
         return sum(self.inputs[o.model].checkpoint.spec(o.name).nbytes for o in tensor.inputs)
 
-    @property
+    @cached_property
     def bytes_in(self) -> int:
         """Bytes of all inputs that take part, each pass counted."""
-        if "in" not in self._cache:
-            self._cache["in"] = sum(self.bytes_of(t) * self.passes(t) for t in self.tensors)
-        return int(self._cache["in"])
+        return sum(self.bytes_of(t) * self.passes(t) for t in self.tensors)
+
+    @cached_property
+    def span_of(self) -> dict[int, dict[int, int]]:
+        """Statistic -> tensor -> the number of its span, for the statistics that span tensors."""
+        return spans_by_tensor(self.stats)
 
     @property
     def parameters(self) -> int:
@@ -190,6 +257,7 @@ class Plan:
             "inputs": [
                 {
                     "model": m.ref,
+                    **({"role": m.role} if m.role != "model" else {}),
                     "path": m.checkpoint.path,
                     **({"parts": [p.path for p in m.checkpoint.parts]} if m.checkpoint.parts else {}),
                     "tensors": len(m.checkpoint),
@@ -230,6 +298,7 @@ class Plan:
                     "action": t.action.value,
                     "method": group.method.name if group else t.action.value,
                     "parameters": group.public_params() if group else {},
+                    "reproducible": group.method.reproducible if group else "anywhere",
                     "space": (group.method.space if group else Space.WEIGHT).value,
                     "models": len(t.operands),
                     "tensors": 0,
@@ -237,10 +306,17 @@ class Plan:
                     "read_bytes": 0,
                     "write_bytes": 0,
                     "passes": self.passes(t),
+                    "scratch_bytes": 0,
+                    "operations": 0.0,
                     "example": t.name,
                 }
             row["tensors"] += 1
             row["elements"] += t.spec.numel
             row["read_bytes"] += self.bytes_of(t) * row["passes"]
             row["write_bytes"] += t.spec.nbytes
+            cost = self.groups[t.group].method.cost if t.action is Action.MERGE else None
+            if cost is not None:
+                wide = work_itemsize(t.spec.dtype)
+                row["scratch_bytes"] = max(row["scratch_bytes"], cost.scratch(len(t.operands), t.spec.shape, wide))
+                row["operations"] += cost.work(len(t.operands), t.spec.shape) if cost.work else 0.0
         return list(rows.values())

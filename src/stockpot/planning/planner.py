@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.errors import MismatchError, RecipeError, raise_problems
+from stockpot.checkpoints.roles import is_vocabulary, role_of
+from stockpot.errors import MismatchError, RecipeError, nearest, raise_problems
+from stockpot.machine import available_threads
+from stockpot.methods.averaging import linear, passthrough
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
-from stockpot.planning.checks import check_fit, check_kinds, check_model_wide, check_patterns, is_vocabulary
+from stockpot.planning.checks import check_fit, check_kinds, check_patterns, check_statistics
 from stockpot.planning.config import output_config
 from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Match, Matcher, Part, match_models, match_slices, primary_stack
-from stockpot.planning.parameters import Levels, ParameterResolver, all_settings
+from stockpot.planning.parameters import Levels, ParameterResolver, Place, all_settings
 from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
+from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.vocabulary import check_vocabularies
-from stockpot.recipes.schema import Recipe, Rule
+from stockpot.recipes.schema import ModelEntry, Recipe, Rule, Source
 from stockpot.runs import Soup
 from stockpot.specs import BY_LABEL, DType, TensorSpec
 
@@ -45,18 +48,14 @@ def build_plan(
     return _Planner(recipe).plan(shard_size, max_memory or DEFAULT_LIMIT, threads or available_threads(), seed)
 
 
-def available_threads() -> int:
-    """Processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
 @dataclass
 class _Planner(Inputs):
+    """soup: what the recipe's run comes to; vocabulary: rows that embeddings are cut to; main: the recipe's method."""
+
     soup: Soup | None = None
-    vocabulary: int | None = None  # rows that embeddings are cut to
+    vocabulary: int | None = None
+    main: Method | None = None
+    layer_counts: dict[str, int] = field(default_factory=dict)
 
     def plan_step(self, step: Recipe) -> Plan:
         return _Planner(step, made=self.made).plan(DEFAULT_SHARD_SIZE, *self.settings)
@@ -67,7 +66,7 @@ class _Planner(Inputs):
     # methods
 
     def methods_in_use(self) -> tuple[Method | None, dict[int, Method | None]]:
-        main = self.method(self.recipe.merge_method, self.recipe.lines.get("merge_method", 1))
+        main = self.main = self.method(self.recipe.merge_method, self.recipe.lines.get("merge_method", 1))
         rules = {
             i: self.method(rule.merge_method, rule.line) if rule.merge_method else main
             for i, rule in enumerate(self.recipe.rules)
@@ -76,10 +75,24 @@ class _Planner(Inputs):
 
     def method(self, name: str, line: int) -> Method | None:
         try:
-            return get_method(name)
+            found = get_method(name)
         except RecipeError as e:
-            self.problems.append(RecipeError(f"{self.recipe.at(line)}: {e}"))
+            self.problems.append(e.within(self.recipe.at(line)))
             return None
+        if found.experimental:
+            self.notes.append(f"{name} is experimental: rebuilt from descriptions, or not settled yet")
+        if found.reproducible == "machine":
+            self.notes.append(
+                f"{name} rests on a linear algebra library: another version of it, or another processor, may give other last bits"
+            )
+        return found
+
+    @staticmethod
+    def otherwise(method: Method) -> Method | None:
+        """What merges the tensors that a method is not for; None where it is for all, or they are the base's."""
+        if method.otherwise in (None, "base"):
+            return None
+        return linear if method.otherwise == "mean" else get_method(str(method.otherwise))
 
     # the plan
 
@@ -104,10 +117,12 @@ class _Planner(Inputs):
             self.check_parameters(resolver, main, {i: m for i, m in rule_methods.items() if m}, parts)
         self.stop_if_bad()
         assert main is not None
-        check_kinds(self.inputs, self.problems, self.notes, said=self.says_how_adapters(recipe))
+        models = [m for m in self.inputs if m.role == "model"]
+        check_kinds(models, self.problems, self.notes, said=self.says_how_adapters(recipe))
         methods = {i: m for i, m in rule_methods.items() if m is not None}
         for part in parts:
             self.check_count(main, part)
+        self.check_companions([main, *methods.values()], parts)
         self.stop_if_bad()
 
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
@@ -122,12 +137,12 @@ class _Planner(Inputs):
         check_patterns(recipe, [m.name for m in matches], self.problems)
         self.vocabulary = self.common_vocabulary(matches)
         tensors = self.tensors(matches, main, methods, resolver)
-        check_vocabularies(self.inputs, donor, recipe, self.problems, self.notes)
+        check_vocabularies(models, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
         kind = self.inputs[donor].checkpoint.kind
         placed, shards = lay_out(tensors, kind, shard_size)
-        groups = tuple(resolver.groups)
-        check_model_wide(recipe, groups, placed, self.problems)
+        groups, stats = plan_statistics(placed, resolver.groups)
+        check_statistics(recipe, stats, placed, self.problems)
         self.stop_if_bad()
         written = {t.spec.dtype for t in placed if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
@@ -137,12 +152,13 @@ class _Planner(Inputs):
             donor=donor,
             tokenizer_donor=self.tokenizer_donor(donor),
             groups=groups,
+            stats=stats,
             tensors=placed,
             shards=shards,
             kind=kind,
             config=self.config(donor, dtype, parts, matcher.untied) if kind == "model" else self.adapter_config(donor),
             seed=seed,
-            budget=choose_budget(placed, self.inputs, groups, max_memory, threads),
+            budget=choose_budget(placed, self.inputs, groups, stats, max_memory, threads),
             notes=tuple(self.notes),
             written_dtype=dtype,
             soup=self.soup,
@@ -151,7 +167,10 @@ class _Planner(Inputs):
     def parts(self, base: int | None) -> list[Part]:
         recipe = self.recipe
         if recipe.models:
-            entries = [Entry(self.open(e.ref, e.line), i, e.parameters) for i, e in enumerate(recipe.models)]
+            entries = [
+                Entry(self.open(e.ref, e.line), i, e.parameters, None, self.companions(e))
+                for i, e in enumerate(recipe.models)
+            ]
             if self.adds_base(entries, base):
                 assert base is not None
                 entries.append(Entry(base, len(entries), {}))
@@ -160,16 +179,22 @@ class _Planner(Inputs):
         for piece in recipe.slices:
             own = self.open(piece.base_model, piece.line) if piece.base_model else base
             sources = [
-                Entry(self.open(s.ref, s.line), i, s.parameters, s.layer_range) for i, s in enumerate(piece.sources)
+                Entry(self.open(s.ref, s.line), i, s.parameters, s.layer_range, self.companions(s))
+                for i, s in enumerate(piece.sources)
             ]
             out.append(Part(tuple(sources), own, piece.parameters, piece.line))
         return out
 
+    def companions(self, entry: ModelEntry | Source) -> dict[str, int]:
+        """What lies beside a model, opened."""
+        return {name: self.open(str(c.value), c.line, role=name) for name, c in entry.companions.items()}
+
     def adds_base(self, entries: Sequence[Entry], base: int | None) -> bool:
-        """mergekit's linear averages the base too when it is not listed and a weight holds for all models."""
+        """mergekit averages the base too when it is not listed and a weight holds for all models."""
         return (
             self.recipe.mergekit_compat
-            and self.recipe.merge_method == "linear"
+            and self.main is not None
+            and self.main.average
             and base is not None
             and "weight" in self.recipe.parameters
             and all(e.model != base for e in entries)
@@ -181,6 +206,10 @@ class _Planner(Inputs):
         self, resolver: ParameterResolver, main: Method, rules: Mapping[int, Method], parts: Sequence[Part]
     ) -> None:
         used = [main, *rules.values()]
+        for rest in [self.otherwise(m) for m in used if m.applies is not None]:
+            if rest is linear:  # a mean: it takes weights, and always their shares
+                rest = replace(linear, parameters={"weight": linear.parameters["weight"]})
+            used += [rest] if rest is not None else []
         resolver.check_names(self.recipe.parameters, used, "parameters", own=False)
         for part in parts:
             resolver.check_names(part.parameters, used, "slices.parameters", own=False)
@@ -201,28 +230,56 @@ class _Planner(Inputs):
         n = len(self.participants(method, part, rule=False))
         low, high = method.models
         where = self.recipe.at(part.line)
-        if method.companions:
-            needed = ", ".join(method.companions)
-            why = f"{method.name} needs a companion checkpoint of every model ({needed}), which recipes can't name yet"
-            self.problems.append(RecipeError(f"{where}: {why}"))
-        elif method.space is Space.DELTA and part.base is None:
+        if method.space is Space.DELTA and part.base is None:
             self.problems.append(
                 RecipeError(f"{where}: {method.name} works on differences from a base: set base_model")
             )
         elif n < low or (high is not None and n > high):
             count = f"exactly {low}" if low == high else f"at least {low}"
             besides = " besides the base" if method.space is Space.DELTA else ""
-            hint = "; several are stacked with 'slices'" if method.models == (1, 1) else ""
+            hint = "; several are stacked with 'slices'" if method.base_role == "copied" else ""
             self.problems.append(
                 RecipeError(
                     f"{where}: {method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
                 )
             )
 
-    @staticmethod
-    def says_how_adapters(recipe: Recipe) -> bool:
+    def check_companions(self, used: Sequence[Method], parts: Sequence[Part]) -> None:
+        """Every model needs those of its methods, and none that no method asks for."""
+        wanted = {c.name: c for m in used for c in m.companions}
+        entries: list[ModelEntry | Source] = [*self.recipe.models]
+        entries += [s for piece in self.recipe.slices for s in piece.sources]
+        for entry in entries:
+            for name, given in entry.companions.items():
+                if name not in wanted:
+                    label = " and ".join(sorted({m.name for m in used}))
+                    known = f"it takes {', '.join(wanted)}" if wanted else "it takes none"
+                    self.problems.append(
+                        RecipeError(
+                            f"{self.recipe.at(given.line)}: companions: {label} has no use for {name!r}; {known}"
+                            f"{nearest(name, wanted)}"
+                        )
+                    )
+        for method in used:
+            for companion in method.companions:
+                for part in parts:
+                    lacking = [
+                        part.entries[i].model
+                        for i in self.participants(method, part, rule=False)
+                        if i >= 0 and companion.name not in part.entries[i].companions
+                    ]
+                    for model in lacking:
+                        self.problems.append(
+                            RecipeError(
+                                f"{self.inputs[model].named}: {method.name} needs {companion.name} of every model "
+                                f"({companion.about}): give 'companions: {{{companion.name}: CHECKPOINT}}' beside it"
+                            )
+                        )
+
+    def says_how_adapters(self, recipe: Recipe) -> bool:
         """Whether the user chose how adapters are averaged, or will be told what averaging factors costs."""
-        return recipe.adapter is not None or (recipe.run is not None and recipe.merge_method == "linear")
+        averages = self.main is not None and self.main.average
+        return recipe.adapter is not None or (recipe.run is not None and averages)
 
     def note_batch_norm(self, donor: int) -> None:
         """Averages of running statistics are not the statistics of the average."""
@@ -241,9 +298,9 @@ class _Planner(Inputs):
         if method.space is Space.DELTA:
             return [i for i in entries if part.entries[i].model != part.base]
         at_base = next((i for i in entries if part.entries[i].model == part.base), None)
-        if rule and method.models == (1, 1):
+        if rule and method.base_role == "copied":
             return [at_base if at_base is not None else (-1 if part.base is not None else 0)]
-        if method.models == (2, 2) and part.base is not None:
+        if method.base_role == "first" and part.base is not None:
             return [-1 if at_base is None else at_base, *(i for i in entries if i != at_base)]
         return list(entries)
 
@@ -252,11 +309,12 @@ class _Planner(Inputs):
     ) -> list[TensorPlan]:
         out = []
         outside: list[str] = []
-        static: dict[tuple[int, int, int], MergeGroup | None] = {}
+        self.layer_counts = _layer_counts(matches)
+        static: dict[tuple[int, int, int, str], MergeGroup | None] = {}
         for match in matches:
             rule = self.rule_for(match.name)
-            method = main if rule < 0 else rules[rule]
-            planned = self.tensor(match, rule, method, resolver, outside, static)
+            asked = main if rule < 0 else rules[rule]
+            planned = self.tensor(match, rule, asked, resolver, outside, static)
             if planned is not None:
                 out.append(planned)
         resolver.note_unmatched()
@@ -275,14 +333,22 @@ class _Planner(Inputs):
 
     def tensor(
         self, match: Match, rule: int, method: Method, resolver: ParameterResolver, outside: list[str],
-        static: dict[tuple[int, int, int], MergeGroup | None],
+        static: dict[tuple[int, int, int, str], MergeGroup | None],
     ) -> TensorPlan | None:  # fmt: skip
         donor_spec = self.common_rows(match, self.spec(match.donor))
         target = self.target(donor_spec, match)
-        if not match.merged:
-            return self.copied(match, donor_spec, target, resolver)
         base = match.base
         part = match.part
+        leaves = method.applies is not None and role_of(match.name, donor_spec.shape) not in method.applies
+        if leaves and donor_spec.dtype.is_float:
+            if method.otherwise == "base":
+                match = replace(match, donor=base or match.donor, merged=False)
+            else:
+                found = self.otherwise(method)
+                assert found is not None
+                method = found
+        if not match.merged:
+            return self.copied(match, donor_spec, target, resolver)
         chosen = self.participants(method, part, rule=rule >= 0)
         low, high = method.models
         if rule >= 0 and (len(chosen) < low or (high is not None and len(chosen) > high)):
@@ -309,32 +375,64 @@ class _Planner(Inputs):
             tuple(part.entries[i].parameters if i >= 0 else {} for i in chosen),
             (self.recipe.rules[rule] if rule >= 0 else _NO_RULE).parameters,
         )
+        if leaves and method is linear:
+            levels = levels.without("normalize")
         depth = match.depth
-        if not match.in_layers:
+        if match.layer is None:
             if self.recipe.mergekit_compat:
                 depth = 0.0
-            elif depth == 1.0 and resolver.gradient_note(levels, match.name):
+            elif depth == 1.0 and resolver.gradient_note(method, levels, match.name):
                 outside.append(match.name)
-        key = (id(part), rule, len(chosen))
+        key = (id(part), rule, len(chosen), method.name)
         if key in static:
             group = static[key]
         else:
-            group = resolver.group(method, levels, [o.name for o in picked], match.name, depth)
+            number = None if match.layer is None else match.layer[1]
+            place = Place(depth, number, None if match.layer is None else self.layer_counts[match.layer[0]])
+            group = resolver.group(method, levels, [o.name for o in picked], match.name, place)
             if not levels.dynamic:
                 static[key] = group
         if group is None:
             return None
         spec = TensorSpec(target, donor_spec.shape)
-        plain = method.name == "passthrough" and group.params["scale"] == (1.0,)
+        plain = method.copies is not None and method.copies(group.params)
         if plain and self.spec(picked[0]).dtype is target:
             return TensorPlan(0, match.name, spec, Action.COPY, -1, picked, None)
-        return TensorPlan(0, match.name, spec, Action.MERGE, group.index, picked, own_base)
+        beside = self.beside(method, part, chosen, picked)
+        if beside is None:
+            return None
+        return TensorPlan(
+            0, match.name, spec, Action.MERGE, group.index, picked, own_base, companions=beside, layer=match.layer
+        )
+
+    def beside(
+        self, method: Method, part: Part, chosen: Sequence[int], operands: Sequence[Operand]
+    ) -> tuple[Operand, ...] | None:
+        """The companions of an output tensor's operands, as TensorPlan orders them; None after a problem."""
+        out = []
+        for companion in method.companions:
+            for i, operand in zip(chosen, operands, strict=True):
+                model = self.inputs[part.entries[i].companions[companion.name]]
+                found = model.checkpoint.resolve(operand.name)
+                if found is None:
+                    why = f"has no tensor {operand.name!r}, which {self.inputs[operand.model].ref} has"
+                    self.problems.append(
+                        MismatchError(f"{model.named}: {why}{nearest(operand.name, model.checkpoint.names())}")
+                    )
+                    return None
+                spec, wanted = model.checkpoint.spec(found), self.spec(operand)
+                if spec.shape != wanted.shape or not spec.dtype.is_float:
+                    why = f"{found!r} is {spec.dtype} {list(spec.shape)}, expected floats {list(wanted.shape)} as in the model"
+                    self.problems.append(MismatchError(f"{model.named}: {why}"))
+                    return None
+                out.append(Operand(model.index, found, operand.position))
+        return tuple(out)
 
     def copied(self, match: Match, spec: TensorSpec, target: DType, resolver: ParameterResolver) -> TensorPlan | None:
         """An excluded tensor: the donor's, in the output's dtype."""
         if spec.dtype is target:
             return TensorPlan(0, match.name, spec, Action.COPY, -1, (match.donor,), None)
-        group = resolver.group(get_method("passthrough"), Levels((), ({},)), [match.name], match.name, 0.0)
+        group = resolver.group(passthrough, Levels((), ({},)), [match.name], match.name, Place())
         if group is None:
             return None
         return TensorPlan(
@@ -422,3 +520,13 @@ class _Planner(Inputs):
             f"{self.recipe.at(self.recipe.lines.get(key, 1))}: {key}: {ref!r} is neither 'base' nor a model of this recipe; "
             "other tokenizers are a coming feature of stockpot"
         )
+
+
+def _layer_counts(matches: Sequence[Match]) -> dict[str, int]:
+    """How many layers each stack of the output has."""
+    counts: dict[str, int] = {}
+    for match in matches:
+        if match.layer is not None:
+            stack, number = match.layer
+            counts[stack] = max(counts.get(stack, 0), number + 1)
+    return counts

@@ -44,9 +44,10 @@ def _said_of(where: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as e:
-        raise RecipeError(f"{where}: {e}") from e
+        raise RecipeError(str(e)).within(where) from e
     except StockpotError as e:
-        raise type(e)(f"{where}: {e}") from e
+        e.within(where)
+        raise
 
 
 def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -> Expansion:
@@ -55,26 +56,26 @@ def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -
     )
     spec = _spec(choice)
     soup = resolve_soup(run, spec)
-    weighted = recipe.merge_method == "linear" or spec.kind != "uniform"
+    method = get_method(recipe.merge_method)
+    weighted = method.average or spec.kind != "uniform"
     base = recipe.base_model
-    space = get_method(recipe.merge_method).space
     if choice.base is not None:
         if base is not None:
             raise ArgumentError("base and base_model are both given: choose one")
-        if recipe.merge_method == "linear":
-            raise ArgumentError("base: linear averages every snapshot alike; it takes no base")
+        if method.average:
+            raise ArgumentError(f"base: {method.name} averages every snapshot alike; it takes no base")
         ends = {"first": soup.ingredients[0].snapshot, "last": soup.ingredients[-1].snapshot}
         base = (ends[choice.base] if isinstance(choice.base, str) else run.at(choice.base)).path
     models = []
     for i in soup.ingredients:
-        is_base = space is Space.DELTA and i.snapshot.path == base
+        is_base = method.space is Space.DELTA and i.snapshot.path == base
         settings = {"weight": Setting(i.weight, choice.line)} if weighted and not is_base else {}
         models.append(ModelEntry(i.snapshot.path, settings, choice.line))
     lines = {**recipe.lines, "models": choice.line}
     if base is not None:
         lines.setdefault("base_model", choice.line)
     expanded = replace(recipe, models=tuple(models), base_model=base, lines=lines)
-    if recipe.merge_method == "linear" and "normalize" not in recipe.parameters:
+    if method.average and "normalize" in method.parameters and "normalize" not in recipe.parameters:
         # the weights are what they are: given ones need not sum to one to the last bit
         expanded = replace(expanded, parameters={**recipe.parameters, "normalize": Setting(False, choice.line)})
     return Expansion(expanded, soup, run.warnings)
@@ -108,9 +109,9 @@ def _computed(
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_LABEL[wanted] if wanted else None
     one: dict[str, Any] = {"merge_method": "passthrough", "parameters": {}, "base_model": None}
-    if recipe.merge_method == "linear":
+    if get_method(recipe.merge_method).average:
         if recipe.base_model is not None:
-            raise RecipeError("adapter: linear over adapters takes no base_model (fused: adapter.base)")
+            raise RecipeError(f"adapter: {recipe.merge_method} over adapters takes no base_model (fused: adapter.base)")
         weights = _scalar_weights(recipe)
         if choice.mode == "product":
             product = product_adapter(adapters, weights, rank=choice.rank, dtype=dtype)

@@ -89,9 +89,8 @@ def why_written(plan: Plan) -> str | None:
     for t in plan.tensors:
         if t.action is Action.MERGE:
             group = plan.groups[t.group]
-            stats = group.method.active_stats(group.params)
-            if stats:
-                return f"{group.method.name} needs {stats[0].name} of whole tensors first"
+            if group.stats:
+                return f"{group.method.name} needs {plan.stats[group.stats[0]].stat.name} of whole tensors first"
             if group.method.scope is not Scope.ELEMENT:
                 return f"{group.method.name} needs whole {'rows' if group.method.scope is Scope.ROW else 'tensors'}"
     return None

@@ -13,7 +13,7 @@ from stockpot.recipes.reading import Reader, plain_value
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Slice, Source
 from stockpot.specs import parse_dtype
 
-__all__ = ["RUN_OPTIONS", "load_recipe", "parse_recipe"]
+__all__ = ["RUN_OPTIONS", "load_recipe", "located_mapping", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
@@ -68,6 +68,15 @@ def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
     recipe = parser.file(parse_documents(text, origin))
     raise_problems(parser.problems)
     return recipe
+
+
+def located_mapping(recipe: Recipe, place: Callable[[str], str]) -> dict[str, Any]:
+    """A recipe as a mapping, every reference in it replaced by `place` of it: it no longer depends on where its file lies."""
+    documents = parse_documents(recipe.text, recipe.origin)
+    parser = _Parser(recipe.text, recipe.origin)
+    parser.file(documents)
+    found: dict[str, Any] = plain_value(documents[0], {id(n): place(n.text) for n in parser.references})
+    return found
 
 
 class _Parser(Reader):
@@ -159,11 +168,12 @@ class _Parser(Reader):
     def entry(self, node: Node) -> ModelEntry:
         if node.kind == "scalar":
             return ModelEntry(self.model(node, "models"), {}, node.line)
-        parts = self.mapping(node, "models", ["model", "parameters"])
+        parts = self.mapping(node, "models", ["model", "parameters", "companions"])
         if "model" not in parts:
             self.bad(node.line, "models: an entry needs 'model'")
         ref = self.model(parts["model"], "models.model") if "model" in parts else ""
-        return ModelEntry(ref, self.settings(parts.get("parameters"), "models.parameters"), node.line)
+        settings = self.settings(parts.get("parameters"), "models.parameters")
+        return ModelEntry(ref, settings, node.line, self.companions(parts.get("companions"), "models.companions"))
 
     def slice(self, node: Node) -> Slice:
         parts = self.mapping(node, "slices", ["sources", "base_model", "parameters"])
@@ -176,12 +186,14 @@ class _Parser(Reader):
         return Slice(sources, base, self.settings(parts.get("parameters"), "slices.parameters"), node.line)
 
     def source(self, node: Node) -> Source:
-        parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters"])
+        parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters", "companions"])
         if "model" not in parts:
             self.bad(node.line, "slices.sources: an entry needs 'model'")
         ref = self.model(parts["model"], "slices.sources.model") if "model" in parts else ""
         span = self.layer_range(parts["layer_range"]) if "layer_range" in parts else None
-        return Source(ref, span, self.settings(parts.get("parameters"), "slices.sources.parameters"), node.line)
+        settings = self.settings(parts.get("parameters"), "slices.sources.parameters")
+        beside = self.companions(parts.get("companions"), "slices.sources.companions")
+        return Source(ref, span, settings, node.line, beside)
 
     def layer_range(self, node: Node) -> tuple[int, int] | None:
         values = [n.value for n in node.value] if node.kind == "list" else []
@@ -219,6 +231,7 @@ class _Parser(Reader):
             self.bad(node.line, "run: needs 'path', the directory of a training run")
         parts = {k: n for k, n in parts.items() if n.kind != "scalar" or n.value is not None}
         texts = {k: self.text_of(parts[k], f"run.{k}") for k in ("name", "snapshots", "metrics") if k in parts}
+        self.references += [parts["metrics"]] if "metrics" in parts else []
         path = self.model(parts["path"], "run.path") if "path" in parts else ""
         base = None
         if "base" in parts:
@@ -307,6 +320,7 @@ class _Parser(Reader):
         if node is None:
             return None
         ref = self.text_of(node, where)
+        self.references += [node] if ref not in (None, "base", "union") else []
         if ref == "union":
             self.bad(
                 node.line, f"{where}: union: {_TOKENIZER} is a coming feature of stockpot; 'base' copies the base's"

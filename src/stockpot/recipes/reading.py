@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from stockpot.errors import RecipeError, StockpotError, nearest
@@ -13,12 +14,16 @@ __all__ = ["Reader", "plain_value"]
 
 
 class Reader:
-    """Reads nodes and gathers problems; what can't be read is reported and left out."""
+    """Reads nodes and gathers problems; what can't be read is reported and left out.
+
+    references  the nodes that name a model or another place, wherever in the text they stand
+    """
 
     def __init__(self, text: str, origin: str) -> None:
         self.text = text
         self.origin = origin
         self.problems: list[StockpotError] = []
+        self.references: list[Node] = []
 
     # small things
 
@@ -58,6 +63,7 @@ class Reader:
     def model(self, node: Node, where: str) -> str:
         if node.kind == "map":
             return self.model_mapping(node, where)
+        self.references.append(node)
         if node.kind == "scalar" and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
             return node.text  # a directory called 2024, or 1.10
         return self.text_of(node, where) or ""
@@ -89,6 +95,15 @@ class Reader:
             )
         nodes = node.value if node.kind == "list" else [node]
         return tuple(p for p in (self.text_of(n, where) for n in nodes) if p)
+
+    def companions(self, node: Node | None, where: str) -> Settings:
+        """What lies beside a model: references by name."""
+        if node is None:
+            return {}
+        if node.kind != "map" or not node.value:
+            self.bad(node.line, f"{where}: expected a mapping from names to checkpoints, got {node.what}")
+            return {}
+        return {key: Setting(self.model(value, f"{where}.{key}"), line) for key, line, value in node.value}
 
     # parameters
 
@@ -144,11 +159,13 @@ class Reader:
         return None if value is None else Condition(pattern, value)
 
 
-def plain_value(node: Node) -> Any:
-    """A node as plain data: what is checked later, where its meaning is known."""
+def plain_value(node: Node, put: Mapping[int, str] | None = None) -> Any:
+    """A node as plain data: what is checked later, where its meaning is known. put: other texts, by the nodes' ids."""
+    if put is not None and id(node) in put:
+        return put[id(node)]
     if node.kind == "map":
-        return {key: plain_value(child) for key, _, child in node.value}
-    return [plain_value(child) for child in node.value] if node.kind == "list" else node.value
+        return {key: plain_value(child, put) for key, _, child in node.value}
+    return [plain_value(child, put) for child in node.value] if node.kind == "list" else node.value
 
 
 def _is_number(value: Any) -> bool:

@@ -16,11 +16,12 @@ Settings = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One of `models`."""
+    """One of `models`. companions: references by the name of what they are to the model (fisher)."""
 
     ref: str
     parameters: Settings
     line: int
+    companions: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Source:
     layer_range: tuple[int, int] | None
     parameters: Settings
     line: int
+    companions: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Recipe:
 
     def references(self) -> set[str]:
         """Every model that it names, and what stands on either side of a + in them."""
-        found = {m.ref for m in self.models} | {s.ref for piece in self.slices for s in piece.sources}
+        entries: list[ModelEntry | Source] = [*self.models, *(s for piece in self.slices for s in piece.sources)]
+        found = {e.ref for e in entries} | {str(c.value) for e in entries for c in e.companions.values()}
         bases = {self.base_model, *(piece.base_model for piece in self.slices), self.tokenizer_from}
         found |= {b for b in bases if b}
         return found | {half for ref in found if "+" in ref for half in ref.split("+")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ABSENT", "Condition", "Setting", "Value", "evaluate", "filters", "is_dynamic", "reaches_gradient"]
+__all__ = ["ABSENT", "Condition", "Setting", "Value", "chosen", "evaluate", "filters", "is_dynamic", "reaches_gradient"]
 
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "absent", "__bool__": lambda self: False})()
 
@@ -35,20 +35,25 @@ class Setting:
     line: int
 
 
+def chosen(value: Value, name: str) -> Any:
+    """The scalar or the list of numbers that holds for tensor `name`, or ABSENT."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Condition):
+        for condition in value:
+            assert isinstance(condition, Condition)
+            if condition.matches(name):
+                return chosen(condition.value, name)
+        return ABSENT
+    return value
+
+
 def evaluate(value: Value, name: str, t: float) -> Any:
     """The scalar that holds for tensor `name` at depth `t` (0 first layer, 1 last), or ABSENT.
 
     A gradient is piecewise linear over evenly spaced points.
     """
-    if not isinstance(value, tuple):
-        return value
-    if value and isinstance(value[0], Condition):
-        for condition in value:
-            assert isinstance(condition, Condition)
-            if condition.matches(name):
-                return evaluate(condition.value, name, t)
-        return ABSENT
-    points: list[float] = [p for p in value if not isinstance(p, Condition)]
+    points = chosen(value, name)
+    if not isinstance(points, tuple):
+        return points
     position = t * (len(points) - 1)
     low = min(int(position), len(points) - 1)
     high = min(low + 1, len(points) - 1)

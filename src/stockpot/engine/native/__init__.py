@@ -6,23 +6,27 @@ same work: the same bytes, several times slower.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
+from stockpot.methods.declaration import Method
 from stockpot.methods.forms import Form
 from stockpot.specs import DType
+from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
+from stockpot.statistics.order import Tally, Window, use_picker
 
-__all__ = ["LIBRARY", "Block", "Kernels", "Stream", "load_kernels"]
+__all__ = ["LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 4
+_ABI = 5
 _SLACK = 16  # places that the kernel may write past those that count
 _CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -120,6 +124,15 @@ class Kernels:
         library.stockpot_allow.argtypes = (i32,)
         library.stockpot_allow.restype = None
 
+    def folds(self, stat: Statistic, method: Method) -> Fold | None:
+        """How a statistic of a method is folded here; None where it is not known."""
+        found = _FOLDS.get(type(stat))
+        if found is None or (found.form and method.form is None):
+            return None
+        if isinstance(stat, Rank) and (stat.of is not None or stat.signed):
+            return None
+        return Fold(found.form, partial(found.fold, self))
+
     def allow(self, most: int) -> None:
         """Use at most these instructions of the processor: 0 common ones, 1 AVX2, 2 AVX-512. The bytes are the same."""
         self._library.stockpot_allow(most)
@@ -170,9 +183,11 @@ class Kernels:
         del alive
 
     def totals(self, kind: str, block: Block, form: Form | None, mask: Any, total: Any) -> Any:
-        """`total` (float64 `[k]`, or None for zeros) plus the terms of the block: kind "gram", "norms" or "signs"."""
+        """`total` (float64 `[k]`, or None for zeros) plus the terms of the block: kind "gram" (products of each two models, by
+        rows of the upper triangle), "norms" or "signs".
+        """
         task, alive = self._task(block, form, mask)
-        k = {"gram": 3, "norms": 2 * task.m, "signs": 1}[kind]
+        k = {"gram": task.m * (task.m + 1) // 2, "norms": 2 * task.m, "signs": 1}[kind]
         out = np.zeros(k) if total is None else np.array(total, np.float64)
         if kind == "signs":
             status = self._library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
@@ -267,18 +282,77 @@ class Kernels:
         self._library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A statistic's `fold` on raw bytes: (what it looks for, block, form, mask, the piece so far) -> part.
+
+    form  whether it needs to know the form of the method's arithmetic
+    """
+
+    form: bool
+    fold: Callable[..., Any]
+
+
+def _fold_rank(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
+    windows = [(w.low, w.high) if isinstance(w, Window) else None for w in seek]
+    found = kernels.split(block, windows)
+    return [
+        None if w is None else Tally(n, [inside], len(inside)) for w, (n, inside) in zip(windows, found, strict=True)
+    ]
+
+
+def _fold_total(kind: str) -> Callable[..., Any]:
+    def fold(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
+        return kernels.totals(kind, block, form, mask, so_far)
+
+    return fold
+
+
+#: by the type of the statistic: what of it is compiled
+_FOLDS: dict[type, Fold] = {
+    Rank: Fold(False, _fold_rank),
+    Gram: Fold(False, _fold_total("gram")),
+    L1Norms: Fold(True, _fold_total("norms")),
+    SignSum: Fold(True, _fold_total("signs")),
+}
+
+
 def _check(status: int) -> None:
     if status:
         raise MemoryError("no memory for a kernel's scratch")
 
 
-@cache
+_off: list[bool] = []
+
+
 def load_kernels() -> Kernels | None:
     """The kernels, or None where there are none."""
+    return None if _off else _loaded()
+
+
+@contextlib.contextmanager
+def numpy_only() -> Iterator[None]:
+    """Within it numpy does the kernels' work, in all threads: for tests, which hold the two to the same bytes."""
+    _off.append(True)
+    use_picker(None)
+    try:
+        yield
+    finally:
+        _off.pop()
+        kernels = load_kernels()
+        use_picker(None if kernels is None else kernels.select)
+
+
+@cache
+def _loaded() -> Kernels | None:
     if os.environ.get("STOCKPOT_NATIVE") == "0":
         return None
     try:
         library = ctypes.CDLL(LIBRARY)
-        return Kernels(library) if library.stockpot_abi() == _ABI else None
+        if library.stockpot_abi() != _ABI:
+            return None
+        kernels = Kernels(library)
     except (OSError, AttributeError):
         return None
+    use_picker(kernels.select)
+    return kernels

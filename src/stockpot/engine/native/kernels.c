@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 4
+#define ABI 5
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -224,10 +224,10 @@ EXPORT int32_t stockpot_combine(const Task *task, int32_t wide) {
 }
 
 /* Sums in float64 over whole chunks of REDUCE elements by halving, and over what is left, added to `total` in order.
- * kind 0: a.a, a.b, b.b of two inputs; kind 1: |delta| of each model, then |what remains of it| of each. */
+ * kind 0: products of each two of what the method sees, by rows of the upper triangle; kind 1: |delta| of each model, then |what remains of it| of each. */
 EXPORT int32_t stockpot_totals(const Task *task, int32_t wide, int32_t kind, double *total) {
     if (wide) return totals_f64(task, 0, kind, total);
-    return totals_f32(task, kind == 0 ? gram_fused(task, total) : 0, kind, total);
+    return totals_f32(task, kind == 0 && task->m == 2 && !task->base ? gram_fused(task, total) : 0, kind, total);
 }
 
 /* The sum of the signs of the elected masses. */
