@@ -165,6 +165,32 @@ def test_many_models_settle_close_elections_alike(count, without_kernels):
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_beyond_float32_elect_alike(dtype, without_kernels):
+    """A weighted sum that overflows float32 but not float64: the sign is that of the exact sum, by kernels and by numpy."""
+    top = 3e38 if dtype is torch.bfloat16 else 6e4
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1.0, 1.0], (6, 40, 50))
+    base = {"w": torch.zeros(40, 50, dtype=dtype)}
+    experts = [{"w": torch.from_numpy(s * top).to(dtype)} for s in signs]
+    ties = get_method("ties")
+    for given in (
+        {"weight": [1.0, 1.1, 0.9, 1.3, 0.7, 1.2]},
+        {"weight": [1e30, 1e30, 1.0, 1.0, 1.0, 2.0] if dtype is torch.float16 else [2.0, 2.0, 1.0, 1.0, 3.0, 1.5]},
+        {"weight": [1.0, 1.1, 0.9, 1.3, 0.7, 1.2], "normalize": False},
+        {"weight": [1.0, 1.1, 0.9, 1.3, 0.7, 1.2], "dialect": "peft", "density": 1.0},
+    ):
+        a = ties(experts, base=base, **given)["w"]
+        b = without_kernels(ties, experts, base=base, **given)["w"]
+        odd = torch.isnan(a) & torch.isnan(b)
+        assert bool(((a.view(torch.int16) == b.view(torch.int16)) | odd).all()), given
+        if "dialect" not in given:
+            mass = sum(w * s for w, s in zip(given["weight"], signs))
+            clear = abs(mass) > 1e-9
+            assert np.array_equal(np.signbit(a.float().numpy()[clear]), mass[clear] < 0)
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 def test_every_16_bit_pattern_is_read_and_written_as_numpy_does(dtype):
     kernels = load_kernels()

@@ -176,7 +176,7 @@ def test_what_is_not_ours_stays_where_it_is(lora_run: Path, tmp_path: Path) -> N
     suite = distance_suite(tmp_path)
     (tmp_path / "out/best").mkdir(parents=True)
     (tmp_path / "out/best/thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="none of stockpot's"):
+    with pytest.raises(OutputError, match="was not written by stockpot"):
         evidence.sweep(lora_run, tmp_path / "out", suite, replace(SMALL, stages=("uniform",)))
     assert (tmp_path / "out/best/thesis.txt").exists()
     (tmp_path / "other/candidates.tmp").mkdir(parents=True)
@@ -568,6 +568,50 @@ def test_a_grid_over_a_recipe_of_full_models(family32: Path, tmp_path: Path) -> 
         wrong = cli("sweep", *bad, "--suite", suite, cwd=tmp_path)
         assert wrong.returncode == 2
         assert message in wrong.stderr
+
+
+def test_references_of_a_swept_recipe_are_relative_to_it(family32: Path, tmp_path: Path) -> None:
+    """Wherever a recipe may name a model: what the workers get does not depend on where it lies."""
+    import shutil
+
+    from stockpot.evidence.sweeping import _plain_recipe
+
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for name in ("base", "a", "b"):
+        shutil.copytree(family32 / name, deep / name)
+    sliced = """merge_method: task_arithmetic
+slices:
+  - sources: [{model: a, layer_range: [0, 4]}, {model: {model: {path: b}}, layer_range: [0, 4]}]
+    base_model: base
+tokenizer_source: a
+parameters: {weight: 1.0}
+"""
+    (deep / "r.yml").write_text(sliced)
+    found = _plain_recipe(deep / "r.yml")
+    assert found["slices"][0]["base_model"] == str(deep / "base")
+    assert found["slices"][0]["sources"][1]["model"] == {"model": {"path": str(deep / "b")}}
+    assert found["tokenizer_source"] == str(deep / "a")
+    assert stockpot.plan(found).identity == stockpot.plan(found | {"tokenizer_source": str(deep / "a")}).identity
+    arguments = ["--recipe", "deep/r.yml", "--grid", "lambda=0.2,0.4", "--suite", distance_suite(tmp_path), "--json"]
+    done = cli("sweep", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["winner"] == "lambda-0.2"
+    others = {
+        "&m is no reference": "merge_method: linear\nmodels: [&m a, b, *m]\n",
+        "base and adapter": "merge_method: linear\nmodels: [{model: base+a}]\n",
+        "companions": "merge_method: fisher\nmodels: [{model: a, companions: {fisher: b}}]\n",
+        "a run": "merge_method: linear\nrun: {path: a, metrics: b/config.json}\n",
+        "an adapter's base": "merge_method: linear\nmodels: [a]\nadapter: {mode: fused, base: base}\n",
+    }
+    from stockpot.planning.inputs import located
+
+    for text in others.values():
+        (deep / "o.yml").write_text(text)
+        plain = json.dumps(located(stockpot.load_recipe(deep / "o.yml")))
+        for name in ("base", "a", "b/config.json" if "run" in text else "b"):
+            if f" {name}" in text or f"[{name}" in text or f"+{name}" in text:
+                assert f"{deep}/{name}" in plain, text
 
 
 def test_python(done: tuple[Path, Path, Any], lora_run: Path, tmp_path: Path) -> None:

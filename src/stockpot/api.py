@@ -20,8 +20,10 @@ from stockpot.errors import (
     StockpotError,
     VerificationError,
 )
+from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
+from stockpot.planning.steps import MergedCheckpoint
 from stockpot.recipes.parsing import load_recipe
 from stockpot.recipes.schema import Recipe
 from stockpot.runs import Run, Soup, SoupSpec, open_run, recipe_of, resolve_soup, resolve_windows
@@ -161,6 +163,7 @@ def merge_planned(
     url = out if isinstance(out, str) and is_url(out) else None
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
+    notes = [*planned.notes, *device_notes(planned, options.device)]
     planned = fetched(planned, options)
     check_side_files(planned)
     with contextlib.ExitStack() as held:
@@ -196,8 +199,16 @@ def merge_planned(
         outcome.bytes_read,
         outcome.bytes_written,
         tuple(outcome.warnings),
-        planned.notes,
+        tuple(notes),
     )
+
+
+def device_notes(planned: Plan, device: str) -> list[str]:
+    """What a user who named a device should know: that nothing here is for it."""
+    steps = [m.checkpoint.step for m in planned.inputs if isinstance(m.checkpoint, MergedCheckpoint)]
+    if device in ("cpu", "auto") or any(g.method.scope is Scope.TENSOR for p in (planned, *steps) for g in p.groups):
+        return []
+    return [f"--device {device}: nothing here is for it; elementwise merging stays on the CPU, where it is faster"]
 
 
 def check_finite(planned: Plan, outcome: Outcome) -> None:

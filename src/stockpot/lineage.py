@@ -25,7 +25,7 @@ from stockpot.engine.publish import replace_file, write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
-from stockpot.planning.plan import Action, ModelInput, Plan
+from stockpot.planning.plan import Action, MergeGroup, ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
 
 __all__ = ["NAME", "check_side_files", "copied_files", "read_lineage", "record_verdict", "write_side_files"]
@@ -167,7 +167,7 @@ def make_lineage(
         **({"steps": steps} if (steps := _steps(plan)) else {}),
         **({"soup": plan.soup.to_dict()} if plan.soup else {}),
         "options": dict(options),
-        "groups": [{"method": g.method.name, "parameters": g.public_params()} for g in plan.groups],
+        "groups": [_group(g) for g in plan.groups],
         "digests": ALGORITHM,
         "inputs": [_input(plan, m, outcome) for m in plan.inputs],
         "output": {
@@ -198,6 +198,14 @@ def make_lineage(
     }
 
 
+def _group(group: MergeGroup) -> dict[str, Any]:
+    """A method and its parameters; where the bytes rest on more than these and the inputs, that too."""
+    row: dict[str, Any] = {"method": group.method.name, "parameters": group.public_params()}
+    if group.method.reproducible != "anywhere":
+        row["reproducible"] = group.method.reproducible
+    return row
+
+
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """The steps that a plan reads, the innermost first."""
     out: list[dict[str, Any]] = []
@@ -205,8 +213,7 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
         if isinstance(model.checkpoint, MergedCheckpoint):
             step = model.checkpoint.step
             out += [s for s in _steps(step) if s not in out]
-            groups = [{"method": g.method.name, "parameters": g.public_params()} for g in step.groups]
-            row = {"name": model.ref, "streamed": why_written(step) is None, "groups": groups}
+            row = {"name": model.ref, "streamed": why_written(step) is None, "groups": [_group(g) for g in step.groups]}
             out += [row] if row not in out else []
     return out
 
@@ -246,6 +253,7 @@ def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {
         "model": model.ref,
         "path": checkpoint.path,
+        **({"role": model.role} if model.role != "model" else {}),
         "donor_of_config": model.index == plan.donor,
     }
     if checkpoint.parts:
@@ -297,7 +305,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def model_card(plan: Plan) -> str:
     """README.md with the Hugging Face Hub's metadata for merges."""
     bases = []
-    for model in plan.inputs:
+    for model in (m for m in plan.inputs if m.role == "model"):
         for candidate in (model.ref, model.checkpoint.config.get("_name_or_path")):
             if isinstance(candidate, str) and _HUB_ID.fullmatch(candidate) and not os.path.exists(candidate):
                 bases.append(candidate)
@@ -307,9 +315,9 @@ def model_card(plan: Plan) -> str:
     if bases:
         head += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases)), "base_model_relation: merge"]
     head += ["---"]
-    models = "\n".join(
-        f"- `{m.ref}`" + (" (config and tokenizer)" if m.index == plan.donor else "") for m in plan.inputs
-    )
+    about = {m.index: " (config and tokenizer)" if m.index == plan.donor else "" for m in plan.inputs}
+    about |= {m.index: f" ({m.role})" for m in plan.inputs if m.role != "model"}
+    models = "\n".join(f"- `{m.ref}`{about[m.index]}" for m in plan.inputs)
     method = plan.recipe.merge_method
     body = f"""
 # {method} merge

@@ -23,11 +23,14 @@ def declared_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
     out: dict[str, Parameter] = {}
     for p in inspect.signature(function).parameters.values():
         annotation = p.annotation
-        if p.kind is p.KEYWORD_ONLY and isinstance(annotation, str) and "Annotated" in annotation:
+        if p.kind is p.KEYWORD_ONLY and isinstance(annotation, str):
             try:
                 annotation = eval(annotation, function.__globals__)
             except NameError as e:
-                raise TypeError(f"method {function.__name__!r}: annotation of {p.name!r}: {e} at module level") from e
+                if "Annotated" in annotation:
+                    raise TypeError(
+                        f"method {function.__name__!r}: annotation of {p.name!r}: {e} at module level"
+                    ) from e
         if p.kind is not p.KEYWORD_ONLY or typing.get_origin(annotation) is not typing.Annotated:
             continue
         first, *notes = typing.get_args(annotation)
@@ -115,8 +118,8 @@ def _statistics(method: Method) -> Iterator[str]:
 
 
 def check_extents(method: Method, extents: list[str]) -> Iterator[str]:
-    """A statistic may use those before it, so what is before it must not be narrower."""
-    places = [EXTENTS.index(e) for e in extents]
+    """A statistic may use those before it, so what is before it must not be narrower; rows are known wherever they are seen."""
+    places = [EXTENTS.index(e) for e in extents if e != "row"]
     for before, after in itertools.pairwise(places):
         if after > before:
             yield f"a statistic over a {EXTENTS[after]} can't follow one over a {EXTENTS[before]}: declare the wider ones first"

@@ -79,7 +79,7 @@ def settings(method: Method, models: int) -> Iterator[dict[str, Any]]:
         chosen = dict(given) if dialect is None else {**given, "dialect": dialect}
         varied = {p.keyword: [FRACTIONS[i % 3] for i in range(models)] for p in fractions}
         if method.name and fractions and dialect == "paper":
-            varied = {p.keyword: FRACTIONS[0] for p in fractions}
+            varied = {p.keyword: [FRACTIONS[0]] * models for p in fractions}
         if not fractions or all(p.default_for(dialect) is not REQUIRED for p in fractions):
             yield chosen
         if fractions:
@@ -186,7 +186,7 @@ def _permutation(method: Method, folder: str) -> None:
     for given in settings(method, count):
         results = []
         for order in itertools.islice(itertools.permutations(range(count)), 4):
-            turned = {
+            turned: dict[str, Any] = {
                 k: [v[i] for i in order] if isinstance(v, list) and len(v) == count else v
                 for k, v in {**more, **given}.items()
             }
@@ -251,9 +251,9 @@ def _invariance(method: Method, folder: str) -> None:
     for n, given in enumerate(settings(method, count)):
         recipe = written(method, _shapes(method), count, given, os.path.join(folder, str(n)))
         outs = []
-        for i, options in enumerate(({"threads": 1}, {"threads": 3}, {"threads": 2, "max_memory": _tight(recipe)})):
+        for i, (threads, memory) in enumerate(((1, None), (3, None), (2, _tight(recipe)))):
             out = os.path.join(folder, f"{n}-out{i}")
-            stockpot.merge(recipe, out, stockpot.Options(**options))
+            stockpot.merge(recipe, out, stockpot.Options(threads=threads, max_memory=memory))
             with open(os.path.join(out, "model.safetensors"), "rb") as f:
                 outs.append(f.read())
         assert outs[0] == outs[1], f"{method.name} {given}: the bytes depend on the number of threads"
