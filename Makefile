@@ -15,7 +15,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch by itself first: whatever else needs it is then content with this build
-$(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt $(wildcard src/stockpot/engine/native/kernels.*)
+$(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt $(wildcard src/stockpot/engine/native/*.c src/stockpot/engine/native/*.inc)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_ARGS) torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@

@@ -10,7 +10,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "src/stockpot/engine/native"
-SOURCES = ("kernels.c", "kernels.inc", "fused.inc", "transfer.inc", "blake3.inc")
+SOURCES = ("kernels.c", "kernels.inc", "fused.inc", "transfer.inc", "blake3.inc", "bundle.inc")
 # no fused multiply-add: the bytes must be those of the numpy code
 FLAGS = (
     "-std=gnu11 -O3 -shared -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"

@@ -86,7 +86,7 @@ CODES: dict[str, tuple[list[str], int, str]] = {
     "memory that is no size": (["plan", "{recipe}", "--max-memory", "lots"], 2, "expected a size"),
     "memory too small": (["merge", "{recipe}", "{tmp}/out", "--max-memory", "1MB"], 2, "allow at least"),
     "shard size zero": (["merge", "{recipe}", "{tmp}/out", "--shard-size", "0"], 2, "positive"),
-    "unknown device": (["merge", "{recipe}", "{tmp}/out", "--device", "tpu"], 2, "expected cpu"),
+    "unknown device": (["merge", "{recipe}", "{tmp}/out", "--device", "tpu"], 2, "expected auto, cpu"),
     "cuda without one": (["merge", "{recipe}", "{tmp}/out", "--device", "cuda"], 2, "no CUDA device"),
     "unknown method": (["methods", "teis"], 2, "did you mean 'ties'"),
     "out is an input": (["merge", "{recipe}", "{family}/a", "--overwrite"], 2, "is or holds the input"),

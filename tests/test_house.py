@@ -31,7 +31,7 @@ LEVELS = [
     {"reports"},
     {"api"},
     {"evidence"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 #: the one exception: a method that is called on dicts runs the engine, which it imports when called
 ALLOWED = {("methods", "engine")}

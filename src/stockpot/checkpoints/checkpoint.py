@@ -82,11 +82,6 @@ class Checkpoint:
         """The dtype in which a merge writes the tensor where the recipe names none."""
         return self.spec(name).dtype
 
-    def location(self, name: str) -> tuple[Header, Entry]:
-        """The file that holds a tensor and the byte range there."""
-        index, entry = self._where[name]
-        return self.files[index], entry
-
     @property
     def parameters(self) -> int:
         """Elements of all tensors, tied copies counted once."""
@@ -168,8 +163,13 @@ class Checkpoint:
         if current:
             yield current
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin: (open file, offset). Only where `extents` gives any. Raises ReadError."""
+        index, entry = self._where[name]
+        return self._fd(index), entry.start
+
     def extents(self, requests: Sequence[ReadRequest]) -> list[tuple[int, int, int]] | None:
-        """Where the requested ranges lie, for who reads them by himself: (open file, offset, bytes). None where only `read`
+        """Where the ranges lie, for callers that do the I/O themselves: (open file, offset, bytes). None where only `read`
         will do: they are computed, elsewhere, or somebody wants to be told. Raises ReadError.
         """
         if self.observers:

@@ -147,7 +147,7 @@ def _dequantised(
     scaled: dict[str, _Scaled] = {}
     for name in checkpoint.names():
         spec = checkpoint.spec(name)
-        if name in scales and (name.endswith(_ACTIVATIONS) or any(name == n + s for n in fp8 for s in _SCALES)):
+        if name in scales and (name.endswith(_ACTIVATIONS) or any(_scaled_by(name, s) in fp8 for s in _SCALES)):
             continue
         specs[name] = spec
         if name in fp8:
@@ -158,6 +158,11 @@ def _dequantised(
         checkpoint.ref, checkpoint.path, checkpoint.kind, config, checkpoint.files,
         sources=(checkpoint,), specs=specs, scaled=scaled,
     )  # fmt: skip
+
+
+def _scaled_by(name: str, ending: str) -> str | None:
+    """The weight whose scale a tensor would be."""
+    return name[: -len(ending)] if name.endswith(ending) else None
 
 
 def _target(config: Mapping[str, Any]) -> DType:

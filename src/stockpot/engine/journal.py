@@ -1,7 +1,7 @@
-"""The journal of a merge in progress: which pieces are safely on disk, with their digests.
+"""The journal of a merge in progress: which pieces are safely on disk, with what was seen of them.
 
-One JSON object a line. The first names the plan (its identity); each other is one finished unit, written only after the
-unit's bytes were flushed. A line cut short by a crash is dropped. The file is locked while a merge runs.
+One JSON object a line. The first names the plan (its identity); each other holds rows of the ledger, written only after the
+pieces' bytes were flushed. A line cut short by a crash is dropped. The file is locked while a merge runs.
 """
 
 from __future__ import annotations
@@ -14,81 +14,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.engine.measures import Measure
+import numpy as np
+
+from stockpot.engine.ledger import Ledger
 from stockpot.errors import OutputError
 
-__all__ = ["Journal", "Record"]
+__all__ = ["Journal"]
 
 NAME = "stockpot.journal"
 _INTERVAL = 1.0
-_FORMAT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Pieces first..last of a tensor: digests of the output's pieces and of each input's, measures of the output and of each
-    input, and a warning if any.
-    """
-
-    tensor: int
-    first: int
-    last: int
-    out: tuple[bytes, ...]
-    inputs: tuple[tuple[bytes, ...], ...]
-    measures: tuple[Measure, ...]
-    warning: str | None = None
-
-    def encode(self) -> str:
-        row: list[Any] = [
-            self.tensor,
-            self.first,
-            self.last,
-            b"".join(self.out).hex(),
-            [b"".join(d).hex() for d in self.inputs],
-            [[m.squares, m.nans, m.infinities] for m in self.measures],
-        ]
-        if self.warning:
-            row.append(self.warning)
-        return json.dumps(row, separators=(",", ":"))
-
-    @classmethod
-    def decode(cls, row: Any) -> Record:
-        """The inverse of encode. ValueError for anything that encode does not write."""
-        if not (isinstance(row, list) and len(row) in (6, 7) and all(type(v) is int for v in row[:3])):
-            raise ValueError("not a record")
-        if not isinstance(row[4], list) or not all(isinstance(v, str) for v in (row[3], *row[4], *row[6:])):
-            raise ValueError("not a record")
-        if not isinstance(row[5], list) or not all(_is_measure(m) for m in row[5]):
-            raise ValueError("not a record")
-        measures = tuple(Measure(float(s), nans, infinities) for s, nans, infinities in row[5])
-        warning = row[6] if len(row) == 7 else None
-        return cls(row[0], row[1], row[2], _split(row[3]), tuple(map(_split, row[4])), measures, warning)
-
-
-def _is_measure(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and type(value[0]) in (int, float)
-        and all(type(v) is int and v >= 0 for v in value[1:])
-    )
-
-
-def _split(text: str) -> tuple[bytes, ...]:
-    raw = bytes.fromhex(text)
-    return tuple(raw[i : i + 32] for i in range(0, len(raw), 32))
+_FORMAT = 3
 
 
 @dataclass
 class Journal:
-    """Append-only. `add` queues a record; a background thread flushes data, then records, about once a second."""
+    """Append-only. `add` queues pieces; a background thread flushes data, then what is known of them, about once a second."""
 
     path: str
     identity: str
+    ledger: Ledger
     flush_data: Callable[[], None]
-    records: list[Record] = field(default_factory=list)
+    #: rows of the ledger that an earlier run vouches for, with what it saw of them
+    found: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     error: BaseException | None = None
-    _queue: list[Record] = field(default_factory=list)
+    _queue: list[tuple[Any, str | None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _fd: int = -1
@@ -111,10 +61,13 @@ class Journal:
             keep = len(lines[0]) + 1
             for line in lines[1:-1]:
                 try:
-                    record = Record.decode(json.loads(line))
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        break
+                    self.found.append(self.ledger.decode(row))
                 except (ValueError, RecursionError):
                     break
-                self.records.append(record)
+                self.warnings += [str(w) for w in row.get("warnings") or ()]
                 keep += len(line) + 1
         os.ftruncate(self._fd, keep)
         os.lseek(self._fd, keep, os.SEEK_SET)
@@ -129,12 +82,12 @@ class Journal:
         self._thread = threading.Thread(target=self._run, name="stockpot-journal", daemon=True)
         self._thread.start()
 
-    def add(self, record: Record) -> None:
-        """Queue a finished unit. Raises what the background thread failed with."""
+    def add(self, rows: Any, warning: str | None = None) -> None:
+        """Queue finished pieces, which the ledger knows. Raises what the background thread failed with."""
         if self.error is not None:
             raise self.error
         with self._lock:
-            self._queue.append(record)
+            self._queue.append((rows, warning))
 
     def _append(self, text: str) -> None:
         view = memoryview(text.encode())
@@ -151,7 +104,9 @@ class Journal:
             batch, self._queue = self._queue, []
         if batch:
             self.flush_data()
-            self._append("".join(r.encode() + "\n" for r in batch))
+            row: dict[str, Any] = self.ledger.encode(np.concatenate([rows for rows, _ in batch]))
+            warnings = list(dict.fromkeys(w for _, w in batch if w))
+            self._append(json.dumps(row | ({"warnings": warnings} if warnings else {})) + "\n")
 
     def _run(self) -> None:
         try:

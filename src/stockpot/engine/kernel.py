@@ -218,6 +218,14 @@ class Kernel:
         assert self.method.form is not None
         return self.method.form(**keywords)
 
+    def form_of(self, known: Mapping[int, Any], models: int) -> Form:
+        """The form of this group's arithmetic, with the values of statistics."""
+        keywords = dict(self.group.params)
+        keywords.update((s.name, s.absent(models)) for s in self.method.stats)
+        keywords.update(self._names(known))
+        keywords.update((d.name, None) for d in self.method.draws)
+        return self._form(keywords)
+
     def _fold_rows(
         self, gathering: Gathering, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]
     ) -> None:

@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from stockpot.engine.digests import piece_digest
-from stockpot.engine.journal import Record
-from stockpot.grid import grid_of
+from stockpot.engine.ledger import Ledger
 from stockpot.planning.plan import Plan
 
-__all__ = ["sound_records"]
+__all__ = ["take_over"]
 
 
-def sound_records(plan: Plan, partial: str, records: Sequence[Record]) -> Iterator[Record]:
-    """Those records whose bytes are really in the shards in `partial`."""
+def take_over(plan: Plan, partial: str, ledger: Ledger, found: Iterable[tuple[Any, dict[str, Any]]]) -> int:
+    """Put those pieces into the ledger whose bytes are really in the shards in `partial`. How many bytes they are."""
     fds: dict[int, int] = {}
+    pieces, taken = ledger.pieces, 0
     try:
-        for record in records:
-            if not _plausible(plan, record):
-                continue
-            t = plan.tensors[record.tensor]
-            if t.shard not in fds:
-                fds[t.shard] = os.open(os.path.join(partial, plan.shards[t.shard].name), os.O_RDONLY)
-            grid = grid_of(t.spec.shape)
-            size = t.spec.dtype.itemsize
-            for piece, digest in zip(range(record.first, record.last), record.out, strict=True):
-                start, stop = grid.bounds(piece)
-                if piece_digest(os.pread(fds[t.shard], (stop - start) * size, t.offset + start * size)) != digest:
-                    break
-            else:
-                yield record
+        for rows, seen in found:
+            sound = np.zeros(len(rows), np.bool_)
+            for i, row in enumerate(rows):
+                t = plan.tensors[pieces.tensor[row]]
+                if t.shard not in fds:
+                    fds[t.shard] = os.open(os.path.join(partial, plan.shards[t.shard].name), os.O_RDONLY)
+                size, start = t.spec.dtype.itemsize, int(pieces.start[row])
+                n = (int(pieces.stop[row]) - start) * size
+                raw = os.pread(fds[t.shard], n, t.offset + start * size)
+                sound[i] = not ledger.done[row] and piece_digest(raw) == seen["digests"][0, i].tobytes()
+                taken += n * int(sound[i])
+            ledger.take_over(rows, seen, np.flatnonzero(sound))
     finally:
         for fd in fds.values():
             os.close(fd)
-
-
-def _plausible(plan: Plan, record: Record) -> bool:
-    """Whether a journal's record can be one of this plan's at all."""
-    if not 0 <= record.tensor < len(plan.tensors):
-        return False
-    t = plan.tensors[record.tensor]
-    count = record.last - record.first
-    return (
-        0 <= record.first < record.last <= grid_of(t.spec.shape).pieces
-        and len(record.out) == count
-        and len(record.inputs) == len(t.inputs)
-        and len(record.measures) == len(t.inputs) + 1
-        and all(len(d) == count for d in record.inputs)
-    )
+    return taken

@@ -19,24 +19,25 @@ import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
+from stockpot.engine.bundles import Bundles
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digest_book import DigestBook, observer
-from stockpot.engine.digests import tensor_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
-from stockpot.engine.journal import Journal, Record
+from stockpot.engine.journal import Journal
 from stockpot.engine.kernel import Kernel, UnitData, sample_runs
+from stockpot.engine.ledger import Ledger
 from stockpot.engine.limits import allow_open_files
 from stockpot.engine.measures import Sizes, far_out
+from stockpot.engine.pieces import Pieces
 from stockpot.engine.pool import Pool
 from stockpot.engine.publish import partial_path
-from stockpot.engine.resume import sound_records
+from stockpot.engine.resume import take_over
 from stockpot.engine.scheduler import Job, Scheduler, Work
 from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
-from stockpot.engine.transfer import Seen, read_unit, records, write_unit
-from stockpot.engine.units import Segment, Unit, aligned, most_of_a_unit
+from stockpot.engine.transfer import Seen, read_unit, write_unit
+from stockpot.engine.units import Cutter, Segment, Unit, aligned, most_of_a_unit, unit_of
 from stockpot.errors import Interrupted, OutputError, ReadError
-from stockpot.grid import grid_of
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
 
@@ -92,15 +93,20 @@ class _Runner:
         self.asked_to_stop = asked_to_stop
         self.plan = plan
         self.outcome = Outcome(partial)
-        self.pieces_done: dict[int, set[int]] = {}
-        self.out_book = DigestBook()
-        self.in_book = DigestBook()
+        self.pieces = Pieces(plan.tensors)
+        self.ledger = Ledger(self.pieces, max((len(t.inputs) for t in plan.tensors), default=0))
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
         self.pool = Pool(plan.budget.hold, most_of_a_unit(plan), byte_buffer)
         budget = plan.budget
         self.kernels = [Kernel(device, g, plan.stats, plan.seed, budget.chunk) for g in plan.groups]
+        self.bundles = Bundles(plan, self.ledger, self.kernels)
+        itemsizes = [
+            [plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs] for t in plan.tensors
+        ]
+        self.in_sizes = np.array([sum(sizes) for sizes in itemsizes], np.int64)
+        self.out_sizes = np.array([t.spec.dtype.itemsize for t in plan.tensors], np.int64)
 
     # setting up and winding down
 
@@ -116,7 +122,10 @@ class _Runner:
             raise OutputError(f"{partial}: can't be created: {e.strerror or e}") from e
         sink: ShardSink | None = None
         journal = Journal(
-            os.path.join(partial, JOURNAL_NAME), self.plan.identity, lambda: sink.flush() if sink is not None else None
+            os.path.join(partial, JOURNAL_NAME),
+            self.plan.identity,
+            self.ledger,
+            lambda: sink.flush() if sink is not None else None,
         )
         try:
             resumed = journal.open() and resume
@@ -125,14 +134,16 @@ class _Runner:
                 raise
             raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
         if not resumed:
-            journal.records.clear()
+            journal.found.clear()
+            journal.warnings.clear()
         _clear(partial, keep={JOURNAL_NAME, *(s.name for s in self.plan.shards if resumed)})
         finished = False
         part_books = self._observe_parts()
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
-            for record in sound_records(self.plan, partial, journal.records):
-                self._take_over(record)
+            self.outcome.resumed_bytes = take_over(self.plan, partial, self.ledger, journal.found)
+            self.outcome.warnings += dict.fromkeys(journal.warnings)
+            journal.found.clear()
             journal.begin(resumed=resumed)
             whole = any(g.method.scope is Scope.TENSOR for g in self.plan.groups)
             with _one_blas_thread(whole or any(m.checkpoint.parts for m in self.plan.inputs)):
@@ -150,9 +161,7 @@ class _Runner:
                     journal.unlock()
                 for model in self.plan.inputs:
                     model.checkpoint.close()
-        empty = (t.name for t in self.plan.tensors if t.spec.numel == 0)
-        self.outcome.output_digests = {**self.out_book.done, **{name: tensor_digest(()) for name in empty}}
-        self.outcome.input_digests = self.in_book.done
+        self._sum_up()
         self.outcome.part_digests = {path: book.done for path, book in part_books.items()}
         self.outcome.warnings += far_out(self.outcome.sizes)
         self.outcome.seconds = time.monotonic() - began
@@ -189,33 +198,32 @@ class _Runner:
                 part.observers[:] = [observer(part, book, self.lock)]
         return books
 
-    def _take_over(self, record: Record) -> None:
-        """A record of an earlier run, whose bytes are there."""
-        t = self.plan.tensors[record.tensor]
-        self.pieces_done.setdefault(t.index, set()).update(range(record.first, record.last))
-        self._book(record)
-        start, stop = grid_of(t.spec.shape).span(record.first, record.last)
-        self.outcome.resumed_bytes += (stop - start) * t.spec.dtype.itemsize
-
-    def _book(self, record: Record) -> None:
-        t = self.plan.tensors[record.tensor]
-        pieces = grid_of(t.spec.shape).pieces
-        self.out_book.add(t.name, pieces, record.first, record.out)
-        for operand, digests in zip(t.inputs, record.inputs, strict=True):
-            if self.plan.inputs[operand.model].checkpoint.spec(operand.name).shape != t.spec.shape:
-                continue  # cropped: only a part of that tensor was read
-            self.in_book.add((operand.model, operand.name), pieces, record.first, digests)
-        self.outcome.sizes.add(t.name, record.measures, t.weighed)
-        if record.warning and record.warning not in self.outcome.warnings:
-            self.outcome.warnings.append(record.warning)
+    def _sum_up(self) -> None:
+        """What the pieces come to, tensor by tensor."""
+        for t, measures in zip(self.plan.tensors, self.ledger.measures(), strict=True):
+            digest = self.ledger.digest(t.index, 0)
+            assert digest is not None
+            self.outcome.output_digests[t.name] = digest
+            if not t.spec.numel:
+                continue
+            self.outcome.sizes.add(t.name, measures[: 1 + len(t.inputs)], t.weighed)
+            for slot, o in enumerate(t.inputs, 1):
+                # of a cropped one only a part was read
+                whole = self.plan.inputs[o.model].checkpoint.spec(o.name).shape == t.spec.shape
+                digest = self.ledger.digest(t.index, slot) if whole else None
+                if digest is not None:
+                    self.outcome.input_digests[o.model, o.name] = digest
 
     # the threads
 
     def _work(self, sink: ShardSink, journal: Journal, progress: Progress | None) -> None:
         workers = self.plan.budget.workers
-        scheduler = Scheduler(self.plan, lambda i: self.pieces_done.get(i, set()), read_ahead=2 * workers + 2)
+        self.sink = self.bundles.sink = sink
+        cutter = Cutter(self.plan, self.pieces, self.bundles.takes)
+        self.bundles.lay_out(cutter.native)
+        scheduler = Scheduler(self.plan, cutter, self.ledger.done.copy(), read_ahead=2 * workers + 2)
         threads = [
-            threading.Thread(target=self._worker, args=(scheduler, sink, journal), name=f"stockpot-{i}", daemon=True)
+            threading.Thread(target=self._worker, args=(scheduler, journal), name=f"stockpot-{i}", daemon=True)
             for i in range(workers)
         ]
         total = self.plan.bytes_in + self.plan.bytes_out
@@ -242,29 +250,86 @@ class _Runner:
         if self.errors:
             raise self.errors[0]
 
-    def _worker(self, scheduler: Scheduler, sink: ShardSink, journal: Journal) -> None:
+    def _worker(self, scheduler: Scheduler, journal: Journal) -> None:
         slot: dict[Any, Any] = {}
         try:
             while True:
                 work, hints = scheduler.next()
-                for unit in hints:
-                    self._advise(unit)
+                for rows in hints:
+                    self._advise(rows, scheduler.cutter)
                 if work is None:
                     return
-                self._do(work, slot, sink, journal)
-                kept = work.let_go()
-                if kept is not None:
-                    self.pool.give(kept.place)
+                self._do(work, slot, journal)
                 scheduler.finished(work)
         except BaseException as e:
             self.errors.append(e)
             scheduler.stop()
 
-    def _advise(self, unit: Unit) -> None:
+    def _advise(self, rows: Any, cutter: Cutter) -> None:
+        if cutter.native[self.pieces.tensor[rows[0]]]:
+            self.bundles.advise(rows)
+            return
+        unit = unit_of(self.plan, self.pieces, rows)
         for i, operand in enumerate(unit.lead.inputs):
             source = self.plan.inputs[operand.model].checkpoint
             for s in unit.segments if len(unit.segments) < 64 else ():
                 source.will_read(ReadRequest(s.tensor.inputs[i].name, s.start, s.stop))
+
+    # some work
+
+    def _do(self, work: Work, slot: dict[Any, Any], journal: Journal) -> None:
+        if work.job is not None and work.job.sampling:
+            work.job.gathering.suggest(self._sample(work.job, slot, bundle=work.bundle))
+        elif work.bundle:
+            self._by_bundles(work, slot, journal)
+        else:
+            self._by_units(work, slot, journal)
+
+    def _by_bundles(self, work: Work, slot: dict[Any, Any], journal: Journal) -> None:
+        """By compiled calls, piece by piece in Python where one stops short: it works there, or says what is wrong."""
+        rows, job = work.rows, work.job
+        while len(rows):
+            kept = {row for row in rows.tolist() if work.held and row in work.held}
+            warning = None
+            if job is None:
+                done, warning = self.bundles.merge(rows, work.known, slot, work.held)
+            else:
+                done = self.bundles.fold(job.gathering, rows, work.known, slot, work.held, self.pool)
+            if not done:
+                self._by_units(replace(work, rows=rows[:1], held=None), slot, journal)
+                rows = rows[1:]
+                continue
+            self._account(rows[:done], kept, written=job is None)
+            if job is None:
+                self._settle(rows[:done], journal, warning)
+                self._let_go(rows[:done], work.held)
+            rows = rows[done:]
+
+    def _account(self, rows: Any, kept: Set[int], *, written: bool) -> None:
+        """Bytes that were read (but for those kept) and written."""
+        tensors, n = self.pieces.tensor[rows], self.pieces.stop[rows] - self.pieces.start[rows]
+        each = n * self.in_sizes[tensors]
+        out = int((n * self.out_sizes[tensors]).sum()) if written else 0
+        again = sum(int(e) for row, e in zip(rows.tolist(), each) if row in kept) if kept else 0
+        with self.lock:
+            self.outcome.bytes_read += int(each.sum()) - again
+            self.outcome.bytes_written += out
+            self.bytes_done += int(each.sum()) + out
+
+    def _settle(self, rows: Any, journal: Journal, warning: str | None) -> None:
+        """These pieces are merged and written."""
+        with self.lock:
+            self.ledger.done[rows] = True
+            if warning and warning not in self.outcome.warnings:
+                self.outcome.warnings.append(warning)
+        journal.add(rows, warning)
+
+    def _let_go(self, rows: Any, held: dict[int, Any] | None) -> None:
+        """Of what was kept of pieces that are merged now."""
+        for row in rows.tolist() if held else ():
+            kept = held.pop(row, None)  # type: ignore[union-attr]
+            if kept is not None:
+                self.pool.give(kept.place)
 
     # one unit
 
@@ -277,9 +342,6 @@ class _Runner:
         buffer = self._buffer(slot, "raw", edges[-1])
         raws = [buffer[at : at + unit.numel * d.itemsize] for at, d in zip(edges, dtypes, strict=False)]
         seen = read_unit(unit, self.plan.inputs, raws, dtypes, look=look)
-        with self.lock:
-            self.outcome.bytes_read += sum(map(len, raws))
-            self.bytes_done += sum(map(len, raws))
         return _Taken(UnitData(unit, raws, dtypes, slot), seen)
 
     def _buffer(self, slot: dict[Any, Any], key: str, size: int) -> memoryview[Any]:
@@ -291,52 +353,56 @@ class _Runner:
 
     def _take(self, work: Work, slot: dict[Any, Any]) -> _Taken:
         """The data of a unit: from what an earlier pass has kept, or read, and then kept for the next while there is room."""
-        kept: _Taken | None = work.kept()
+        first = int(work.rows[0])
+        kept: _Taken | None = work.held.get(first) if work.held is not None else None
         if kept is not None:
-            with self.lock:
-                self.bytes_done += sum(map(len, kept.data.raws))
+            self._account(work.rows, set(work.rows.tolist()), written=False)
             return replace(kept, data=replace(kept.data, slot=slot))
+        unit = unit_of(self.plan, self.pieces, work.rows)
+        self._account(work.rows, set(), written=False)
         room = self.pool.take() if work.job is not None and work.held is not None else None
-        if room is None:
-            return self._read(work.unit, slot, look=work.job is None)
+        if room is None or work.held is None:
+            return self._read(unit, slot, look=work.job is None)
         place, memory = room
-        taken = replace(self._read(work.unit, {"raw": memory}, look=True), place=place)
-        work.keep(taken)
+        taken = replace(self._read(unit, {"raw": memory}, look=True), place=place)
+        work.held[first] = taken
         return replace(taken, data=replace(taken.data, slot=slot))
 
-    def _do(self, work: Work, slot: dict[Any, Any], sink: ShardSink, journal: Journal) -> None:
-        if work.job is not None and work.job.sampling:
-            work.job.gathering.suggest(self._sample(work.job, slot))
-            return
-        lead = work.unit.lead
+    def _by_units(self, work: Work, slot: dict[Any, Any], journal: Journal) -> None:
         taken = self._take(work, slot)
         data, seen = taken.data, taken.seen
+        lead = data.unit.lead
         if work.job is not None:
-            self.kernels[lead.group].fold(work.job.gathering, data, work.stats)
+            self.kernels[lead.group].fold(work.job.gathering, data, work.known)
             return
         warning = None
         if lead.action is Action.MERGE:
-            out = self._buffer(slot, "out", work.unit.numel * lead.spec.dtype.itemsize)
-            self.kernels[lead.group].combine(data, work.stats, out)
-            produced = write_unit(work.unit, out, sink, look=True)
+            out = self._buffer(slot, "out", data.unit.numel * lead.spec.dtype.itemsize)
+            self.kernels[lead.group].combine(data, work.known, out)
+            produced = write_unit(data.unit, out, self.sink, look=True)
         else:
             out = data.raws[0]
             if lead.action is Action.KEEP:
                 warning = self._differing(data)
-            write_unit(work.unit, out, sink, look=False)
+            write_unit(data.unit, out, self.sink, look=False)
             produced = seen[:1]
-        for record in records(work.unit, [*produced, *seen], warning):
-            with self.lock:
-                self._book(record)
-            journal.add(record)
+        for slot_number, each in enumerate([*produced, *seen]):
+            self.ledger.put(slot_number, work.rows, each.digests, each.measures)
         with self.lock:
             self.outcome.bytes_written += len(out)
             self.bytes_done += len(out)
+        self._settle(work.rows, journal, warning)
+        self._let_go(work.rows[:1], work.held)
 
-    def _sample(self, job: Job, slot: dict[Any, Any]) -> Any:
+    def _sample(self, job: Job, slot: dict[Any, Any], *, bundle: bool) -> Any:
         """A few deltas from all over a job's tensors."""
+        if bundle and all(b for _, b in job.passes):
+            found = self.bundles.sample([t for t in job.tensors if t.spec.numel], _JOB_SAMPLES, slot)
+            if found is not None:
+                return found
         # a model of thousands of units has a sample of the same size
-        units = job.units[:: -(-1024 * len(job.units) // (2 * _JOB_SAMPLES))]
+        units = [unit_of(self.plan, self.pieces, rows) for rows, _ in job.passes]
+        units = units[:: -(-1024 * len(units) // (2 * _JOB_SAMPLES))]
         total = sum(u.numel for u in units)
         parts = []
         for unit in units:

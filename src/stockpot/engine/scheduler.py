@@ -1,82 +1,64 @@
-"""Which unit comes next: statistics before what needs them, and the combining pass soon after, while data is still cached."""
+"""Which pieces come next: statistics before what needs them, and the combining pass soon after, while data is still cached."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.engine.gathering import Gathering, WideValues
-from stockpot.engine.units import Unit, units_of, work_lists
+from stockpot.engine.units import Cutter
 from stockpot.planning.plan import Action, Plan, StatPlan, TensorPlan
 
 __all__ = ["Job", "Scheduler", "Work"]
 
 
-@dataclass(frozen=True)
-class WideJob:
-    """A statistic to be gathered over the tensors of one span."""
-
-    stat: StatPlan
-    number: int
-    span: tuple[int, ...]
-
-
 @dataclass(eq=False)
 class Job:
-    """Statistics being gathered over some tensors. When they are known, `then` units become ready with them.
+    """Statistics being gathered over some tensors. When they are known, `then` becomes ready with them.
 
-    wide  the span that they are of, if they span tensors
-    held  what is kept of the units' data until `then`, by first piece; None where nothing may be
+    passes  the rows of each part of a pass, and whether a compiled call does it
+    stat    the statistic and the number of the span that it is of, if it spans tensors
+    held    what is kept of the data until `then`, by first row; None where nothing may be
     """
 
     gathering: Gathering
-    units: list[Unit]
-    stats: Mapping[int, Any]
-    then: list[Unit]
-    wide: WideJob | None = None
+    tensors: Sequence[TensorPlan]
+    passes: list[tuple[Any, bool]]
+    known: Mapping[int, Any]
+    then: list[tuple[Any, bool]]
+    stat: StatPlan | None = None
+    number: int = 0
     left: int = 0
     sampling: bool = False
     held: dict[int, Any] | None = None
 
-    def __post_init__(self) -> None:
-        # only what will be used again: of a tensor that was done in part before, not all is
-        if self.then and len(self.then) == len(self.units):
-            self.held = {}
-
 
 @dataclass(frozen=True)
 class Work:
-    """A unit to do: fold it into `job`'s statistic (or sample the whole job), or combine it with `stats`; held: see Job."""
+    """Pieces to do: fold them into `job`'s statistic (or sample the whole job), or combine them with what is known.
 
-    unit: Unit
+    bundle  whether one compiled call does them; held: see Job
+    """
+
+    rows: Any
+    bundle: bool
     job: Job | None
-    stats: Mapping[int, Any] = field(default_factory=dict)
+    known: Mapping[int, Any] = field(default_factory=dict)
     held: dict[int, Any] | None = None
-
-    def kept(self) -> Any:
-        """What an earlier pass over the unit has kept, or None."""
-        return None if self.held is None else self.held.get(self.unit.segments[0].first)
-
-    def keep(self, taken: Any) -> None:
-        """Keep something of the unit for later passes."""
-        if self.held is not None:
-            self.held[self.unit.segments[0].first] = taken
-
-    def let_go(self) -> Any:
-        """What was kept of a unit that is now merged, for the last time; or None."""
-        if self.job is not None or self.held is None:
-            return None
-        return self.held.pop(self.unit.segments[0].first, None)
 
 
 class Scheduler:
-    """Hands out work to any number of threads. `next` blocks while nothing is ready and returns None at the end."""
+    """Hands out work to any number of threads. `next` blocks while nothing is ready and returns None at the end.
 
-    def __init__(self, plan: Plan, done: Callable[[int], set[int]], read_ahead: int) -> None:
+    done  which pieces an earlier run has done, `[pieces]` booleans
+    """
+
+    def __init__(self, plan: Plan, cutter: Cutter, done: Any, read_ahead: int) -> None:
         self.plan = plan
+        self.cutter = cutter
         self.done = done
         self._condition = threading.Condition()
         self._ready: deque[Work] = deque()
@@ -85,12 +67,19 @@ class Scheduler:
         self._active = 0
         self._stopped = False
         self._values = WideValues(plan.groups, plan.stats)
-        self._wide = self._wide_jobs()
+        self._wide = deque(s for s in plan.stats if any(self._left(t) for span in s.spans for t in span))
         self._wide_running = 0
+        sizes = cutter.pieces.stop - cutter.pieces.start
+        self._elements = int(sizes[~done].sum())
         self._items = self._combine_items()
         self._exhausted = False
 
     # what there is to do
+
+    def _left(self, tensor: int) -> bool:
+        """Whether a tensor has pieces that are not done."""
+        rows = self.cutter.pieces.of(tensor)
+        return len(rows) > 0 and not self.done[rows].all()
 
     def _own_stats(self, t: TensorPlan) -> list[StatPlan]:
         """The statistics of which this tensor has values of its own."""
@@ -98,60 +87,48 @@ class Scheduler:
             return []
         return [self.plan.stats[i] for i in self.plan.groups[t.group].stats if self.plan.stats[i].extent == "tensor"]
 
-    def _wide_jobs(self) -> deque[list[WideJob]]:
-        """The statistics that span tensors, one after the other: a job for each span."""
-        out: deque[list[WideJob]] = deque()
-        for stat in self.plan.stats:
-            spans = [
-                (n, span)
-                for n, span in enumerate(stat.spans)
-                if any(units_of(self.plan, self.plan.tensors[t], self.done) for t in span)
-            ]
-            if spans:
-                out.append([WideJob(stat, n, span) for n, span in spans])
-        return out
+    def _bundle(self) -> int:
+        return self.cutter.share(self._elements, self.plan.budget.workers)
 
-    def _units(self, done: Callable[[int], set[int]] | None) -> Iterator[Unit]:
-        for tensors in work_lists(self.plan):
-            if len(tensors) == 1:
-                yield from units_of(self.plan, tensors[0], done)
-            else:
-                parts = [units_of(self.plan, t, done) for t in tensors]
-                segments = [unit.segments[0] for units in parts for unit in units]
-                if segments:
-                    yield Unit(tuple(segments))
+    def _cut(self, tensors: Sequence[TensorPlan], done: Any, elements: int) -> list[tuple[Any, bool]]:
+        """Parts of a pass over whole tensors."""
+        return [
+            (rows, run.bundles)
+            for run in self.cutter.runs(tensors, lambda t: False)
+            for rows in self.cutter.cut(run, done, lambda: elements)
+        ]
 
     def _combine_items(self) -> Iterator[Work | Job]:
-        """Every unit left to combine, or the job that must come before a tensor's units."""
-        for tensors in work_lists(self.plan):
-            t = tensors[0]
-            if len(tensors) > 1:
-                segments = [u.segments[0] for each in tensors for u in units_of(self.plan, each, self.done)]
-                if segments:
-                    yield Work(Unit(tuple(segments)), None, self._known(t))
-                continue
-            left = units_of(self.plan, t, self.done)
-            if not left:
-                continue
+        """All that is left to combine, or the job that must come before a tensor's pieces."""
+        pieces = self.cutter.pieces
+        for run in self.cutter.runs(self.plan.tensors, lambda t: bool(self._own_stats(t))):
+            t = run.tensors[0]
             stats = self._own_stats(t)
-            known = self._known(t)
-            if stats and not left[0].segments[0].whole:
-                gathering = Gathering(stats, t.spec.numel, self._names(known))
-                yield Job(gathering, units_of(self.plan, t), known, left)
-            else:
-                for unit in left:
-                    yield Work(unit, None, known)
+            known = self._values.of(t.index, t.group)
+            if stats and len(run.tensors) == 1 and not self.cutter.whole(t):
+                if self._left(t.index):
+                    yield self._job(t, stats, known)
+                continue
+            for rows in self.cutter.cut(run, self.done, self._bundle):
+                self._elements -= int((pieces.stop[rows] - pieces.start[rows]).sum())
+                yield Work(rows, run.bundles, None, known)
 
-    def _known(self, t: TensorPlan) -> Mapping[int, Any]:
-        return self._values.of(t.index, t.group)
+    def _job(self, t: TensorPlan, stats: list[StatPlan], known: Mapping[int, Any]) -> Job:
+        gathering = Gathering(stats, t.spec.numel, self._names(known))
+        share = self.cutter.share(2 * t.spec.numel, self.plan.budget.workers)
+        passes, then = self._cut([t], None, share), self._cut([t], self.done, share)
+        self._elements -= t.spec.numel
+        # only what will be used again: of a tensor that was done in part before, not all is
+        held: dict[int, Any] | None = {} if sum(len(r) for r, _ in then) == sum(len(r) for r, _ in passes) else None
+        return Job(gathering, [t], passes, known, then, held=held)
 
     def _names(self, known: Mapping[int, Any]) -> dict[str, Any]:
         return {self.plan.stats[i].stat.name: value for i, value in known.items()}
 
     # handing it out
 
-    def next(self) -> tuple[Work | None, Sequence[Unit]]:
-        """(work or None at the end, units whose inputs are worth asking the kernel for now)."""
+    def next(self) -> tuple[Work | None, Sequence[Any]]:
+        """(work or None at the end, rows whose inputs are worth asking the kernel for now)."""
         with self._condition:
             while True:
                 if self._stopped:
@@ -173,62 +150,61 @@ class Scheduler:
                     return None, ()
                 self._condition.wait()
 
-    def _fill(self) -> list[Unit]:
-        hints: list[Unit] = []
+    def _fill(self) -> list[Any]:
+        hints: list[Any] = []
         while not self._exhausted and len(self._ahead) < self._read_ahead:
             item = next(self._items, None)
             if item is None:
                 self._exhausted = True
                 break
             self._ahead.append(item)
-            hints += item.units[:1] if isinstance(item, Job) else [item.unit]
+            hints += [rows for rows, _ in item.passes[:1]] if isinstance(item, Job) else [item.rows]
         return hints
 
     def _start_wide(self) -> None:
         """Begin on the next statistic that spans tensors, all its spans at once, when the one before is known."""
         while self._wide and not self._wide_running:
-            jobs = self._wide.popleft()
-            self._wide_running = len(jobs)
-            by_tensor = {t: job for job in jobs for t in job.span}
-            units: dict[int, list[Unit]] = {job.number: [] for job in jobs}
-            for unit in self._units(None):
-                job = by_tensor.get(unit.lead.index)
-                if job is not None:
-                    units[job.number].append(unit)
-            for job in jobs:
-                first = self.plan.tensors[job.span[0]]
-                count = sum(self.plan.tensors[t].spec.numel for t in job.span)
-                gathering = Gathering([job.stat], count, self._names(self._known(first)))
-                self._start(Job(gathering, units[job.number], {}, [], job))
+            stat = self._wide.popleft()
+            spans = [(n, s) for n, s in enumerate(stat.spans) if any(self._left(t) for t in s)]
+            self._wide_running = len(spans)
+            for number, span in spans:
+                tensors = [self.plan.tensors[t] for t in span]
+                count = sum(t.spec.numel for t in tensors)
+                known = self._values.of(tensors[0].index, tensors[0].group)
+                share = self.cutter.share(count, self.plan.budget.workers)
+                gathering = Gathering([stat], count, self._names(known))
+                self._start(Job(gathering, tensors, self._cut(tensors, None, share), {}, [], stat, number))
 
     def _start(self, job: Job) -> None:
-        """Queue a job's next pass: a sample first where a cutoff wants one, then all its units."""
+        """Queue a job's next pass: a sample first where a cutoff wants one, then all its pieces."""
         if job.gathering.current is None:
             self._finish(job)
             return
-        if not job.units:  # nothing to fold: tensors without elements
+        if not job.passes:  # tensors without elements
             job.gathering.fresh = False
             job.gathering.finish_pass()
             self._start(job)
             return
         job.sampling = job.gathering.fresh
-        units = job.units[:1] if job.sampling else job.units
-        job.left = len(units)
-        own = (job.stats if job.wide is None else self._known(u.lead) for u in units)
-        self._ready.extend(Work(u, job, known, job.held) for u, known in zip(units, own, strict=True))
+        parts = job.passes[:1] if job.sampling else job.passes
+        job.left = len(parts)
+        for rows, bundle in parts:
+            lead = self.plan.tensors[self.cutter.pieces.tensor[rows[0]]]
+            known = job.known if job.stat is None else self._values.of(lead.index, lead.group)
+            self._ready.append(Work(rows, bundle, job, known, job.held))
         self._condition.notify_all()
 
     def _finish(self, job: Job) -> None:
-        if job.wide is not None:
-            self._values.put(job.wide.stat.index, job.wide.number, job.gathering.results[job.wide.stat.index])
+        if job.stat is not None:
+            self._values.put(job.stat.index, job.number, job.gathering.results[job.stat.index])
             self._wide_running -= 1
             self._start_wide()
-        stats = {**job.stats, **job.gathering.results}
-        self._ready.extendleft(Work(u, None, stats, job.held) for u in reversed(job.then))
+        known = {**job.known, **job.gathering.results}
+        self._ready.extendleft(Work(rows, bundle, None, known, job.held) for rows, bundle in reversed(job.then))
         self._condition.notify_all()
 
     def finished(self, work: Work) -> None:
-        """A unit, or a job's sample, is done."""
+        """Some work, or a job's sample, is done."""
         with self._condition:
             self._active -= 1
             job = work.job

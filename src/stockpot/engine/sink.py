@@ -33,7 +33,7 @@ class ShardSink:
             raise OutputError(f"{directory}: can't be written: {e.strerror or e}") from e
 
     def fd(self, shard: int) -> int:
-        """For who writes by himself, and tells of it by `wrote`."""
+        """The descriptor, for a caller that writes directly and then calls `wrote`."""
         return self._fds[shard]
 
     def wrote(self, shards: Iterable[int]) -> None:

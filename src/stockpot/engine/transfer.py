@@ -13,7 +13,6 @@ from typing import Any
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.digests import piece_digest
-from stockpot.engine.journal import Record
 from stockpot.engine.measures import Measure, measure
 from stockpot.engine.native import Stream, load_kernels
 from stockpot.engine.sink import ShardSink
@@ -22,14 +21,14 @@ from stockpot.grid import grid_of
 from stockpot.planning.plan import ModelInput
 from stockpot.specs import DType
 
-__all__ = ["Seen", "read_unit", "records", "write_unit"]
+__all__ = ["Seen", "read_unit", "write_unit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of one input of a unit, or of its output: for each segment the digests of its pieces, and its measure."""
+    """Of one input of a unit, or of its output: the digest and the measure of each piece, in order."""
 
-    digests: list[tuple[bytes, ...]]
+    digests: list[bytes]
     measures: list[Measure]
 
 
@@ -72,14 +71,6 @@ def write_unit(unit: Unit, out: memoryview[Any], sink: ShardSink, *, look: bool)
     return seen
 
 
-def records(unit: Unit, seen: Sequence[Seen], warning: str | None) -> Iterator[Record]:
-    """One a segment. seen: of the output, then of each input."""
-    for place, s in enumerate(unit.segments):
-        produced, *inputs = (each.digests[place] for each in seen)
-        measures = tuple(each.measures[place] for each in seen)
-        yield Record(s.tensor.index, s.first, s.last, produced, tuple(inputs), measures, warning)
-
-
 def _compiled() -> bool:
     kernels = load_kernels()
     return kernels is not None and kernels.transfers
@@ -89,36 +80,32 @@ def _at_once(unit: Unit, streams: Sequence[Stream], *, look: bool, write: bool) 
     """By one compiled call; None where that did not work."""
     kernels = load_kernels()
     assert kernels is not None
-    pieces, edges = _bounds(unit)
-    found = kernels.transfer(streams, pieces, edges, look=look, write=write)
+    pieces = _bounds(unit)
+    found = kernels.transfer(streams, pieces, pieces, look=look, write=write)
     if found is None:
         return None
     seen = []
     for stream, (digests, measures) in zip(streams, found, strict=False):  # none where it did not look
-        each = iter(digests)
-        divided = [tuple(next(each) for _ in range(s.first, s.last)) for s in unit.segments]
-        known = [Measure(*m) for m in measures] if measures else measure(kernels, stream.raw, stream.dtype, edges)
-        seen.append(Seen(divided, known))
+        known = [Measure(*m) for m in measures] if measures else measure(kernels, stream.raw, stream.dtype, pieces)
+        seen.append(Seen(digests, known))
     return seen
 
 
 def _look(unit: Unit, raw: memoryview[Any], dtype: DType) -> Seen:
-    pieces, edges = _bounds(unit)
-    size = dtype.itemsize
-    each = (piece_digest(raw[a * size : b * size]) for a, b in itertools.pairwise(pieces))
-    divided = [tuple(next(each) for _ in range(s.first, s.last)) for s in unit.segments]
-    return Seen(divided, measure(load_kernels(), raw, dtype, edges))
+    pieces, size = _bounds(unit), dtype.itemsize
+    digests = [piece_digest(raw[a * size : b * size]) for a, b in itertools.pairwise(pieces)]
+    return Seen(digests, measure(load_kernels(), raw, dtype, pieces))
 
 
-def _bounds(unit: Unit) -> tuple[list[int], list[int]]:
-    """Where the unit's pieces lie in its data, and where its segments do: elements, each beginning where the last ended."""
-    pieces, edges = [0], [0]
+def _bounds(unit: Unit) -> list[int]:
+    """Where the unit's pieces lie in its data: elements, each beginning where the last ended."""
+    pieces, end = [0], 0
     for s in unit.segments:
         bounds = grid_of(s.tensor.spec.shape).bounds
-        at = edges[-1] - s.start
+        at = end - s.start
         pieces += [at + bounds(k)[1] for k in range(s.first, s.last)]
-        edges.append(at + s.stop)
-    return pieces, edges
+        end = at + s.stop
+    return pieces
 
 
 def _runs(unit: Unit) -> Iterator[tuple[int, int, int, int]]:

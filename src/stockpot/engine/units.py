@@ -1,18 +1,23 @@
-"""How a plan is cut into units of work: a block of one large tensor, or a batch of small ones."""
+"""How a plan's pieces are put together to be worked on: bundles that one compiled call does, and units that Python does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from stockpot.engine.pieces import Pieces
 from stockpot.grid import PIECE, SMALL, grid_of
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan, TensorPlan
 
-__all__ = ["Segment", "Unit", "aligned", "cut_pieces", "most_of_a_unit", "units_of", "work_lists"]
+__all__ = ["Cutter", "Segment", "Unit", "aligned", "batch_key", "most_of_a_unit", "unit_of"]
 
 _BATCH_TENSORS = 4096
+#: pieces' worth of elements in a bundle, at most: tens of mebibytes of inputs
+_BUNDLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,20 @@ class Unit:
         return self.segments[0].tensor
 
 
+def unit_of(plan: Plan, pieces: Pieces, rows: Any) -> Unit:
+    """The unit of pieces that follow one another."""
+    segments = []
+    for tensor in dict.fromkeys(pieces.tensor[rows].tolist()):
+        own = rows[pieces.tensor[rows] == tensor]
+        first, last = int(pieces.number[own[0]]), int(pieces.number[own[-1]]) + 1
+        segments.append(
+            Segment(plan.tensors[tensor], first, last, int(pieces.start[own[0]]), int(pieces.stop[own[-1]]))
+        )
+    return Unit(tuple(segments))
+
+
 def cut_pieces(plan: Plan, tensor: TensorPlan) -> int:
-    """Pieces in a block of this tensor: the budget's, in whole rows or the whole tensor where the method needs that."""
+    """Pieces in a unit of this tensor: the budget's, in whole rows or the whole tensor where the method needs that."""
     grid = grid_of(tensor.spec.shape)
     scope = plan.groups[tensor.group].method.scope if tensor.action is Action.MERGE else Scope.ELEMENT
     if scope is Scope.TENSOR or (scope is Scope.ROW and len(tensor.spec.shape) < 2):
@@ -54,23 +71,6 @@ def cut_pieces(plan: Plan, tensor: TensorPlan) -> int:
     if scope is Scope.ROW and grid.per_row:
         return grid.per_row
     return plan.budget.block_pieces
-
-
-def units_of(plan: Plan, tensor: TensorPlan, done: Callable[[int], set[int]] | None = None) -> list[Unit]:
-    """The blocks of one tensor, leaving out pieces that a journal says are done."""
-    grid = grid_of(tensor.spec.shape)
-    if grid.pieces == 0:
-        return []
-    step = cut_pieces(plan, tensor)
-    finished = done(tensor.index) if done else set()
-    out = []
-    first = 0
-    while first < grid.pieces:
-        last = min(first + step, grid.pieces)
-        if not all(k in finished for k in range(first, last)):
-            out.append(Unit((Segment(tensor, first, last, *grid.span(first, last)),)))
-        first = last
-    return out
 
 
 def aligned(size: int) -> int:
@@ -88,33 +88,98 @@ def most_of_a_unit(plan: Plan) -> int:
     return most
 
 
-def _batch_key(plan: Plan, t: TensorPlan) -> Any:
+def batch_key(plan: Plan, t: TensorPlan) -> Any:
+    """Tensors that may be worked on together have equal ones."""
     return (
         t.action,
         t.group,
-        t.shard,
         t.spec.dtype,
         tuple((o.model, o.position, plan.inputs[o.model].checkpoint.spec(o.name).dtype) for o in t.inputs),
         tuple(of[t.index] for of in plan.span_of.values() if t.index in of),
     )
 
 
-def work_lists(plan: Plan) -> Iterator[tuple[TensorPlan, ...]]:
-    """Tensors in the order of the output: a large one alone, small neighbours of one kind together."""
-    batch: list[TensorPlan] = []
-    key: Any = None
-    filled = 0
-    for t in plan.tensors:
-        small = 0 < t.spec.numel <= SMALL
-        own = _batch_key(plan, t) if small else None
-        if batch and (not small or own != key or filled + t.spec.numel > PIECE or len(batch) >= _BATCH_TENSORS):
-            yield tuple(batch)
-            batch, filled = [], 0
-        if small:
-            batch.append(t)
-            key = own
-            filled += t.spec.numel
-        else:
-            yield (t,)
-    if batch:
-        yield tuple(batch)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring tensors that are worked on together. bundles: by compiled calls."""
+
+    tensors: tuple[TensorPlan, ...]
+    bundles: bool
+
+
+class Cutter:
+    """Cuts tensors into work. takes: whether compiled calls can do tensors of this kind, asked once for each key."""
+
+    def __init__(self, plan: Plan, pieces: Pieces, takes: Callable[[TensorPlan], bool]) -> None:
+        self.plan = plan
+        self.pieces = pieces
+        known: dict[Any, bool] = {}
+        self.keys: list[Any] = [batch_key(plan, t) for t in plan.tensors]
+        self.native = np.zeros(len(plan.tensors), np.bool_)
+        for t, key in zip(plan.tensors, self.keys, strict=True):
+            if key not in known:
+                known[key] = takes(t)
+            self.native[t.index] = known[key]
+
+    def runs(self, tensors: Sequence[TensorPlan], alone: Callable[[TensorPlan], bool]) -> Iterator[Run]:
+        """Tensors in order: those for bundles as far as they are alike, small neighbours of one kind, others one by one.
+
+        alone: those that must be by themselves.
+        """
+        batch: list[TensorPlan] = []
+        key: Any = None
+        filled = 0
+        for t in tensors:
+            numel = t.spec.numel
+            apart = alone(t)
+            bundles = bool(self.native[t.index]) and not apart
+            joins = numel > 0 and (bundles or numel <= SMALL)
+            own = (self.keys[t.index], bundles) if joins else None
+            full = not bundles and (filled + numel > PIECE or len(batch) >= _BATCH_TENSORS)
+            if batch and (own is None or own != key or full):
+                yield Run(tuple(batch), bool(key[1]))
+                batch, filled = [], 0
+            if own is not None:
+                batch.append(t)
+                key = own
+                filled += numel
+            else:
+                yield Run((t,), False)
+        if batch:
+            yield Run(tuple(batch), bool(key[1]))
+
+    def cut(self, run: Run, done: Any, elements: Callable[[], int]) -> Iterator[Any]:
+        """Rows to do together. done: whether pieces are done already, or None; elements: of a bundle, at most."""
+        spans = [self.pieces.of(t.index) for t in run.tensors]
+        rows = spans[0] if len(spans) == 1 else np.concatenate(spans)
+        if not len(rows):
+            return
+        if run.bundles:
+            rows = rows if done is None else rows[~done[rows]]
+            ends = np.cumsum(self.pieces.stop[rows] - self.pieces.start[rows])
+            at, before = 0, 0
+            while at < len(rows):
+                last = int(np.searchsorted(ends, before + elements(), side="right"))
+                last = min(max(last, at + 1), at + _BATCH_TENSORS)
+                yield rows[at:last]
+                at, before = last, int(ends[last - 1])
+            return
+        if len(run.tensors) > 1:
+            rows = rows if done is None else rows[~done[rows]]
+            if len(rows):
+                yield rows
+            return
+        step = cut_pieces(self.plan, run.tensors[0])
+        for at in range(0, len(rows), step):
+            part = rows[at : at + step]
+            if done is None or not done[part].all():
+                yield part
+
+    def whole(self, t: TensorPlan) -> bool:
+        """Whether a unit of this tensor is all of it."""
+        return cut_pieces(self.plan, t) >= grid_of(t.spec.shape).pieces
+
+    @staticmethod
+    def share(left: int, workers: int) -> int:
+        """Elements of a bundle where so many are left: so that all workers end at about the same time."""
+        return min(max(left // (4 * workers), PIECE), _BUNDLE * PIECE)

@@ -23,12 +23,12 @@ from stockpot.specs import DType
 from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
 from stockpot.statistics.order import Tally, Window, use_picker
 
-__all__ = ["LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only"]
+__all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 5
+_ABI = 6
 _SLACK = 16  # places that the kernel may write past those that count
-_CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
+CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
 _ALL = 2**64 - 1
 
@@ -107,7 +107,7 @@ class Kernels:
     """The functions of the library. Every call runs without Python's lock."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         p, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
         library.stockpot_combine.argtypes = (p, i32)
         library.stockpot_totals.argtypes = (p, i32, i32, p)
@@ -121,6 +121,8 @@ class Kernels:
         library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
         library.stockpot_measure.restype = None
         library.stockpot_transfer.argtypes = (p, i32, i32, p, i64, p, i64)
+        library.stockpot_bundle.argtypes = (p,)
+        library.stockpot_bundle.restype = i64
         library.stockpot_allow.argtypes = (i32,)
         library.stockpot_allow.restype = None
 
@@ -135,51 +137,29 @@ class Kernels:
 
     def allow(self, most: int) -> None:
         """Use at most these instructions of the processor: 0 common ones, 1 AVX2, 2 AVX-512. The bytes are the same."""
-        self._library.stockpot_allow(most)
+        self.library.stockpot_allow(most)
 
     @staticmethod
     def takes(dtypes: Sequence[DType]) -> bool:
         """Whether these dtypes are among those the kernels read and write."""
-        return all(d in _CODES for d in dtypes)
+        return all(d in CODES for d in dtypes)
 
     def _task(self, block: Block, form: Form | None, mask: Any) -> tuple[_Task, list[Any]]:
         """The task and what must stay alive while it is used."""
         m = len(block.raws)
         raws = (ctypes.c_void_p * m)(*map(_address, block.raws))
-        dtypes = (ctypes.c_int32 * m)(*(_CODES[d] for d in block.dtypes))
+        dtypes = (ctypes.c_int32 * m)(*(CODES[d] for d in block.dtypes))
         alive: list[Any] = [raws, dtypes, block]
         task = _Task(n=block.n, m=m, scale=1.0, raws=ctypes.addressof(raws), dtypes=ctypes.addressof(dtypes))
         if block.base is not None:
-            task.base, task.base_dtype = _address(block.base[0]), _CODES[block.base[1]]
-        if form is None:
-            return task, alive
-
-        def keep(values: Sequence[float], kind: Any) -> int:
-            array = (kind * len(values))(*values)
-            alive.append(array)
-            return ctypes.addressof(array)
-
-        task.weight = keep(form.weight, ctypes.c_double)
-        task.scale = form.scale
-        if form.cutoff is not None:
-            task.trims, task.cutoff = 1, keep(form.cutoff, ctypes.c_float)
-        if form.factor is not None:
-            task.factor = keep(form.factor, ctypes.c_double)
-        if form.masked:
-            alive.append(mask)
-            task.mask = mask.ctypes.data
-        if form.election is not None:
-            task.elect = 1
-            task.weighted_election = form.election.weighted
-            task.divide = _DIVIDE[form.election.divide_by]
-            task.zero_is_positive = form.election.zero_is_positive
-        return task, alive
+            task.base, task.base_dtype = _address(block.base[0]), CODES[block.base[1]]
+        return _formed(task, form, mask, alive), alive
 
     def combine(self, block: Block, form: Form, mask: Any, out: Any, dtype: DType) -> None:
         """Fill `out` with n elements of `dtype`. mask: booleans `[m, n]` where the form wants them."""
         task, alive = self._task(block, form, mask)
-        task.out, task.out_dtype = _address(out), _CODES[dtype]
-        _check(self._library.stockpot_combine(ctypes.byref(task), block.wide))
+        task.out, task.out_dtype = _address(out), CODES[dtype]
+        _check(self.library.stockpot_combine(ctypes.byref(task), block.wide))
         del alive
 
     def totals(self, kind: str, block: Block, form: Form | None, mask: Any, total: Any) -> Any:
@@ -190,9 +170,9 @@ class Kernels:
         k = {"gram": task.m * (task.m + 1) // 2, "norms": 2 * task.m, "signs": 1}[kind]
         out = np.zeros(k) if total is None else np.array(total, np.float64)
         if kind == "signs":
-            status = self._library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
+            status = self.library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
         else:
-            status = self._library.stockpot_totals(ctypes.byref(task), block.wide, kind == "norms", out.ctypes.data)
+            status = self.library.stockpot_totals(ctypes.byref(task), block.wide, kind == "norms", out.ctypes.data)
         _check(status)
         del alive
         return out
@@ -203,9 +183,7 @@ class Kernels:
         places = np.array(starts, np.int64)
         out = np.empty((task.m, len(places) * run), np.float64 if block.wide else np.float32)
         pointer = ctypes.byref(task)
-        _check(
-            self._library.stockpot_deltas(pointer, block.wide, places.ctypes.data, len(places), run, out.ctypes.data)
-        )
+        _check(self.library.stockpot_deltas(pointer, block.wide, places.ctypes.data, len(places), run, out.ctypes.data))
         del alive
         return out
 
@@ -221,14 +199,14 @@ class Kernels:
         below, held = np.zeros(m, np.int64), np.zeros(m, np.int64)
         inside = np.empty((m, block.n + _SLACK), np.uint32)
         pointers = (x.ctypes.data for x in (low, high, below, inside, held))
-        _check(self._library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
+        _check(self.library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
         del alive
         return [(int(below[i]), inside[i, : int(held[i])].copy()) for i in range(m)]
 
     def select(self, values: Any, rank: int) -> int:
         """The value of this rank (from 0) among uint32, as `numpy.partition` would find it."""
         scratch = np.empty(len(values) + 1, np.uint32)
-        return int(self._library.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
+        return int(self.library.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
 
     def measure(self, raw: Any, dtype: DType, edges: Sequence[int]) -> Iterator[tuple[float, int, int]]:
         """(sum of squares, count of NaN, of infinities) of each range between neighbouring `edges`."""
@@ -236,13 +214,13 @@ class Kernels:
         counts = ctypes.c_int64 * k
         squares, nans, infinities = (ctypes.c_double * k)(), counts(), counts()
         places = (ctypes.c_int64 * (k + 1))(*edges)
-        self._library.stockpot_measure(_address(raw), _CODES[dtype], places, k, squares, nans, infinities)
+        self.library.stockpot_measure(_address(raw), CODES[dtype], places, k, squares, nans, infinities)
         return zip(squares, nans, infinities, strict=True)
 
     @property
     def transfers(self) -> bool:
         """Whether `transfer` works here, and is faster than its parts."""
-        return bool(self._library.stockpot_transfers())
+        return bool(self.library.stockpot_transfers())
 
     def transfer(
         self, streams: Sequence[Stream], pieces: Sequence[int], edges: Sequence[int], *, look: bool, write: bool
@@ -261,25 +239,58 @@ class Kernels:
             digests, known = (ctypes.c_char * (32 * n))(), (doubles(), counts(), counts())
             found.append((extents, digests, known))
             task.raw, task.extents, task.count = _address(s.raw), ctypes.addressof(extents), len(s.extents)
-            task.dtype, task.itemsize = _CODES.get(s.dtype, -1), s.dtype.itemsize
+            task.dtype, task.itemsize = CODES.get(s.dtype, -1), s.dtype.itemsize
             if look:
                 task.digests = ctypes.addressof(digests)
                 task.squares, task.nans, task.infinities = (ctypes.addressof(x) for x in known)
         whole, parts = (ctypes.c_int64 * (n + 1))(*pieces), (ctypes.c_int64 * (k + 1))(*edges)
-        if self._library.stockpot_transfer(tasks, len(streams), write, whole, n, parts, k):
+        if self.library.stockpot_transfer(tasks, len(streams), write, whole, n, parts, k):
             return None
         if not look:
             return []
         out = []
         for s, (_, digests, known) in zip(streams, found, strict=True):
             raw = digests.raw
-            measures = list(zip(*known, strict=True)) if s.dtype in _CODES else []
+            measures = list(zip(*known, strict=True)) if s.dtype in CODES else []
             out.append(([raw[i : i + 32] for i in range(0, 32 * n, 32)], measures))
         return out
 
     def mask(self, key: int, start: int, whole: int, rest: int, out: Any) -> None:
         """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""
-        self._library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
+        self.library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
+
+
+def task_of(models: int, form: Form | None) -> tuple[_Task, list[Any]]:
+    """A task without its data, and what must stay alive while it is used."""
+    alive: list[Any] = []
+    return _formed(_Task(m=models, scale=1.0), form, None, alive), alive
+
+
+def _formed(task: _Task, form: Form | None, mask: Any, alive: list[Any]) -> _Task:
+    """The task with a form's arithmetic. alive: takes what must stay alive while it is used."""
+    if form is None:
+        return task
+
+    def keep(values: Sequence[float], kind: Any) -> int:
+        array = (kind * len(values))(*values)
+        alive.append(array)
+        return ctypes.addressof(array)
+
+    task.weight = keep(form.weight, ctypes.c_double)
+    task.scale = form.scale
+    if form.cutoff is not None:
+        task.trims, task.cutoff = 1, keep(form.cutoff, ctypes.c_float)
+    if form.factor is not None:
+        task.factor = keep(form.factor, ctypes.c_double)
+    if form.masked and mask is not None:
+        alive.append(mask)
+        task.mask = mask.ctypes.data
+    if form.election is not None:
+        task.elect = 1
+        task.weighted_election = form.election.weighted
+        task.divide = _DIVIDE[form.election.divide_by]
+        task.zero_is_positive = form.election.zero_is_positive
+    return task
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
  * both give the same bytes; no fused multiply-add (compiled with -ffp-contract=off), no reassociation.
  *
  * kernels.inc holds all of it for float32 and float64; fused.inc the most used parts again, for float32 and in vectors.
- * transfer.inc reads and writes files on the way in and out, and hashes (blake3.inc) and measures what passes.
+ * transfer.inc reads and writes files on the way in and out, and hashes (blake3.inc) and measures what passes; bundle.inc does
+ * all of it for many pieces in one call.
  *
  * No Python, no allocation beyond scratch, no globals but the one that tests set: called through ctypes, without
  * Python's lock.
@@ -14,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 5
+#define ABI 6
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -328,21 +329,6 @@ EXPORT void stockpot_measure(const void *raw, int32_t dtype, const int64_t *edge
     measure(raw, dtype, edges, count, squares, nans, infinities);
 }
 
-#ifdef BY_TARGET
-#include "transfer.inc"
-
-EXPORT int32_t stockpot_transfers(void) { return level() > 0; }
-
-EXPORT int32_t stockpot_transfer(const Stream *streams, int32_t count, int32_t write, const int64_t *pieces,
-                                 int64_t piece_count, const int64_t *edges, int64_t segments) {
-    return transfer(streams, count, write, pieces, piece_count, edges, segments);
-}
-#else
-EXPORT int32_t stockpot_transfers(void) { return 0; }
-
-EXPORT int32_t stockpot_transfer(void) { return 1; }
-#endif
-
 /* Random masks: see engine/masks.py, which defines the stream. */
 
 static inline void philox(const uint64_t counter[4], uint64_t k0, uint64_t k1, uint64_t out[4]) {
@@ -406,3 +392,22 @@ CLONES static void draw_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n,
 EXPORT void stockpot_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t whole, uint64_t rest, uint8_t *out) {
     draw_mask(k0, k1, start, n, whole, rest, out);
 }
+
+#ifdef BY_TARGET
+#include "transfer.inc"
+
+EXPORT int32_t stockpot_transfers(void) { return level() > 0; }
+
+EXPORT int32_t stockpot_transfer(const Stream *streams, int32_t count, int32_t write, const int64_t *pieces,
+                                 int64_t piece_count, const int64_t *edges, int64_t segments) {
+    return transfer(streams, count, write, pieces, piece_count, edges, segments);
+}
+
+#include "bundle.inc"
+#else
+EXPORT int32_t stockpot_transfers(void) { return 0; }
+
+EXPORT int32_t stockpot_transfer(void) { return 1; }
+
+EXPORT int64_t stockpot_bundle(const void *bundle) { return 0; }
+#endif
