@@ -553,19 +553,19 @@ def test_all_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     import threading
     from collections import Counter
 
-    from stockpot.engine.kernel import Kernel
+    from stockpot.engine.bundles import Bundles
 
     torch.manual_seed(0)
     for name in "ab":
         write_model(tmp_path / name, {f"layers.{i}.w": torch.randn(1024, 1024) for i in range(12)})
     worked: Counter[str] = Counter()
-    real = Kernel.combine
+    real = Bundles.merge
 
-    def counted(self: Kernel, *args: object) -> None:
-        worked[threading.current_thread().name] += 1
-        real(self, *args)  # type: ignore[arg-type]
+    def counted(self: Bundles, rows: Any, *args: Any) -> Any:
+        worked[threading.current_thread().name] += len(rows)
+        return real(self, rows, *args)
 
-    monkeypatch.setattr(Kernel, "combine", counted)
+    monkeypatch.setattr(Bundles, "merge", counted)
     recipe = {"merge_method": "linear", "models": [str(tmp_path / "a"), str(tmp_path / "b")]}
     stockpot.merge(recipe, tmp_path / "out", Options(threads=3))
     assert len(worked) == 3

@@ -18,14 +18,15 @@ from stockpot.engine.gathering import Gathering
 from stockpot.engine.kernel import Kernel
 from stockpot.engine.ledger import Ledger
 from stockpot.engine.masks import mask_key
-from stockpot.engine.native import CODES, load_kernels
-from stockpot.engine.native.bundles import Bundle, run_bundle
+from stockpot.engine.native import load_kernels
+from stockpot.engine.native.bundles import Bundle, address, run_bundle
 from stockpot.engine.pool import Pool
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import aligned
 from stockpot.grid import PIECE
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan, TensorPlan
+from stockpot.specs import DType, work_itemsize
 from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
 from stockpot.statistics.order import Tally, Window
 
@@ -45,6 +46,17 @@ class Kept:
     memory: memoryview[Any]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What tensors that are worked on together share: dtypes of their inputs, how many are models."""
+
+    dtypes: tuple[DType, ...]
+    sizes: Any
+    models: int
+    has_base: bool
+    wide: bool
+
+
 @dataclass
 class Bundles:
     """Does bundles of a plan. kernels: those of its groups; sink: None until there is one."""
@@ -55,7 +67,7 @@ class Bundles:
     sink: ShardSink | None = None
     _fds: Any = None
     _offsets: Any = None
-    _kinds: dict[Any, int] = field(default_factory=dict)
+    _kinds: dict[Any, _Kind] = field(default_factory=dict)
     _keys: dict[int, Any] = field(default_factory=dict)
 
     # what can be done
@@ -83,6 +95,7 @@ class Bundles:
     def lay_out(self, native: Any) -> None:
         """Note where every input of these tensors lies, once. native: `[tensors]` booleans. Raises ReadError."""
         tensors = self.plan.tensors
+        self._of: list[_Kind | None] = [self._kind(t) if native[t.index] else None for t in tensors]
         width = max((len(t.inputs) for t in tensors), default=1)
         self._fds = np.zeros((len(tensors), width), np.int64)
         self._offsets = np.zeros((len(tensors), width), np.int64)
@@ -98,25 +111,34 @@ class Bundles:
     def _lead(self, rows: Any) -> TensorPlan:
         return self.plan.tensors[int(self.ledger.pieces.tensor[rows[0]])]
 
-    def _bundle(self, kind: str, rows: Any, slot: dict[Any, Any], start: Any, n: Any) -> Bundle:
+    def _kind(self, t: TensorPlan) -> _Kind:
+        dtypes = tuple(self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs)
+        key = (dtypes, len(t.operands), t.base is None, t.spec.dtype, t.action)
+        if key not in self._kinds:
+            wide = t.action is Action.MERGE and work_itemsize(t.spec.dtype) == 8
+            sizes = np.array([d.itemsize for d in dtypes], np.int64)
+            self._kinds[key] = _Kind(dtypes, sizes, len(t.operands), t.base is not None, wide)
+        return self._kinds[key]
+
+    def _bundle(self, what: str, rows: Any, slot: dict[Any, Any], start: Any, n: Any) -> Bundle:
         """n elements from `start` on of the tensors of rows, which may also be parts of pieces."""
-        lead = self._lead(rows)
         tensors = self.ledger.pieces.tensor[rows]
-        dtypes = [self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in lead.inputs]
-        sizes = np.array([d.itemsize for d in dtypes], np.int64)
-        used = len(dtypes)
-        most = min(int(n.sum()), PIECE)
+        kind = self._of[tensors[0]]
+        assert kind is not None
+        used = len(kind.dtypes)
+        most = min(int(np.add.reduce(n)), PIECE)
         return Bundle(
-            kind,
+            what,
             n,
             start,
-            self._fds[tensors, :used].copy(),
-            self._offsets[tensors, :used] + start[:, None] * sizes,
-            dtypes,
-            len(lead.operands),
-            lead.base is not None,
-            lead.spec.dtype.itemsize >= 4 and lead.action is Action.MERGE,
-            self._buffers(slot, "raw", [most * d.itemsize for d in dtypes]),
+            np.ascontiguousarray(self._fds[tensors, :used]),
+            self._offsets[tensors, :used] + start[:, None] * kind.sizes,
+            kind.dtypes,
+            kind.models,
+            kind.has_base,
+            kind.wide,
+            self._buffers(slot, "raw", [most * d.itemsize for d in kind.dtypes]),
+            most=most,
         )
 
     @staticmethod
@@ -126,17 +148,17 @@ class Bundles:
         held: memoryview[Any] | None = slot.get(key)
         if held is None or len(held) < total:
             slot[key] = held = byte_buffer(max(total, 1))
-        at = np.frombuffer(held, np.uint8).ctypes.data
+        at = address(held)
         out = []
         for size in sizes:
-            out.append(int(at))
+            out.append(at)
             at += aligned(size)
         return out
 
     def _whole(self, kind: str, rows: Any, slot: dict[Any, Any]) -> Bundle:
         pieces = self.ledger.pieces
-        start = np.ascontiguousarray(pieces.start[rows])
-        return self._bundle(kind, rows, slot, start, np.ascontiguousarray(pieces.stop[rows] - start))
+        start = pieces.start[rows]
+        return self._bundle(kind, rows, slot, start, pieces.stop[rows] - start)
 
     def _dress(self, b: Bundle, rows: Any, kernel: Kernel, known: Mapping[int, Any], slot: dict[Any, Any]) -> None:
         """The form of a group's arithmetic, and the keys of its masks."""
@@ -152,14 +174,14 @@ class Bundles:
                 self._keys[t] = np.array([[k & _ALL, k >> 64] for k in keys], np.uint64)
         b.keys = np.stack([self._keys[t] for t in tensors.tolist()])
         b.densities = kernel.group.params[kernel.method.draws[0].keep]  # type: ignore[union-attr, index]
-        (b.mask,) = self._buffers(slot, "mask bytes", [len(lead.operands) * min(int(b.n.sum()), PIECE)])
+        (b.mask,) = self._buffers(slot, "mask bytes", [len(lead.operands) * b.most])
 
     def _hold(self, b: Bundle, rows: Any, held: dict[int, Kept] | None) -> None:
         """Tell where inputs are kept already."""
         if not held:
             return
         found = [held.get(row) for row in rows.tolist()]
-        b.kept = np.array([0 if k is None else np.frombuffer(k.memory, np.uint8).ctypes.data for k in found], np.uint64)
+        b.kept = np.array([0 if k is None else address(k.memory) for k in found], np.uint64)
         b.has = np.array([k is not None for k in found], np.uint8)
 
     # what is done with it
@@ -182,7 +204,7 @@ class Bundles:
         self._hold(b, rows, held)
         if lead.action is Action.MERGE:
             self._dress(b, rows, self.kernels[lead.group], known, slot)
-            (b.out,) = self._buffers(slot, "out", [min(int(b.n.sum()), PIECE) * size])
+            (b.out,) = self._buffers(slot, "out", [b.most * size])
         done = run_bundle(native, b)
         self.sink.wrote(set(shards[:done].tolist()))
         warning = None
@@ -220,16 +242,19 @@ class Bundles:
         fresh: dict[int, Kept] = {}
         if held is not None:
             for row in rows.tolist():
-                room = None if row in held else pool.take()
-                if room is not None:
+                if row not in held:
+                    room = pool.take()
+                    if room is None:
+                        break
                     fresh[row] = Kept(*room)
-            self._hold(b, rows, {**held, **fresh})
-            if b.has is not None:
+            if fresh or held:
+                self._hold(b, rows, {**held, **fresh})
                 b.has = np.array([row in held for row in rows.tolist()], np.uint8)
         b.rows, b.ledger = rows, self.ledger.arrays
         done = run_bundle(native, b)
+        finished = set(rows[:done].tolist()) if fresh else set()
         for row, kept in fresh.items():
-            if row in rows[:done]:
+            if row in finished:
                 held[row] = kept  # type: ignore[index]
             else:
                 pool.give(kept.place)
@@ -256,7 +281,7 @@ class Bundles:
         start = places - first
         n = np.minimum(run, ends[which] - places)
         parts = []
-        keys = np.array([self._kind_of(t) for t in tensors])[which]
+        keys = np.array([id(self._of[t.index]) for t in tensors])[which]
         for kind in dict.fromkeys(keys.tolist()):
             own = np.flatnonzero(keys == kind)
             rows = pieces.first[np.array([t.index for t in tensors], np.int64)[which[own]]]
@@ -267,12 +292,6 @@ class Bundles:
             parts.append(b.found["samples"])
         return np.concatenate(parts, axis=1)
 
-    def _kind_of(self, t: TensorPlan) -> int:
-        """A number that tensors with inputs of the same dtypes share."""
-        dtypes = tuple(CODES[self.plan.inputs[o.model].checkpoint.spec(o.name).dtype] for o in t.inputs)
-        key = (dtypes, t.base is None, t.spec.dtype.itemsize >= 4)
-        return self._kinds.setdefault(key, len(self._kinds))
-
     def advise(self, rows: Any) -> None:
         """Ask the system to read ahead what these pieces need."""
         import os
@@ -282,9 +301,10 @@ class Bundles:
         pieces, lead = self.ledger.pieces, self._lead(rows)
         first, last = rows[0], rows[-1]
         same = pieces.tensor[first] == pieces.tensor[last]
-        for i, o in enumerate(lead.inputs):
-            size = self.plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize
-            offset = int(self._offsets[lead.index, i] + pieces.start[first] * size)
-            stop = pieces.stop[last] if same else lead.spec.numel
-            length = int((stop - pieces.start[first]) * size)
-            os.posix_fadvise(int(self._fds[lead.index, i]), offset, length, os.POSIX_FADV_WILLNEED)
+        start = int(pieces.start[first])
+        count = int(pieces.stop[last] if same else lead.spec.numel) - start
+        kind = self._of[lead.index]
+        assert kind is not None
+        places = zip(self._fds[lead.index].tolist(), self._offsets[lead.index].tolist(), kind.dtypes, strict=False)
+        for fd, offset, dtype in places:
+            os.posix_fadvise(fd, offset + start * dtype.itemsize, count * dtype.itemsize, os.POSIX_FADV_WILLNEED)

@@ -70,7 +70,12 @@ class Ledger:
 
     def encode(self, rows: Any) -> dict[str, str]:
         """Rows as text."""
-        parts: dict[str, Any] = {"digests": self.digests, "squares": self.squares, "nans": self.nans, "infinities": self.infinities}
+        parts: dict[str, Any] = {
+            "digests": self.digests,
+            "squares": self.squares,
+            "nans": self.nans,
+            "infinities": self.infinities,
+        }
         texts = {name: np.ascontiguousarray(array[:, rows]).tobytes().hex() for name, array in parts.items()}
         return {"rows": np.asarray(rows, np.int64).tobytes().hex(), **texts}
 
@@ -80,7 +85,9 @@ class Ledger:
             rows = np.frombuffer(bytes.fromhex(texts["rows"]), np.int64)
             n, slots = len(rows), len(self.squares)
             kinds = {"squares": np.float64, "nans": np.int64, "infinities": np.int64}
-            found: dict[str, Any] = {k: np.frombuffer(bytes.fromhex(texts[k]), kind).reshape(slots, n) for k, kind in kinds.items()}
+            found: dict[str, Any] = {
+                k: np.frombuffer(bytes.fromhex(texts[k]), kind).reshape(slots, n) for k, kind in kinds.items()
+            }
             found["digests"] = np.frombuffer(bytes.fromhex(texts["digests"]), np.uint8).reshape(slots, n, 32)
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError("not a record") from e

@@ -230,9 +230,8 @@ class _Runner:
         try:
             for thread in threads:
                 thread.start()
-            while any(t.is_alive() for t in threads):
-                for thread in threads:
-                    thread.join(0.05)
+            while alive := [t for t in threads if t.is_alive()]:
+                alive[0].join(0.1)
                 if self.asked_to_stop.is_set():
                     scheduler.stop()
                 elif progress is not None:

@@ -115,7 +115,7 @@ class Scheduler:
 
     def _job(self, t: TensorPlan, stats: list[StatPlan], known: Mapping[int, Any]) -> Job:
         gathering = Gathering(stats, t.spec.numel, self._names(known))
-        share = self.cutter.share(2 * t.spec.numel, self.plan.budget.workers)
+        share = self._bundle()
         passes, then = self._cut([t], None, share), self._cut([t], self.done, share)
         self._elements -= t.spec.numel
         # only what will be used again: of a tensor that was done in part before, not all is

@@ -22,6 +22,8 @@ _FIXED = 16 * 2**20
 #: inputs kept from one pass to the next, where there is room for them
 _HOLD = 64 * 2**20
 _PER_TENSOR = 4096
+#: what is noted of a piece of the output or of an input: its digest and three measures
+_SEEN = 32 + 3 * 8
 #: the allocator's share: freed blocks that it keeps
 _SLACK = 1.25
 
@@ -101,7 +103,9 @@ def choose_budget(
     most = max((len(t.operands) for t in tensors), default=1)
     ranks = (len(s.stat.fractions(s.params)) for s in stats if isinstance(s.stat, Rank) and s.extent != "row")
     window = min(_CUTOFF_WINDOW, 8 * sum(t.spec.numel for t in tensors)) * max(ranks, default=0)
-    fixed = _FIXED + _PER_TENSOR * len(tensors) + sum(m.checkpoint.resident for m in inputs)
+    pieces = sum(grid_of(t.spec.shape).pieces for t in tensors)
+    slots = 1 + max((len(t.inputs) for t in tensors), default=0)
+    fixed = _FIXED + _PER_TENSOR * len(tensors) + _SEEN * pieces * slots + sum(m.checkpoint.resident for m in inputs)
     chunk = chunk_for(most)
     worst: dict[int, tuple[int, TensorPlan | None]] = {}
     distinct = {
