@@ -19,7 +19,7 @@ from stockpot.adapters.algebra import mean_error, product_norm, stacked, truncat
 from stockpot.checkpoints import open_checkpoint
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError, StockpotError
 
-from helpers import cli
+from helpers import cli, write_model
 
 WEIGHTS = (0.2, 0.5, 0.3)
 
@@ -453,24 +453,93 @@ def test_tied_weights_are_not_fused(tmp_path: Path) -> None:
             make(paths, tmp_path / "out", mode="fused", base=str(tmp_path / "base"))
 
 
-def test_fused_is_the_same_for_any_threads_and_memory(lora_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def large_adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A base whose matrices are cut into many pieces, and three snapshots of an adapter of it."""
+    import json
+
+    root = tmp_path_factory.mktemp("large")
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        f"model.layers.{i}.mlp.{p}_proj.weight": s
+        for i in range(2)
+        for p, s in (("up", (3000, 900)), ("down", (900, 3000)))
+    }
+    write_model(root / "base", {n: torch.randn(s, generator=generator).bfloat16() * 0.02 for n, s in names.items()})
+    paths = []
+    for k in range(3):
+        factors = {}
+        for n, (rows, columns) in names.items():
+            stem = f"base_model.model.{n.removesuffix('.weight')}"
+            factors[f"{stem}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+            factors[f"{stem}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+        folder = root / "run" / f"checkpoint-{k + 1}"
+        folder.mkdir(parents=True)
+        save_file(factors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "down_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(folder)
+    return root / "base", paths
+
+
+def test_fused_is_the_same_for_any_threads_and_memory(large_adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Of matrices that are cut: other memory, other blocks."""
+    base, paths = large_adapters
     outs = []
-    for threads, memory in (("1", "64MiB"), ("2", "512MiB")):
+    for threads, memory in (("1", "100MiB"), ("2", "512MiB"), ("3", "130MiB")):
         out = tmp_path / threads
-        done = cli("soup", lora_run, out, "--adapter", "fused", "--base", tiny_llama, "--threads", threads,
+        done = cli("soup", paths[0].parent, out, "--adapter", "fused", "--base", base, "--threads", threads,
                    "--max-memory", memory)  # fmt: skip
         assert done.returncode == 0, done.stderr
         outs.append((out / "model.safetensors").read_bytes())
-    assert outs[0] == outs[1]
+    assert outs[0] == outs[1] == outs[2]
+    recipe = {
+        "merge_method": "linear",
+        "models": list(map(str, paths)),
+        "adapter": {"mode": "fused", "base": str(base)},
+    }
+    limits = [stockpot.Options(threads=1, max_memory=m) for m in ("60MiB", "512MiB")]
+    blocks = [stockpot.plan(recipe, options).budget.block_pieces for options in limits]
+    assert blocks[0] < blocks[1]
 
 
 def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
-    """Digests of the parts cover every tensor, in a fresh merge and when nothing was left to read."""
-    first = stockpot.soup(lora_run, tmp_path / "a", adapter="product")
-    parts = first.lineage["inputs"][0]["parts"]
-    assert len(parts) == 6
-    factors = stockpot.soup(lora_run, tmp_path / "b")
-    assert [p["files"][0]["digest"] for p in parts] == [i["files"][0]["digest"] for i in factors.lineage["inputs"]]
+    """Digests of the parts and the errors of modules cover everything: in a fresh merge, after half of the work, and when
+    nothing was left to read."""
+    import shutil
+
+    from stockpot.engine import devices, run
+
+    factors = stockpot.soup(lora_run, tmp_path / "factors")
+    expected = [i["files"][0]["digest"] for i in factors.lineage["inputs"]]
+    rank = {"adapter": "product", "rank": 3}
+    whole = stockpot.soup(lora_run, tmp_path / "whole", **rank)  # type: ignore[arg-type]
+    assert [p["files"][0]["digest"] for p in whole.lineage["inputs"][0]["parts"]] == expected
+    assert len(whole.lineage["adapter"]["modules"]) == 4
+    planned = stockpot.plan(stockpot.soup_recipe(lora_run, **rank))  # type: ignore[arg-type]
+    real = run._Runner._settle
+    settled: list[int] = []
+
+    def stops(self: Any, rows: Any, *args: Any) -> None:
+        real(self, rows, *args)
+        settled.append(len(rows))
+        if len(settled) == most:
+            raise KeyboardInterrupt
+
+    for most, name in ((1, "half"), (10**6, "all")):  # noqa: B007
+        settled.clear()
+        run._Runner._settle = stops  # type: ignore[method-assign]
+        try:
+            run.run_plan(planned, str(tmp_path / name), devices.NumpyDevice()).release()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            run._Runner._settle = real  # type: ignore[method-assign]
+        resumed = stockpot.soup(lora_run, tmp_path / name, **rank)  # type: ignore[arg-type]
+        assert resumed.lineage["bytes_resumed"] > 0
+        assert [p["files"][0]["digest"] for p in resumed.lineage["inputs"][0]["parts"]] == expected
+        assert resumed.adapter == whole.adapter
+        shutil.rmtree(tmp_path / name)
 
 
 # base+adapter, as mergekit's recipes write it

@@ -145,18 +145,26 @@ def test_slices_on_one_line(family: Path, tmp_path: Path) -> None:
 
 def test_slices_of_models_that_do_not_fit(family: Path, tmp_path: Path) -> None:
     b = load(family / "b")
-    write_model(tmp_path / "bias", b | {"model.layers.2.self_attn.q_proj.bias": torch.zeros(64)})
+    bias = "model.layers.{}.self_attn.q_proj.bias"
+    write_model(tmp_path / "bias", b | {bias.format(i): torch.zeros(64) for i in range(4)})
     write_model(tmp_path / "wide", {n: torch.zeros([2 * d for d in t.shape]) for n, t in b.items()})
-    for other in ("bias", "wide"):
-        text = f"""
+    write_model(tmp_path / "mixed", b | {bias.format(2): torch.zeros(64)})  # its own layers differ: so may the output's
+
+    def text(other: str) -> str:
+        return f"""
 merge_method: passthrough
 slices:
   - sources: [{{model: {family}/a, layer_range: [0, 2]}}]
   - sources: [{{model: {tmp_path}/{other}, layer_range: [0, 4]}}]
 """
-        if other == "wide":
-            with pytest.raises(InputError, match="but"):
-                stockpot.plan(text)
+
+    with pytest.raises(InputError, match=r"'self_attn.q_proj.bias' is \[64\], but absent"):
+        stockpot.plan(text("bias"))
+    with pytest.raises(InputError, match="but"):
+        stockpot.plan(text("wide"))
+    names = {t.name for t in stockpot.plan(text("mixed")).tensors}
+    assert bias.format(4) in names  # layer 2 of the second slice
+    assert bias.format(3) not in names
 
 
 def test_base_of_another_shape(family: Path, tmp_path: Path) -> None:

@@ -100,6 +100,14 @@ def test_steps_upon_steps_in_either_form(family, tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_bytes_do_not_depend_on_threads_or_memory(threads, family, tmp_path):
+    from stockpot.testing.models import CUT, state
+    from stockpot.testing.models import write_model as write
+
+    del family  # whose tensors are one piece each
+    family = tmp_path / "cut"
+    base = state(CUT, 0)
+    for i, name in enumerate(("base", "a", "b", "c")):
+        write(str(family / name), {n: v + (0.002 * i) * state(CUT, i)[n] for n, v in base.items()})
     text = f"name: x\n{FIRST['dare_ties'][0].format(f=family)}---\n{SECOND['ties'].format(f=family, first='x')}"
     stockpot.merge(text, tmp_path / "reference")
     stockpot.merge(text, tmp_path / "out", stockpot.Options(threads=threads, max_memory="120MiB"))
