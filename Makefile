@@ -1,4 +1,5 @@
 # make demo   a virtual environment, then train, merge and compare small models (about three minutes after installing)
+# make quick  methods, recipes, codecs and house rules, without torch: for whoever writes a method
 # make test   the test suite
 # make check  what CI runs besides: lint, types, docs
 #
@@ -9,7 +10,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo quick test check docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,15 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 demo: $(VENV)/installed-test
 	$(BIN)/python examples/demo.py demo-output
 
+QUICK := test_house test_cutoffs test_masks test_weighting test_textfiles test_quick
+$(VENV)-quick/installed: pyproject.toml constraints.txt $(wildcard src/stockpot/engine/native/*.c src/stockpot/engine/native/*.inc)
+	$(PYTHON) -m venv $(VENV)-quick
+	$(VENV)-quick/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist hypothesis matplotlib
+	touch $@
+
+quick: $(VENV)-quick/installed
+	$(VENV)-quick/bin/python -m pytest -q -n auto --maxprocesses 4 $(QUICK:%=tests/%.py)
+
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
@@ -41,4 +51,4 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs serve
 
 clean:
-	rm -rf $(VENV) demo-output site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-quick demo-output site .pytest_cache .mypy_cache .ruff_cache

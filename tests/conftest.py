@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from helpers import SHAPES, perturbed, write_model
+try:
+    import torch
+
+    from helpers import SHAPES, perturbed, write_model
+except ImportError:  # `make quick`: no test that needs a real model is run
+    pass
 
 
 @pytest.fixture(scope="session")

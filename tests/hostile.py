@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -20,8 +21,12 @@ from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.journal import Journal
+from stockpot.engine.ledger import Ledger
+from stockpot.engine.pieces import Pieces
 from stockpot.errors import StockpotError
+from stockpot.planning.plan import Action, Operand, TensorPlan
 from stockpot.recipes import parse_recipe
+from stockpot.specs import DType, TensorSpec
 
 #: bytes that a reader may take beside twenty times the file's own size
 _ALLOWANCE = 16 * 2**20
@@ -71,24 +76,41 @@ common: &x {a: 1}
 <<: *x
 """
 
-JOURNAL = (
-    json.dumps({"stockpot_journal": 2, "plan": "p"}) + "\n"
-    + json.dumps([0, 0, 1, "ab" * 32, ["cd" * 32, "ef" * 32], [[1.5, 0, 0], [1.0, 0, 0], [2.0, 1, 0]]]) + "\n"
-    + json.dumps([1, 0, 2, "ab" * 64, ["cd" * 64], [[1.5, 0, 0], [1.0, 0, 0]], "a warning"]) + "\n"
-).encode()  # fmt: skip
+
+def _ledger() -> Ledger:
+    """Of two tensors, one of several pieces, of two inputs each."""
+    shapes = ((4, 4), (3, 700_000))
+    operands = (Operand(0, "w"), Operand(1, "w"))
+    plans = [
+        TensorPlan(i, "w", TensorSpec(DType.BF16, s), Action.MERGE, 0, operands, None) for i, s in enumerate(shapes)
+    ]
+    return Ledger(Pieces(plans), 2)
+
+
+def _lines(ledger: Ledger) -> bytes:
+    rows = [ledger.encode(np.array(r)) for r in ([0], [2, 1, 5])]
+    head = {"stockpot_journal": 3, "plan": "p"}
+    return "".join(json.dumps(row) + "\n" for row in (head, rows[0], rows[1] | {"warnings": ["a warning"]})).encode()
+
+
+JOURNAL = _lines(_ledger())
 
 
 def _journal(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "stockpot.journal")
         Path(path).write_bytes(data)
-        journal = Journal(path, "p", lambda: None)
+        ledger = _ledger()
+        journal = Journal(path, "p", ledger, lambda: None)
         try:
             journal.open()
         finally:
             journal.unlock()
-        for record in journal.records:
-            assert record.encode()
+        for rows, found in journal.found:
+            ledger.take_over(rows, found, np.arange(len(rows)))
+        if data == JOURNAL:
+            assert [r.tolist() for r, _ in journal.found] == [[0], [2, 1, 5]]
+            assert journal.warnings == ["a warning"]
 
 
 def _recipe(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The public suites run over everything that stockpot has: its methods, statistics, sources and evaluators."""
+"""The public suites run over what stockpot has: its statistics, sources and evaluators (its methods: test_quick)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,7 @@ from stockpot.statistics import Extremes, Gram, Quantile, Rank, Total
 from stockpot.testing import Check, evaluator_checks, method_checks, run_checks, source_checks, statistic_checks
 from stockpot.testing.models import state, write_model
 
-BUILTIN = [name for name, m in methods().items() if m.builtin]
-
-
-def of_methods() -> list[Any]:
-    return [pytest.param(c, id=f"{name}-{c.name}") for name in BUILTIN for c in method_checks(name)]
-
-
-@pytest.mark.parametrize("check", of_methods())
-def test_methods(check: Check, tmp_path: Path) -> None:
-    check(tmp_path)
+BUILTIN = [name for name, m in methods().items() if m.builtin]  # their suites are run by test_quick
 
 
 PARAMS = {"density": (0.37, 0.5, 1.0), "q": 0.3, "dialect": "x"}

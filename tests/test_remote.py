@@ -70,6 +70,23 @@ def test_s3_inputs_give_the_same_bytes(s3, local, tmp_path):
     stockpot.verify(tmp_path / "out")
 
 
+def test_a_plan_of_remote_models_travels(s3, local):
+    """Whoever gets it opens the files anew: small files have a folder of their own there."""
+    import pickle
+
+    from stockpot.engine.candidates import CheckpointCache, make_candidate
+
+    planned = stockpot.plan(LINEAR)
+    again = pickle.loads(pickle.dumps(planned))
+    assert again.identity == planned.identity
+    folders = [p.inputs[0].checkpoint.directory for p in (planned, again)]
+    assert folders[0] != folders[1]
+    assert all(os.path.exists(os.path.join(f, "config.json")) for f in folders)
+    found = make_candidate(again, CheckpointCache(2**30))
+    for name, (_, raw) in found.tensors.items():
+        assert raw.tobytes() == local[name].view(torch.uint8).numpy().tobytes()
+
+
 def test_s3_two_passes_and_a_base(s3, family, tmp_path):
     recipe = {"merge_method": "ties", "parameters": {"density": 0.4}}
     stockpot.merge(

@@ -192,3 +192,51 @@ def test_stat_plans_groups_and_tensors_pickle(uneven: Path) -> None:
     planned = stockpot.plan(text_of("ties paper", uneven))
     for thing in (planned.stats, planned.groups, planned.tensors, planned.shards, planned.budget):
         assert pickle.loads(pickle.dumps(thing)) == thing
+
+
+RUN = """
+import pickle, sys
+from stockpot.engine.devices import NumpyDevice
+from stockpot.engine.run import run_plan
+with open(sys.argv[1], "rb") as f:
+    plan = pickle.load(f)
+outcome = run_plan(plan, sys.argv[2], NumpyDevice())
+outcome.release()
+print(outcome.partial)
+"""
+
+
+@pytest.mark.parametrize("name", ["linear", "ties paper", "dare_ties mergekit", "slerp"])
+def test_a_plan_is_run_by_another_process(uneven: Path, tmp_path: Path, name: str) -> None:
+    """What was planned travels as data: references, headers, statistics; whoever runs it opens the files."""
+    import subprocess
+    import sys
+
+    planned = stockpot.plan(text_of(name, uneven))
+    planned.inputs[0].checkpoint.place(next(iter(planned.inputs[0].checkpoint.names())))  # with a file open
+    (tmp_path / "plan").write_bytes(pickle.dumps(planned))
+    stockpot.merge(text_of(name, uneven), tmp_path / "here")
+    arguments = [sys.executable, "-c", RUN, str(tmp_path / "plan"), str(tmp_path / "there")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    there = Path(done.stdout.strip()) / "model.safetensors"
+    assert there.read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
+    again = pickle.loads(pickle.dumps(planned))
+    assert again.identity == planned.identity
+    for model in again.inputs:
+        assert model.checkpoint._fds == {}
+
+
+def test_plans_of_computed_models_travel(uneven: Path, lora_run: Path, tiny_llama: Path) -> None:
+    steps = f"name: x\nmerge_method: linear\nmodels: [{uneven}/a, {uneven}/b]\n---\nmerge_method: linear\nmodels: [x]\n"
+    for recipe in (
+        steps,
+        stockpot.soup_recipe(lora_run, adapter="product"),
+        stockpot.soup_recipe(lora_run, adapter="fused", base=tiny_llama),
+        f"merge_method: linear\nmodels: ['{tiny_llama}+{lora_run}/checkpoint-4']\n",
+    ):
+        planned = stockpot.plan(recipe)
+        again = pickle.loads(pickle.dumps(planned))
+        assert again.identity == planned.identity
+        one, two = (make_candidate(p, CheckpointCache(2**30)) for p in (planned, again))
+        assert one.digest == two.digest

@@ -11,8 +11,8 @@ import tempfile
 import time
 from typing import Any
 
-import stockpot
 from stockpot.machine import available_threads, memory
+from stockpot.version import __version__
 
 __all__ = ["examine"]
 
@@ -40,7 +40,7 @@ def examine(folder: str = ".", *, probe_disk: bool = True) -> dict[str, Any]:
     from stockpot.engine.native import LIBRARY, load_kernels
 
     facts: dict[str, Any] = {
-        "stockpot": stockpot.__version__,
+        "stockpot": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": {"available": available_threads(), "processors": os.cpu_count()},

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import stockpot
 from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.files import check_link
@@ -27,6 +26,7 @@ from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, why_written
+from stockpot.version import __version__
 
 __all__ = ["NAME", "check_side_files", "copied_files", "read_lineage", "record_verdict", "write_side_files"]
 
@@ -160,7 +160,7 @@ def make_lineage(
         tensors[t.name] = row
     return {
         "format": 1,
-        "stockpot": stockpot.__version__,
+        "stockpot": __version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "recipe": {"file": plan.recipe.origin, "sha256": plan.recipe.digest, "text": plan.recipe.text},
         "seed": plan.seed,
@@ -322,7 +322,7 @@ def model_card(plan: Plan) -> str:
     body = f"""
 # {method} merge
 
-Made with stockpot {stockpot.__version__} by `{method}` from
+Made with stockpot {__version__} by `{method}` from
 
 {models}
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.checkpoints.names import LayerMap, map_layers
@@ -42,6 +42,16 @@ class Checkpoint:
     observers: list[Callable[[ReadRequest, memoryview[Any]], None]] = field(
         default_factory=list, repr=False, compare=False
     )
+
+    #: what belongs to this process: a checkpoint that was sent to another one makes its own
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {"_fds": dict, "_lock": threading.Lock, "observers": list}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update({name: make() for name, make in self.held.items()})
 
     def __post_init__(self) -> None:
         for index, header in enumerate(self.files):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
@@ -46,6 +46,7 @@ class DerivedCheckpoint(Checkpoint):
     sources: tuple[Checkpoint, ...] = ()
     specs: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
     cache: ModuleCache = field(default_factory=ModuleCache, repr=False)
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {**Checkpoint.held, "cache": ModuleCache}
 
     def __post_init__(self) -> None:
         self._specs.update(self.specs)

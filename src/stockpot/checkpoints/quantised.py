@@ -8,9 +8,9 @@ is code times scale. Scales of activations are of no use to a model in full prec
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import DerivedCheckpoint
@@ -48,6 +48,9 @@ class DequantisedCheckpoint(DerivedCheckpoint):
     scaled: dict[str, _Scaled] = field(default_factory=dict, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, repr=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        **DerivedCheckpoint.held, "_known": dict, "_guard": threading.Lock,
+    }  # fmt: skip
 
     @property
     def source(self) -> Checkpoint:

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
@@ -205,6 +205,10 @@ class RemoteFolder:
         for name in () if only else sorted(wanted & set(folders)):
             self._copy_small(store.list(f"{self.root}/{name}")[0], name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the folder with the small files is this process's: another one fetches its own
+        return type(self), (self.text, self.store, self.root, self.only, self.files[self.only] if self.only else None)
+
     def _beside(self, only: str, found: Found) -> tuple[dict[str, Found], list[str]]:
         """The one file and the config that may lie beside it, without asking for a listing."""
         files = {only: found}
@@ -328,6 +332,7 @@ class RemoteCheckpoint(Checkpoint):
 
     folder: RemoteFolder | None = field(default=None, repr=False, compare=False)
     _ahead: _Ahead = field(default_factory=_Ahead, repr=False, compare=False)
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {**Checkpoint.held, "_ahead": _Ahead}
 
     @property
     def directory(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from stockpot.specs import TensorSpec
 
@@ -20,7 +20,6 @@ class ReadRequest:
     stop: int
 
 
-@runtime_checkable
 class TensorSource(Protocol):
     """What the engine needs of a checkpoint: names, specs, and raw little-endian bytes of element ranges."""
 

@@ -67,7 +67,8 @@ class Journal:
                     self.found.append(self.ledger.decode(row))
                 except (ValueError, RecursionError):
                     break
-                self.warnings += [str(w) for w in row.get("warnings") or ()]
+                told = row.get("warnings")
+                self.warnings += [str(w) for w in told] if isinstance(told, list) else []
                 keep += len(line) + 1
         os.ftruncate(self._fd, keep)
         os.lseek(self._fd, keep, os.SEEK_SET)

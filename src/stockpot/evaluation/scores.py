@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,7 +73,6 @@ def _identity(x: Any) -> Any:
     return x
 
 
-@runtime_checkable
 class Evaluator(Protocol):
     """Scores a checkpoint. What `python: module:name` of a suite may name; a plain function does as well.
 

@@ -7,8 +7,9 @@ that use them. Either way later steps read the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import DerivedCheckpoint
@@ -32,6 +33,7 @@ class MergedCheckpoint(DerivedCheckpoint):
 
     plan: Plan | None = field(default=None, repr=False, compare=False)
     reader: list[Reader] = field(default_factory=list, repr=False, compare=False)
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {**DerivedCheckpoint.held, "reader": list}
 
     @property
     def step(self) -> Plan:

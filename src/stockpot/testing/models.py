@@ -17,9 +17,9 @@ __all__ = ["CUT", "DEGENERATE", "WHOLE", "read_model", "state", "write_model"]
 
 #: several pieces, rows longer than a piece, one dimension, small ones, layers
 CUT: dict[str, tuple[int, ...]] = {
-    "model.embed_tokens.weight": (1100, 1000),
-    "model.layers.0.mlp.weight": (2, 540_000),
-    "model.layers.1.mlp.weight": (2, 540_000),
+    "model.embed_tokens.weight": (530, 1000),
+    "model.layers.0.mlp.weight": (1, 540_000),
+    "model.layers.1.mlp.weight": (1, 540_000),
     "model.layers.0.norm.weight": (97,),
     "model.layers.1.norm.weight": (97,),
     "model.flat": (600_001,),
