@@ -41,7 +41,13 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_page_has_what_it_promises() -> None:
-    assert set(blocks()) == {"trimmed_sum.py", "test_trimmed_sum.py", "low_rank_mean.py", "counting.py"}
+    assert set(blocks()) == {
+        "trimmed_sum.py",
+        "test_trimmed_sum.py",
+        "low_rank_mean.py",
+        "counting.py",
+        "softmax_scheme.py",
+    }
 
 
 def test_a_method_and_its_test(files: Path) -> None:
@@ -66,6 +72,56 @@ def test_a_method_on_matrices(files: Path) -> None:
         folder = files / check.name
         folder.mkdir()
         check(folder)
+
+
+def test_a_way_to_weight_snapshots(files: Path, lora_run: Path) -> None:
+    import math
+
+    from stockpot import SoupSpec, parse_name
+    from stockpot.errors import ArgumentError
+    from stockpot.runs.schemes import SCHEMES, add_scheme
+    from stockpot.training.average import checked_spec
+
+    before = dict(SCHEMES)
+    try:
+        __import__("softmax_scheme")
+        spec = SoupSpec(last=3, scheme="softmax", by="loss", options={"temperature": 0.1})
+        result = stockpot.soup(lora_run, files / "out", spec)
+        assert result.soup is not None
+        assert result.soup["name"] == "last_3_loss_softmax-0_1"
+        assert parse_name("last_3_loss_softmax-0_1") == spec
+        rows = result.soup["snapshots"]
+        raw = [math.exp(-r["metric"] / 0.1) for r in rows]
+        assert [r["weight"] for r in rows] == pytest.approx([x / sum(raw) for x in raw])
+        assert checked_spec(spec) is spec
+        run = {"path": str(lora_run), "last": 3, "scheme": "softmax", "by": "loss", "options": {"temperature": 0.1}}
+        assert stockpot.plan({"merge_method": "linear", "run": run}).soup.name == "last_3_loss_softmax-0_1"  # type: ignore[union-attr]
+        for given, message in (
+            ({}, "needs options: temperature"),
+            ({"temprature": 1.0}, "did you mean 'temperature'"),
+            ({"temperature": 0.0}, "a number from 1e-06 to 1e"),
+        ):
+            with pytest.raises(ArgumentError, match=message):
+                SoupSpec(last=3, scheme="softmax", by="loss", options=given)
+        with pytest.raises(ArgumentError, match="uniform weights have no 'temperature'; it has none"):
+            SoupSpec(last=3, options={"temperature": 1.0})
+        with pytest.raises(ArgumentError, match="called 'softmax' already"):
+            add_scheme("softmax", SCHEMES["softmax"])
+    finally:
+        SCHEMES.clear()
+        SCHEMES.update(before)
+
+
+def test_every_scheme_is_in_the_help_and_the_docs() -> None:
+    from stockpot.runs.schemes import SCHEMES
+
+    from helpers import cli
+
+    shown = " ".join(cli("soup", "--help").stdout.split())
+    page = (PAGE.parent / "mwa.md").read_text()
+    for name in SCHEMES:
+        assert name in shown, name
+        assert name in page or name == "metric", name
 
 
 def test_a_statistic(files: Path) -> None:

@@ -36,7 +36,9 @@ OutOrNone = Annotated[
     Optional[str],  # noqa: UP045
     typer.Argument(metavar="OUT", callback=_lasts, help="Directory to create, or a URL (s3://bucket/name)."),
 ]
-Device = Annotated[str, typer.Option(help="cpu (numpy), cuda, cuda:N, or torch (torch on the CPU).")]
+Device = Annotated[
+    str, typer.Option(help="For methods on whole matrices: auto, cpu, cuda, cuda:N, or torch (on the CPU).")
+]
 Threads = Annotated[Optional[int], typer.Option(help="Worker threads; as many as processors by default.")]  # noqa: UP045
 MaxMemory = Annotated[str, typer.Option(help="Memory for the merge, over what the interpreter itself takes.")]
 ShardSize = Annotated[str, typer.Option(help="Most bytes of tensor data in one file.")]

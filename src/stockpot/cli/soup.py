@@ -98,6 +98,10 @@ def soup(
         str | None, typer.Option(help="Weights by step: a .json object, or a .csv with step,weight.", metavar="FILE")
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide given weights by their sum.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="A number of the scheme's own, NAME=VALUE; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="All of the above from a name such as last_10_loss_pf-0_7.")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="LoRA: factors (A and B apart; default), product (exact), fused (into the base).")
@@ -130,11 +134,13 @@ def soup(
     from stockpot import api
     from stockpot.errors import ArgumentError
     from stockpot.runs import SoupSpec, open_run, parse_name
+    from stockpot.runs.schemes import SCHEMES
 
     given: dict[str, Any] = {
         "last": last, "every": every, "start": start, "steps": _steps(steps), "best": best, "include_final": include_final,
         "scheme": scheme, "by": by, "objective": objective, "penalty": penalty, "power": power, "smooth": smooth,
         "decay": decay, "decay_per": decay_per, "weights": _weights(weights), "normalize": normalize,
+        "options": _numbers(option or []),
     }  # fmt: skip
     spec = SoupSpec(**given)
     if name is not None:
@@ -143,12 +149,12 @@ def soup(
         spec = parse_name(name)
     if out is None and not dry_run:
         raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
-    if spec.kind == "lawa" and suite is not None:
+    if SCHEMES[spec.kind].windows and suite is not None:
         raise ArgumentError("--suite decides over one soup; score the windows of lawa afterwards (stockpot gate)")
     release = release_of(suite, force=force, quiet=quiet, as_json=as_json)
     opened = open_run(run, snapshots=snapshots, metrics=metrics)
     options = api.Options(device, threads, max_memory, shard_size, allow_nonfinite=allow_nonfinite)
-    if spec.kind == "lawa":
+    if SCHEMES[spec.kind].windows:
         how: dict[str, Any] = {"adapter": adapter, "rank": rank, "base": base}
         _windows(
             opened, spec, how, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet
@@ -248,6 +254,21 @@ def _steps(text: str | None) -> tuple[int, ...] | None:
         raise ArgumentError(
             f"--steps: expected whole numbers with commas between, such as 100,200, got {text!r}"
         ) from None
+
+
+def _numbers(texts: list[str]) -> dict[str, float]:
+    from stockpot.errors import ArgumentError
+
+    out = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        try:
+            out[key.strip()] = float(value)
+        except ValueError:
+            sign = ""
+        if not sign or not key.strip():
+            raise ArgumentError(f"--option: expected NAME=VALUE with a number, got {text!r}")
+    return out
 
 
 def _weights(path: str | None) -> dict[int, float] | None:

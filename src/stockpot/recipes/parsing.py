@@ -26,7 +26,8 @@ _COMING = {
 _PARAMETERS = frozenset("normalize weight density t lambda scale rescale dialect int8_mask".split())
 #: the options of a `run:` besides its files: the fields of runs.SoupSpec
 RUN_OPTIONS = (
-    "last every start steps best include_final scheme by objective penalty power smooth decay decay_per weights normalize"
+    "last every start steps best include_final scheme by objective penalty power smooth decay decay_per weights normalize "
+    "options"
 ).split()
 _RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", *RUN_OPTIONS]
 _ADAPTER_MODES = ("factors", "product", "fused")

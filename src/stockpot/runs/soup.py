@@ -11,6 +11,7 @@ from stockpot.errors import ArgumentError, CheckpointError
 from stockpot.runs.metrics import MetricValue, known_objective
 from stockpot.runs.naming import soup_name
 from stockpot.runs.run import Run, Snapshot
+from stockpot.runs.schemes import SCHEMES
 from stockpot.runs.spec import DEFAULT_LAST, SoupSpec, scheme_weights
 from stockpot.runs.weighting import effective_count, uniform
 
@@ -59,7 +60,7 @@ class Soup:
 
 def resolve_soup(run: Run, spec: SoupSpec) -> Soup:
     """Choose and weight. Raises ArgumentError, CheckpointError or MismatchError."""
-    if spec.kind == "lawa":
+    if SCHEMES[spec.kind].windows:
         raise ArgumentError(
             "lawa makes one soup for every window, which only `stockpot soup` can write (resolve_windows)"
         )
@@ -108,7 +109,7 @@ def _choose(run: Run, spec: SoupSpec, notes: list[str]) -> tuple[Snapshot, ...]:
         raise ArgumentError(
             f"{run.path}: the only snapshot is the final checkpoint of step {run.snapshots[-1].step}; include_final takes it"
         )
-    if spec.start is not None or (spec.kind == "swa" and spec.last is None):
+    if spec.start is not None or (SCHEMES[spec.kind].from_start and spec.last is None):
         start = spec.start or 0
         pool = tuple(s for s in pool if s.step >= start)
         if not pool:
@@ -171,8 +172,8 @@ def _weights(
     objective: str | None,
     notes: list[str],
 ) -> list[float]:
-    kind = spec.kind
-    if kind == "metric":
+    scheme = SCHEMES[spec.kind]
+    if scheme.needs_metric:
         assert metrics is not None
         assert objective is not None
         if spec.penalty is not None and spec.penalty > 1:
@@ -185,7 +186,7 @@ def _weights(
                 f"{spec.by!r} is {bad[0][1]:g} at step {bad[0][0]}: weights by a metric need values "
                 f"{'above 0' if objective == 'min' else 'of at least 0'}; choose another metric or scheme"
             )
-    if kind == "weights":
+    if scheme.weights is None:
         return _given(spec, chosen, notes)
     return scheme_weights(spec, [s.step for s in chosen], [m.value for m in metrics or ()], objective or "min")
 

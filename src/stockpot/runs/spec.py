@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from stockpot.errors import ArgumentError, nearest
-from stockpot.runs.weighting import (
-    DEFAULT_POWER,
-    check_penalty,
-    decay_weights,
-    ema_weights,
-    metric_weights,
-    uniform,
-)
+from stockpot.runs.schemes import SCHEMES, implied_scheme
+from stockpot.runs.weighting import DEFAULT_POWER, check_penalty
 
-__all__ = ["DEFAULT_LAST", "SCHEMES", "SoupSpec", "scheme_weights"]
+__all__ = ["DEFAULT_LAST", "SoupSpec", "scheme_weights"]
 
 #: the default for `last`, or all regular snapshots where a run has fewer
 DEFAULT_LAST = 10
-SCHEMES = ("uniform", "metric", "linear", "1-sqrt", "ema", "lawa", "swa", "weights")
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,7 @@ class SoupSpec:
     lawa      a uniform average of each window of `last` snapshots along the run (arXiv 2209.14981)
     swa       uniform over everything from `start` on (arXiv 1803.05407)
     weights   `weights`, from step to weight; `normalize` divides them by their sum
+    Schemes that were added (runs.schemes) take numbers of their own from `options`.
     """
 
     last: int | None = None
@@ -57,6 +51,7 @@ class SoupSpec:
     decay_per: str = "snapshot"
     weights: Mapping[int, float] | None = None
     normalize: bool = False
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("last", "every", "best"):
@@ -79,22 +74,24 @@ class SoupSpec:
     @property
     def kind(self) -> str:
         """The scheme that is meant."""
-        if self.scheme is not None:
-            return self.scheme
-        if self.weights is not None:
-            return "weights"
-        if self.decay is not None:
-            return "ema"
-        if self.by is not None and (self.best is None or self.penalty is not None):
-            return "metric"
-        return "uniform"
+        return implied_scheme(self) if self.scheme is None else self.scheme
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}
+        return {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+
+    def option(self, name: str) -> float:
+        """An option of the scheme's own."""
+        default = SCHEMES[self.kind].options[name].default
+        return float(self.options[name]) if name in self.options or default is None else default
 
     def _check_words(self) -> None:
-        for name, known in (("scheme", SCHEMES), ("objective", ("min", "max")), ("decay_per", ("snapshot", "step"))):
+        for name, known in (
+            ("scheme", tuple(SCHEMES)),
+            ("objective", ("min", "max")),
+            ("decay_per", ("snapshot", "step")),
+        ):
             value = getattr(self, name)
             if value is not None and value not in known:
                 hint = nearest(value, known) if isinstance(value, str) else ""
@@ -115,35 +112,41 @@ class SoupSpec:
             raise ArgumentError("every counts back from the newest snapshot; it can't go with steps or weights")
         if self.include_final and (self.steps is not None or self.weights is not None):
             raise ArgumentError("include_final has no effect where steps or weights name the snapshots: remove it")
-        if kind == "weights" and self.weights is None:
-            raise ArgumentError("scheme weights needs weights, from step to weight")
+        scheme = SCHEMES[kind]
+        if scheme.needs is not None and getattr(self, scheme.needs[0]) is None:
+            raise ArgumentError(f"scheme {kind} needs {scheme.needs[0]}, {scheme.needs[1]}")
         if kind != "weights" and self.weights is not None:
             raise ArgumentError(f"weights are given, so scheme can't be {kind}")
-        if kind == "ema" and self.decay is None:
-            raise ArgumentError("scheme ema needs decay, a number from 0 to 1")
-        if kind == "ema" and self.decay is not None and not 0 <= self.decay <= 1:
+        if self.decay is not None and not 0 <= self.decay <= 1:
             raise ArgumentError(f"decay: expected a number from 0 to 1, got {self.decay!r}")
-        if kind == "metric" and self.by is None:
-            raise ArgumentError("scheme metric needs by, the name of a metric")
-        if kind == "lawa" and (self.steps is not None or self.start is not None or self.best is not None):
-            raise ArgumentError("lawa takes windows of last snapshots; steps, start and best don't go with it")
+        if scheme.windows and (self.steps is not None or self.start is not None or self.best is not None):
+            raise ArgumentError(f"{kind} takes windows of last snapshots; steps, start and best don't go with it")
         if self.best is not None and self.by is None:
             raise ArgumentError("best needs by, the metric that says which are best")
-        unused = {
-            "by": kind == "metric" or self.best is not None,
-            "objective": kind == "metric" or self.best is not None,
-            "smooth": kind == "metric" or self.best is not None,
-            "penalty": kind == "metric",
-            "power": kind == "metric",
-            "decay": kind == "ema",
-            "decay_per": kind == "ema",
-            "normalize": kind == "weights",
-        }
+        own = {name for other in SCHEMES.values() for name in other.fields}
         given = self.given()
-        for name, used in unused.items():
-            if name in given and not used:
+        for name in given:
+            used = name in scheme.fields or (name in ("by", "objective", "smooth") and self.best is not None)
+            if name in own and not used:
                 hint = _meant(name, kind) if self.by is None else "; with best, penalty makes weights by the metric"
                 raise ArgumentError(f"{name} has no effect on {kind} weights: remove it{hint}")
+        self._check_options(kind)
+
+    def _check_options(self, kind: str) -> None:
+        """Options of the scheme's own: known, within their range, and there where they must be."""
+        known = SCHEMES[kind].options
+        if not isinstance(self.options, Mapping):
+            raise ArgumentError(f"options: expected a mapping from names to numbers, got {self.options!r}")
+        for name, value in self.options.items():
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise ArgumentError(f"options: {kind} weights have no {name!r}; {has}{nearest(str(name), known)}")
+            if not _is_number(value) or not known[name].low <= value <= known[name].high:
+                span = f"a number from {known[name].low:g} to {known[name].high:g}"
+                raise ArgumentError(f"options: {name}: expected {span}, got {value!r}")
+        for name, option in known.items():
+            if option.default is None and name not in self.options:
+                raise ArgumentError(f"scheme {kind} needs options: {name}, {option.about}")
 
 
 def _meant(name: str, kind: str) -> str:
@@ -203,10 +206,7 @@ def scheme_weights(spec: SoupSpec, steps: Sequence[int], values: Sequence[float]
     values     of the metric, one for each step, where the scheme is by a metric; not looked at otherwise
     objective  "min" or "max"
     """
-    if spec.kind == "metric":
-        return metric_weights(values, objective, 1.0 if spec.penalty is None else spec.penalty, spec.power)
-    if spec.kind in ("linear", "1-sqrt"):
-        return decay_weights(len(steps), spec.kind)
-    if spec.kind == "ema":
-        return ema_weights(steps, spec.decay or 0.0, spec.decay_per)
-    return uniform(len(steps))
+    weights = SCHEMES[spec.kind].weights
+    if weights is None:
+        raise ArgumentError(f"{spec.kind}: the weights are given, not computed")
+    return weights(spec, steps, values, objective)

@@ -14,6 +14,7 @@ import torch
 from stockpot.errors import ArgumentError
 from stockpot.runs import SoupSpec
 from stockpot.runs.metrics import MetricLog, known_objective
+from stockpot.runs.schemes import SCHEMES
 from stockpot.runs.spec import DEFAULT_LAST, scheme_weights
 
 __all__ = ["Held", "SnapshotAverage", "checked_every", "checked_spec", "kept_random_state", "swapped", "trainable"]
@@ -38,14 +39,14 @@ def trainable(model: torch.nn.Module) -> Tensors:
 def checked_spec(spec: SoupSpec | None) -> SoupSpec:
     """A spec that makes sense while training. Raises ArgumentError."""
     spec = spec or SoupSpec(last=10, by="loss", penalty=0.7)
-    if spec.kind not in ("uniform", "metric", "linear", "1-sqrt", "ema"):
+    if not SCHEMES[spec.kind].while_training:
         raise ArgumentError(f"while training, snapshots can't be weighted by {spec.kind}")
     odd: list[str] = [n for n in ("start", "steps", "best", "include_final") if n in spec.given()]
     if odd or spec.every != 1:
         raise ArgumentError(
             f"{(odd or ['every'])[0]} chooses among saved snapshots; while training the last ones are kept"
         )
-    if spec.kind == "metric" and spec.objective is None and known_objective(str(spec.by)) is None:
+    if SCHEMES[spec.kind].needs_metric and spec.objective is None and known_objective(str(spec.by)) is None:
         raise ArgumentError(f"whether a low or a high {spec.by!r} is better can't be told: give objective min or max")
     return spec
 
@@ -95,9 +96,8 @@ class SnapshotAverage:
     def weights(self) -> dict[int, float]:
         """Weight by step, of the snapshots that can be weighted: empty while there is none."""
         usable = self.held
-        kind = self.spec.kind
         objective = "min"
-        if kind == "metric":
+        if SCHEMES[self.spec.kind].needs_metric:
             objective = self.spec.objective or known_objective(str(self.spec.by)) or "min"
             usable = [h for h in usable if h.metric is not None and math.isfinite(h.metric) and h.metric >= 0]
             if objective == "min" or not any(h.metric for h in usable):
