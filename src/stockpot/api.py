@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -322,14 +321,10 @@ def plan_soup(recipe: Mapping[str, Any], options: Options | None = None) -> Plan
     """The plan of a recipe that soup_recipe made: its errors don't speak of lines that the user never wrote."""
     try:
         return plan(recipe, options)
-    except ProblemsError as e:
-        raise ProblemsError([_without_lines(p) for p in e.problems]) from e
     except StockpotError as e:
-        raise _without_lines(e) from e
-
-
-def _without_lines(error: StockpotError) -> StockpotError:
-    return type(error)(re.sub(r"^<recipe>:\d+: (run: )?", "", str(error)))
+        for problem in e.problems if isinstance(e, ProblemsError) else (e,):
+            problem.places = ()
+        raise
 
 
 def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def check_kinds(
         others = [m.ref for m in inputs if m.checkpoint.kind != "adapter"]
         problems.append(
             MismatchError(
-                f"{inputs[1].where}: adapters and full models can't be mixed: {', '.join(adapters)} with "
+                f"adapters and full models can't be mixed: {', '.join(adapters)} with "
                 f"{', '.join(others)}; base+adapter names an adapter applied to its base"
-            )
+            ).within(*inputs[1].places)
         )
         return
     if kinds == {"adapter"}:
@@ -42,9 +42,9 @@ def check_kinds(
                 if a != b:
                     problems.append(
                         MismatchError(
-                            f"{other.named}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}; named as "
+                            f"{other.ref}: adapter_config.json has {key} = {b!r}, {first.ref} has {a!r}; named as "
                             "base+adapter they are merged as full weights, whatever their settings"
-                        )
+                        ).within(*other.places)
                     )
         if said or len(inputs) == 1:
             return
@@ -69,13 +69,15 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
             own |= matched
             if not matched:
                 problems.append(
-                    RecipeError(f"{recipe.at(rule.line)}: rules: the pattern {pattern!r} matches no tensor")
+                    RecipeError(f"rules: the pattern {pattern!r} matches no tensor").within(recipe.at(rule.line))
                 )
         if own and not own & left:
             first = min(own)
             earlier = next(r for r in recipe.rules if any(fnmatch.fnmatchcase(first, p) for p in r.patterns))
             why = f"every tensor it matches goes to an earlier one ({first!r} to that of line {earlier.line})"
-            problems.append(RecipeError(f"{recipe.at(rule.line)}: rules: this rule is never used: {why}; put it first"))
+            problems.append(
+                RecipeError(f"rules: this rule is never used: {why}; put it first").within(recipe.at(rule.line))
+            )
         left -= own
 
 
@@ -87,7 +89,7 @@ def check_fit(
     for other in operands[1:]:
         spec = inputs[other.model].checkpoint.spec(other.name)
         a, b = inputs[operands[0].model].ref, inputs[other.model].ref
-        where = f"{inputs[other.model].where}: "
+        places = inputs[other.model].places
         if spec.shape != first.shape:
             rows_only = len(spec.shape) == len(first.shape) > 0 and spec.shape[1:] == first.shape[1:]
             vocabulary = ""
@@ -95,14 +97,12 @@ def check_fit(
                 if crops:
                     continue
                 vocabulary = " (different vocabularies? 'vocab: crop' keeps the rows that all have)"
-            problems.append(
-                MismatchError(
-                    f"{where}{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}"
-                )
-            )
+            why = f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}"
+            problems.append(MismatchError(why).within(*places))
             return False
         if spec.dtype.is_float != first.dtype.is_float:
-            problems.append(MismatchError(f"{where}{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"))
+            why = f"{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"
+            problems.append(MismatchError(why).within(*places))
             return False
     return True
 
@@ -129,4 +129,4 @@ def check_statistics(
 
 
 def _at(recipe: Recipe, key: str, why: str) -> RecipeError:
-    return RecipeError(f"{recipe.at(recipe.lines.get(key, 1))}: {why}")
+    return RecipeError(f"{why}").within(recipe.at(recipe.lines.get(key, 1)))

@@ -79,7 +79,7 @@ class Inputs:
             return -1
         if not len(checkpoint):
             self.failed.add(path)
-            self.problems.append(CheckpointError(f"{self.recipe.at(line)}: {ref}: holds no tensors"))
+            self.problems.append(CheckpointError(f"{ref}: holds no tensors").within(self.recipe.at(line)))
             return -1
         return self.add(path, ref, checkpoint, line)
 

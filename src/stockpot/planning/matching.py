@@ -107,9 +107,9 @@ class Matcher:
         if extra:
             self.problems.append(
                 MismatchError(
-                    f"{self.inputs[model].named}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
+                    f"{self.inputs[model].ref}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
                     f"{_few(extra)}; exclude them to leave them out{_prefix_hint(extra, names)}"
-                )
+                ).within(*self.inputs[model].places)
             )
 
     def operand(self, model: int, name: str, position: int, missing: dict[int, list[str]]) -> Operand | None:
@@ -125,9 +125,9 @@ class Matcher:
             hint = nearest(unique[0], self.checkpoint(model).names()) if len(unique) < 100 else ""
             self.problems.append(
                 MismatchError(
-                    f"{self.inputs[model].named}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
+                    f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
                     f"{_few(unique)}{hint}"
-                )
+                ).within(*self.inputs[model].places)
             )
 
     def make(
@@ -201,8 +201,8 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
     if not prefix:
         m.problems.append(
             MismatchError(
-                f"{m.inputs[donor].named}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
-            )
+                f"{m.inputs[donor].ref}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
+            ).within(*m.inputs[donor].places)
         )
         return [], 0
     known = _check_ranges(m, parts, prefix)
@@ -268,9 +268,9 @@ def _check_slices(
                     source = m.inputs[entry.model]
                     m.problems.append(
                         MismatchError(
-                            f"{source.where}: layer {layer} of {source.ref}: {odd[0]!r} is {_shape(shapes, odd[0])}, but "
+                            f"layer {layer} of {source.ref}: {odd[0]!r} is {_shape(shapes, odd[0])}, but "
                             f"{_shape(reference, odd[0])} in {owner}"
-                        )
+                        ).within(*source.places)
                     )
                     return
 
@@ -353,26 +353,26 @@ def _check_ranges(m: Matcher, parts: Sequence[Part], prefix: str) -> dict[tuple[
             where = m.recipe.at(source.line)
             if own != prefix:
                 m.problems.append(
-                    MismatchError(f"{where}: {source.ref}: its layers are {own or 'none'!r}, not {prefix!r}")
+                    MismatchError(f"{source.ref}: its layers are {own or 'none'!r}, not {prefix!r}").within(where)
                 )
             elif stop > layers:
                 m.problems.append(
                     RecipeError(
-                        f"{where}: layer_range [{start}, {stop}] goes past the end: {source.ref} has {layers} layers"
-                    )
+                        f"layer_range [{start}, {stop}] goes past the end: {source.ref} has {layers} layers"
+                    ).within(where)
                 )
             elif rivals and (start, stop) != (0, layers):
                 m.problems.append(
                     RecipeError(
-                        f"{where}: {source.ref} has several stacks of layers ({', '.join([own, *rivals])}); "
+                        f"{source.ref} has several stacks of layers ({', '.join([own, *rivals])}); "
                         "layer_range can't say which: use 'models' with 'rules' instead"
-                    )
+                    ).within(where)
                 )
             out[number, i] = (start, stop)
         counts = {out[number, i][1] - out[number, i][0] for i in range(len(part.entries))}
         if len(counts) > 1:
             m.problems.append(
-                RecipeError(f"{m.recipe.at(piece.line)}: sources of one slice differ in layers: {sorted(counts)}")
+                RecipeError(f"sources of one slice differ in layers: {sorted(counts)}").within(m.recipe.at(piece.line))
             )
     return out if len(m.problems) == bad else {}
 

@@ -69,10 +69,10 @@ class ParameterResolver:
 
     def report(self, line: int, why: str) -> None:
         """Record a problem of the recipe once."""
-        text = f"{self.recipe.at(line)}: {why}"
-        if text not in self._said:
-            self._said.add(text)
-            self.problems.append(RecipeError(text))
+        error = RecipeError(why).within(self.recipe.at(line))
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            self.problems.append(error)
 
     def note(self, text: str) -> None:
         """Record a note once."""

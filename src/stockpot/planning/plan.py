@@ -57,9 +57,9 @@ class ModelInput:
     role: str = "model"
 
     @property
-    def named(self) -> str:
-        """What an error message about it begins with."""
-        return f"{self.where}: {self.ref}" if self.where else self.ref
+    def places(self) -> tuple[str, ...]:
+        """Where an error about it stands; see errors.StockpotError.within."""
+        return (self.where,) if self.where else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ class _Planner(Inputs):
         where = self.recipe.at(part.line)
         if method.space is Space.DELTA and part.base is None:
             self.problems.append(
-                RecipeError(f"{where}: {method.name} works on differences from a base: set base_model")
+                RecipeError(f"{method.name} works on differences from a base: set base_model").within(where)
             )
         elif n < low or (high is not None and n > high):
             count = f"exactly {low}" if low == high else f"at least {low}"
@@ -240,8 +240,8 @@ class _Planner(Inputs):
             hint = "; several are stacked with 'slices'" if method.base_role == "copied" else ""
             self.problems.append(
                 RecipeError(
-                    f"{where}: {method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
-                )
+                    f"{method.name} takes {count} model{'s' if low > 1 else ''}{besides}, got {n}{hint}"
+                ).within(where)
             )
 
     def check_companions(self, used: Sequence[Method], parts: Sequence[Part]) -> None:
@@ -256,9 +256,8 @@ class _Planner(Inputs):
                     known = f"it takes {', '.join(wanted)}" if wanted else "it takes none"
                     self.problems.append(
                         RecipeError(
-                            f"{self.recipe.at(given.line)}: companions: {label} has no use for {name!r}; {known}"
-                            f"{nearest(name, wanted)}"
-                        )
+                            f"companions: {label} has no use for {name!r}; {known}{nearest(name, wanted)}"
+                        ).within(self.recipe.at(given.line))
                     )
         for method in used:
             for companion in method.companions:
@@ -271,9 +270,9 @@ class _Planner(Inputs):
                     for model in lacking:
                         self.problems.append(
                             RecipeError(
-                                f"{self.inputs[model].named}: {method.name} needs {companion.name} of every model "
+                                f"{self.inputs[model].ref}: {method.name} needs {companion.name} of every model "
                                 f"({companion.about}): give 'companions: {{{companion.name}: CHECKPOINT}}' beside it"
-                            )
+                            ).within(*self.inputs[model].places)
                         )
 
     def says_how_adapters(self, recipe: Recipe) -> bool:
@@ -417,13 +416,15 @@ class _Planner(Inputs):
                 if found is None:
                     why = f"has no tensor {operand.name!r}, which {self.inputs[operand.model].ref} has"
                     self.problems.append(
-                        MismatchError(f"{model.named}: {why}{nearest(operand.name, model.checkpoint.names())}")
+                        MismatchError(f"{model.ref}: {why}{nearest(operand.name, model.checkpoint.names())}").within(
+                            *model.places
+                        )
                     )
                     return None
                 spec, wanted = model.checkpoint.spec(found), self.spec(operand)
                 if spec.shape != wanted.shape or not spec.dtype.is_float:
                     why = f"{found!r} is {spec.dtype} {list(spec.shape)}, expected floats {list(wanted.shape)} as in the model"
-                    self.problems.append(MismatchError(f"{model.named}: {why}"))
+                    self.problems.append(MismatchError(f"{model.ref}: {why}").within(*model.places))
                     return None
                 out.append(Operand(model.index, found, operand.position))
         return tuple(out)
@@ -517,9 +518,9 @@ class _Planner(Inputs):
             return self.by_path[path]
         key = "tokenizer_source" if "tokenizer_source" in self.recipe.lines else "tokenizer"
         raise RecipeError(
-            f"{self.recipe.at(self.recipe.lines.get(key, 1))}: {key}: {ref!r} is neither 'base' nor a model of this recipe; "
+            f"{key}: {ref!r} is neither 'base' nor a model of this recipe; "
             "other tokenizers are a coming feature of stockpot"
-        )
+        ).within(self.recipe.at(self.recipe.lines.get(key, 1)))
 
 
 def _layer_counts(matches: Sequence[Match]) -> dict[str, int]:

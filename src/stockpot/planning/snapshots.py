@@ -34,19 +34,19 @@ def expand_run(recipe: Recipe, locate: Callable[[str], str]) -> Expansion:
     """Snapshots as `models`, with their weights where any weighting was asked for. Raises StockpotError."""
     choice = recipe.run
     assert choice is not None
-    with _said_of(f"{recipe.at(choice.line)}: run"):
+    with _said_of(recipe.at(choice.line), "run"):
         return _expanded(recipe, choice, locate)
 
 
 @contextlib.contextmanager
-def _said_of(where: str) -> Iterator[None]:
+def _said_of(*places: str) -> Iterator[None]:
     """Errors begin with the place in the recipe; what would be an argument's mistake is the recipe's."""
     try:
         yield
     except ArgumentError as e:
-        raise RecipeError(str(e)).within(where) from e
+        raise RecipeError(str(e)).within(*places) from e
     except StockpotError as e:
-        e.within(where)
+        e.within(*places)
         raise
 
 
