@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from stockpot.cli.boundary import boundary
-from stockpot.cli.options import AsJson, Force, Quiet
+from stockpot.cli.options import AsJson, Force, Publishing, Quiet, Shown
 
 __all__ = ["register", "release_of"]
 
@@ -272,12 +272,12 @@ def report(
         print(page)
 
 
-def release_of(suite: str | None, *, force: bool, quiet: bool, as_json: bool) -> Any:
+def release_of(publishing: Publishing, shown: Shown) -> Any:
     """What merge_planned is to call before it publishes: None where no gates were asked for."""
     from stockpot.errors import ArgumentError
 
-    if suite is None:
-        if force:
+    if publishing.suite is None:
+        if publishing.force:
             raise ArgumentError("--force publishes against the gates of a suite: it needs --suite")
         return None
     from stockpot import evidence
@@ -285,9 +285,9 @@ def release_of(suite: str | None, *, force: bool, quiet: bool, as_json: bool) ->
     from stockpot.cli.show_evidence import show_verdict
 
     def told(verdict: Any) -> None:
-        if not as_json:
-            show_verdict(verdict, as_json=False, quiet=quiet)
-        elif not (verdict.passed or force):  # else the lineage, which holds it, is printed
+        if not shown.as_json:
+            show_verdict(verdict, as_json=False, quiet=shown.quiet)
+        elif not (verdict.passed or publishing.force):  # else the lineage, which holds it, is printed
             print_json({"published": False, "gates": verdict.to_dict()})
 
-    return evidence.release_check(suite, force=force, told=told)
+    return evidence.release_check(publishing.suite, force=publishing.force, told=told)

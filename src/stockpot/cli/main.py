@@ -15,20 +15,8 @@ import typer
 
 from stockpot.cli.boundary import boundary
 from stockpot.cli.evidence import register, release_of
-from stockpot.cli.options import (
-    AllowNonfinite,
-    AsJson,
-    Device,
-    Force,
-    Gates,
-    MaxMemory,
-    Out,
-    Overwrite,
-    Quiet,
-    Seed,
-    ShardSize,
-    Threads,
-)
+from stockpot.cli.groups import grouped
+from stockpot.cli.options import AsJson, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
 from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
@@ -67,23 +55,17 @@ def root(
 
 @app.command()
 @boundary
+@grouped
 def merge(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     out: Out,
-    device: Device = "cpu",
-    threads: Threads = None,
-    max_memory: MaxMemory = "512MiB",
-    shard_size: ShardSize = "5GB",
+    engine: Engine,
+    publishing: Publishing,
+    shown: Shown,
     seed: Seed = 0,
-    overwrite: Overwrite = False,
-    allow_nonfinite: AllowNonfinite = False,
-    suite: Gates = None,
-    force: Force = False,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Merge as RECIPE says and publish the result at OUT.
 
@@ -93,15 +75,15 @@ def merge(
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
 
-    release = release_of(suite, force=force, quiet=quiet, as_json=as_json)
-    options = api.Options(device, threads, max_memory, shard_size, seed, allow_nonfinite)
+    release = release_of(publishing, shown)
+    options = engine.options(seed)
     planned = api.plan(recipe, options)
-    show_notes(planned.notes, quiet=quiet or as_json)
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
+    show_notes(planned.notes, quiet=not shown.talks)
+    with progress_bar(enabled=shown.talks) as progress:
         result = api.merge_planned(
-            planned, out, options, overwrite=overwrite, resume=not no_resume, progress=progress, release=release
+            planned, out, options, overwrite=engine.overwrite, resume=not no_resume, progress=progress, release=release
         )
-    show_merge(result, as_json=as_json, quiet=quiet)
+    show_merge(result, as_json=shown.as_json, quiet=shown.quiet)
 
 
 @app.command()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from stockpot.api import Options
 
 __all__ = [
     "AllowNonfinite",
     "AsJson",
     "Device",
+    "Engine",
     "Force",
     "Gates",
     "MaxMemory",
     "Out",
     "OutOrNone",
     "Overwrite",
+    "Publishing",
     "Quiet",
     "Seed",
     "ShardSize",
+    "Shown",
     "Threads",
 ]
 
@@ -54,3 +61,43 @@ Gates = Annotated[
     typer.Option("--suite", metavar="FILE", help="Publish only if the release gates of this suite pass."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Publish although a critical gate is not passed.")]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a merge is run."""
+
+    device: Device = "cpu"
+    threads: Threads = None
+    max_memory: MaxMemory = "512MiB"
+    shard_size: ShardSize = "5GB"
+    overwrite: Overwrite = False
+    allow_nonfinite: AllowNonfinite = False
+
+    def options(self, seed: int = 0) -> Options:
+        from stockpot import api
+
+        return api.Options(
+            self.device, self.threads, self.max_memory, self.shard_size, seed, allow_nonfinite=self.allow_nonfinite
+        )
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """Whether the result may be published."""
+
+    suite: Gates = None
+    force: Force = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is printed."""
+
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    @property
+    def talks(self) -> bool:
+        """Whether people read along."""
+        return not (self.as_json or self.quiet)

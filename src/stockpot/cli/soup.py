@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stockpot.cli.boundary import boundary
 from stockpot.cli.evidence import release_of
-from stockpot.cli.options import (
-    AllowNonfinite,
-    AsJson,
-    Device,
-    Force,
-    Gates,
-    MaxMemory,
-    OutOrNone,
-    Overwrite,
-    Quiet,
-    ShardSize,
-    Threads,
-)
+from stockpot.cli.groups import grouped
+from stockpot.cli.options import AsJson, Engine, OutOrNone, Publishing, Shown
 
 if TYPE_CHECKING:
-    from stockpot import api
     from stockpot.runs import SoupSpec
 
 __all__ = ["run_app", "soup"]
@@ -56,76 +45,89 @@ def show(
     show_run(open_run(run, snapshots=snapshots, metrics=metrics), smooth=smooth, as_json=as_json)
 
 
-@boundary
-def soup(
-    run: Run,
-    out: OutOrNone = None,
+@dataclass(frozen=True)
+class Which:
+    """Which snapshots are averaged."""
+
     last: Annotated[
         int | None,
         typer.Option(help="The last K snapshots, the final checkpoint not among them [default: 10].", metavar="K"),
-    ] = None,
-    every: Annotated[int, typer.Option(metavar="M", help="Every M-th of them, counting back from the newest.")] = 1,
+    ] = None
+    every: Annotated[int, typer.Option(metavar="M", help="Every M-th of them, counting back from the newest.")] = 1
     start: Annotated[
         int | None, typer.Option(help="All snapshots from this step on, in place of --last.", metavar="STEP")
-    ] = None,
+    ] = None
     steps: Annotated[
         str | None, typer.Option(help="These snapshots, in place of --last: 100,200,300.", metavar="STEPS")
-    ] = None,
-    best: Annotated[int | None, typer.Option(help="Of these, the best N by the metric of --by.", metavar="N")] = None,
-    include_final: Annotated[
-        bool, typer.Option("--include-final", help="The final checkpoint may be chosen too.")
-    ] = False,
+    ] = None
+    best: Annotated[int | None, typer.Option(help="Of these, the best N by the metric of --by.", metavar="N")] = None
+    include_final: Annotated[bool, typer.Option("--include-final", help="The final checkpoint may be chosen too.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class How:
+    """How they are weighted."""
+
     scheme: Annotated[
         str | None, typer.Option(help="uniform, metric, linear, 1-sqrt, ema, lawa, swa, weights; often implied.")
-    ] = None,
+    ] = None
     by: Annotated[
         str | None, typer.Option(help="Weight by a logged metric, or by 'step' (arXiv 2504.18580).", metavar="METRIC")
-    ] = None,
+    ] = None
     objective: Annotated[
         str | None,
         typer.Option(help="Whether a low or a high metric is better: min or max; known for the usual names."),
-    ] = None,
+    ] = None
     penalty: Annotated[
         float | None, typer.Option(help="p: below 1 favours snapshots that rank better [default: 1].", metavar="P")
-    ] = None,
-    power: Annotated[float, typer.Option(metavar="Q", help="q: how steeply the penalty grows with rank.")] = 1.2,
-    smooth: Smooth = 1,
-    decay: Annotated[
-        float | None, typer.Option(help="Exponential moving average with this decay.", metavar="D")
-    ] = None,
-    decay_per: Annotated[str, typer.Option(help="What the decay counts: snapshot or step.")] = "snapshot",
+    ] = None
+    power: Annotated[float, typer.Option(metavar="Q", help="q: how steeply the penalty grows with rank.")] = 1.2
+    smooth: Smooth = 1
+    decay: Annotated[float | None, typer.Option(help="Exponential moving average with this decay.", metavar="D")] = None
+    decay_per: Annotated[str, typer.Option(help="What the decay counts: snapshot or step.")] = "snapshot"
     weights: Annotated[
         str | None, typer.Option(help="Weights by step: a .json object, or a .csv with step,weight.", metavar="FILE")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Divide given weights by their sum.")] = False,
+    ] = None
+    normalize: Annotated[bool, typer.Option("--normalize", help="Divide given weights by their sum.")] = False
     option: Annotated[
         list[str] | None,
         typer.Option(help="A number of the scheme's own, NAME=VALUE; may be repeated.", metavar="NAME=VALUE"),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="All of the above from a name such as last_10_loss_pf-0_7.")] = None,
+    ] = None
+    name: Annotated[str | None, typer.Option(help="All of the above from a name such as last_10_loss_pf-0_7.")] = None
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """How LoRA adapters are averaged."""
+
     adapter: Annotated[
         str | None, typer.Option(help="LoRA: factors (A and B apart; default), product (exact), fused (into the base).")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="With --adapter product: recompress to this rank.", metavar="R")
-    ] = None,
+    ] = None
+    rank: Annotated[int | None, typer.Option(help="With --adapter product: recompress to this rank.", metavar="R")] = (
+        None
+    )
     base: Annotated[
         str | None,
         typer.Option(help="With --adapter fused: the base model; by default the one that adapter_config.json names."),
-    ] = None,
+    ] = None
+
+
+@boundary
+@grouped
+def soup(
+    run: Run,
+    which: Which,
+    how: How,
+    adapters: Adapters,
+    engine: Engine,
+    publishing: Publishing,
+    shown: Shown,
+    out: OutOrNone = None,
     snapshots: Snapshots = None,
     metrics: Metrics = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the weights, merge nothing.")] = False,
-    device: Device = "cpu",
-    threads: Threads = None,
-    max_memory: MaxMemory = "512MiB",
-    shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    allow_nonfinite: AllowNonfinite = False,
-    suite: Gates = None,
-    force: Force = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Average snapshots of RUN, weighted by what training logged, and publish the result at OUT.
 
@@ -133,83 +135,70 @@ def soup(
     """
     from stockpot import api
     from stockpot.errors import ArgumentError
-    from stockpot.runs import SoupSpec, open_run, parse_name
+    from stockpot.runs import open_run
     from stockpot.runs.schemes import SCHEMES
 
-    given: dict[str, Any] = {
-        "last": last, "every": every, "start": start, "steps": _steps(steps), "best": best, "include_final": include_final,
-        "scheme": scheme, "by": by, "objective": objective, "penalty": penalty, "power": power, "smooth": smooth,
-        "decay": decay, "decay_per": decay_per, "weights": _weights(weights), "normalize": normalize,
-        "options": _numbers(option or []),
-    }  # fmt: skip
-    spec = SoupSpec(**given)
-    if name is not None:
-        if spec.given():
-            raise ArgumentError(f"--name says it all: {', '.join(spec.given())} can't be given beside it")
-        spec = parse_name(name)
+    spec = _spec(which, how)
     if out is None and not dry_run:
         raise ArgumentError("OUT is missing: the directory to create (or --dry-run)")
-    if SCHEMES[spec.kind].windows and suite is not None:
-        raise ArgumentError("--suite decides over one soup; score the windows of lawa afterwards (stockpot gate)")
-    release = release_of(suite, force=force, quiet=quiet, as_json=as_json)
-    opened = open_run(run, snapshots=snapshots, metrics=metrics)
-    options = api.Options(device, threads, max_memory, shard_size, allow_nonfinite=allow_nonfinite)
-    if SCHEMES[spec.kind].windows:
-        how: dict[str, Any] = {"adapter": adapter, "rank": rank, "base": base}
-        _windows(
-            opened, spec, how, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet
+    windows = SCHEMES[spec.kind].windows
+    if windows and publishing.suite is not None:
+        raise ArgumentError(
+            f"--suite decides over one soup; score the windows of {spec.kind} afterwards (stockpot gate)"
         )
+    release = release_of(publishing, shown)
+    opened = open_run(run, snapshots=snapshots, metrics=metrics)
+    if windows:
+        _windows(opened, spec, adapters, out or "", engine, shown, dry_run=dry_run)
         return
-    recipe = api.soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
-    _one(
-        recipe, out or "", options, dry_run=dry_run, overwrite=overwrite, as_json=as_json, quiet=quiet, release=release
-    )
+    _one(api.soup_recipe(opened, spec, **asdict(adapters)), out or "", engine, shown, dry_run=dry_run, release=release)
 
 
-def _one(
-    recipe: dict[str, Any],
-    out: str,
-    options: api.Options,
-    *,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-    release: Any = None,
-) -> None:
+def _spec(which: Which, how: How) -> SoupSpec:
+    """What was asked for: by a name, or by options."""
+    from stockpot.errors import ArgumentError
+    from stockpot.runs import SoupSpec, parse_name
+
+    given = asdict(which) | asdict(how)
+    given |= {"steps": _steps(which.steps), "weights": _weights(how.weights), "options": _numbers(how.option or [])}
+    for key in ("option", "name"):
+        del given[key]
+    spec = SoupSpec(**given)
+    if how.name is None:
+        return spec
+    if spec.given():
+        raise ArgumentError(f"--name says it all: {', '.join(spec.given())} can't be given beside it")
+    return parse_name(how.name)
+
+
+def _one(recipe: dict[str, Any], out: str, engine: Engine, shown: Shown, *, dry_run: bool, release: Any) -> None:
     from stockpot import api
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import print_json, show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
 
+    options = engine.options()
     planned = api.plan_soup(recipe, options)
     assert planned.soup is not None
-    show_notes(planned.notes, quiet=quiet or (as_json and not dry_run))
+    show_notes(planned.notes, quiet=shown.quiet or (shown.as_json and not dry_run))
     if dry_run:
-        if as_json:
+        if shown.as_json:
             print_json(planned.soup.to_dict())
         else:
             show_soup(planned.soup)
         return
-    api.check_target(planned, out, overwrite=overwrite)
-    if not (as_json or quiet):
+    api.check_target(planned, out, overwrite=engine.overwrite)
+    if shown.talks:
         show_soup(planned.soup)
-    with progress_bar(enabled=not (quiet or as_json)) as progress:
-        result = api.merge_planned(planned, out, options, overwrite=overwrite, progress=progress, release=release)
-    show_soup_result(result, as_json=as_json, quiet=quiet)
+    with progress_bar(enabled=shown.talks) as progress:
+        result = api.merge_planned(
+            planned, out, options, overwrite=engine.overwrite, progress=progress, release=release
+        )
+    show_soup_result(result, as_json=shown.as_json, quiet=shown.quiet)
 
 
 def _windows(
-    run: Any,
-    spec: SoupSpec,
-    how: dict[str, Any],
-    out: str,
-    options: api.Options,
-    *,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
+    run: Any, spec: SoupSpec, adapters: Adapters, out: str, engine: Engine, shown: Shown, *, dry_run: bool
 ) -> None:
     """LAWA: one soup a window, each in OUT/checkpoint-<newest step>, so that OUT is a run again.
 
@@ -222,23 +211,24 @@ def _windows(
     from stockpot.cli.show_run import show_soup, show_soup_result
     from stockpot.runs import soup_name
 
+    overwrite, options = engine.overwrite, engine.options()
     windows = api.resolve_windows(run, spec)
     todo = windows if overwrite or dry_run else [w for w in windows if not api.window_done(out, *w)]
     if not dry_run:
         api.check_windows(run, todo, out, overwrite=overwrite)
-    show_notes(run.warnings, quiet=quiet or (as_json and not dry_run))
+    show_notes(run.warnings, quiet=shown.quiet or (shown.as_json and not dry_run))
     documents = []
     for step, made in windows:
         folder = os.path.join(out, f"checkpoint-{step}")
-        if not (as_json or quiet):
+        if shown.talks:
             show_soup(made)
         if not dry_run and any(step == other for other, _ in todo):
-            planned = api.plan_soup(api.window_recipe(run, made, **how), options)
+            planned = api.plan_soup(api.window_recipe(run, made, **asdict(adapters)), options)
             result = api.merge_planned(planned, folder, options, overwrite=overwrite)
-            if not as_json:
-                show_soup_result(result, as_json=False, quiet=quiet)
+            if not shown.as_json:
+                show_soup_result(result, as_json=False, quiet=shown.quiet)
         documents.append(made.to_dict() | ({} if dry_run else {"path": os.path.abspath(folder)}))
-    if as_json:
+    if shown.as_json:
         name = soup_name(spec, len(windows[-1][1].ingredients))
         print_json({"name": name, "windows": documents, "warnings": list(run.warnings)})
 
