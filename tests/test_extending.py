@@ -47,6 +47,7 @@ def test_the_page_has_what_it_promises() -> None:
         "low_rank_mean.py",
         "counting.py",
         "softmax_scheme.py",
+        "npz_format.py",
     }
 
 
@@ -131,3 +132,133 @@ def test_a_statistic(files: Path) -> None:
     assert made().name == stat.name
     for check in statistic_checks(stat, {}, oracle=lambda b: (b != 0).sum(1)):
         check(files)
+
+
+@pytest.fixture
+def formats() -> Iterator[dict[str, Any]]:
+    from stockpot.checkpoints.formats import FORMATS
+
+    before = dict(FORMATS)
+    yield FORMATS
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+def test_a_format(files: Path, formats: dict[str, Any]) -> None:
+    import fsspec
+    import numpy as np
+
+    from stockpot.checkpoints import open_checkpoint
+    from stockpot.errors import CheckpointError
+    from stockpot.testing import source_checks
+
+    tensors = [{n: v.astype("<f4") for n, v in state(CUT, seed).items()} for seed in range(2)]
+    for folder, held in zip("ab", tensors, strict=True):
+        write_model(str(files / "safe" / folder), held, "F32")
+        (files / folder).mkdir()
+        np.savez(files / folder / "model.npz", **held)
+        (files / folder / "config.json").write_text('{"architectures": ["Some"]}')
+        fsspec.filesystem("memory").put(str(files / folder), f"/npz/{folder}", recursive=True)
+    with pytest.raises(CheckpointError, match=r"no safetensors file; found config.json, model.npz"):
+        open_checkpoint(files / "a")
+    with pytest.raises(
+        CheckpointError, match=r"only files of a known format .*: safetensors \(.safetensors\); torch \("
+    ):
+        open_checkpoint(files / "a/model.npz")
+    runpy.run_path(str(files / "npz_format.py"))
+    assert open_checkpoint(files / "a").config == {"architectures": ["Some"]}
+    for ref in (str(files / "a"), str(files / "a/model.npz"), "memory://npz/a", "memory://npz/a/model.npz"):
+        for check in source_checks(lambda ref=ref: open_checkpoint(ref)):  # type: ignore[misc]
+            check(str(files))
+    safe = stockpot.merge({"merge_method": "linear", "models": [str(files / f"safe/{n}") for n in "ab"]}, files / "one")
+    for number, models in enumerate(([str(files / n) for n in "ab"], [f"memory://npz/{n}" for n in "ab"])):
+        result = stockpot.merge({"merge_method": "linear", "models": models}, files / f"two{number}")
+        assert result.lineage["output"]["tensors"] == safe.lineage["output"]["tensors"]
+        stockpot.verify(files / f"two{number}")
+
+    np.savez_compressed(files / "small.npz", **tensors[0])
+    np.savez(files / "order.npz", w=np.asfortranarray(tensors[0]["model.embed_tokens.weight"]))
+    whole = (files / "a/model.npz").read_bytes()
+    (files / "cut.npz").write_bytes(whole[:-5000])
+    for name, message in (
+        ("small", "is compressed"),
+        ("order", "save float32 in C order"),
+        ("cut", "not a readable zip"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(files / f"{name}.npz")
+
+
+def test_a_format_is_held_to_the_file(tmp_path: Path, formats: dict[str, Any]) -> None:
+    from dataclasses import replace
+
+    from stockpot.checkpoints import open_checkpoint
+    from stockpot.checkpoints.formats import Format, add_format
+    from stockpot.checkpoints.header import Entry, Header
+    from stockpot.errors import CheckpointError
+    from stockpot.specs import DType, TensorSpec
+
+    (tmp_path / "m.raw").write_bytes(bytes(range(100)))
+    spec = TensorSpec(DType.F32, (5, 5))
+    headers = {
+        "good": Header(str(tmp_path / "m.raw"), 100, 0, 0, {"w": Entry(spec, 0, 100)}, {}, b"raw"),
+    }
+    good = headers["good"]
+    headers["past"] = replace(good, entries={"w": Entry(spec, 4, 104)})
+    headers["before"] = replace(good, entries={"w": Entry(spec, -4, 96)})
+    headers["short"] = replace(good, entries={"w": Entry(spec, 0, 96)})
+    headers["silent"] = replace(good, raw=b"")
+    chosen = ["good"]
+    add_format("raw", Format((".raw",), lambda file, path: headers[chosen[0]], "model.raw"))
+    assert open_checkpoint(tmp_path / "m.raw").spec("w") == spec
+    with pytest.raises(
+        CheckpointError, match=r"no model.safetensors and no .* and no model.raw; to take m.raw, name the file"
+    ):
+        open_checkpoint(tmp_path)
+    for name, message in (
+        ("past", r"bytes 4 to 104 are not in the file \(100 bytes\)"),
+        ("before", "bytes -4 to 96 are not in the file"),
+        ("short", r"F32 x \[5, 5\] needs 100 bytes, its place has 96"),
+        ("silent", "no bytes of the description"),
+    ):
+        chosen[0] = name
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / "m.raw")
+
+    def describe(file: Any, path: str) -> Header:
+        return good
+
+    for name, format, message in (
+        ("torch", Format((".x",), describe), "comes with stockpot"),
+        ("x", Format((), describe), r"endings are such as '.npz', got \(\)"),
+        ("x", Format(("npz",), describe), "endings are such as '.npz'"),
+        ("x", Format((".raw",), describe), "files ending in .raw are those of the format 'raw'"),
+        ("x", Format((".pt",), describe), "files ending in .pt are those of the format 'torch'"),
+        ("x", Format((".x",), describe, "model.y"), "model.y does not end in .x"),
+        ("x", Format((".x",), describe, adapter="adapter_model.y"), "adapter_model.y does not end in .x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_format(name, format)
+    assert sorted(formats) == ["raw", "safetensors", "torch"]
+
+
+def test_installed_formats_are_found(
+    tmp_path: Path, formats: dict[str, Any], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    import numpy as np
+
+    from stockpot.checkpoints import formats as module
+    from stockpot.checkpoints import open_checkpoint
+
+    class Entry:
+        def load(self) -> None:
+            runpy.run_path(str(files / "npz_format.py"))
+
+    monkeypatch.setattr(module, "_loaded", [])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [Entry()] if group == "stockpot.formats" else []
+    )
+    np.savez(tmp_path / "m.npz", w=np.ones((3, 4), "<f4"))
+    assert open_checkpoint(tmp_path / "m.npz").spec("w").shape == (3, 4)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
+import zipfile
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from stockpot.errors import CheckpointError
 
-__all__ = ["ByteFile", "FileStream", "LocalFile", "check_link"]
+__all__ = ["ByteFile", "FileStream", "LocalFile", "check_link", "stored_range"]
 
 
 class ByteFile(Protocol):
@@ -95,6 +97,21 @@ class FileStream(io.RawIOBase):
         buffer[: len(found)] = found
         self.position += len(found)
         return len(found)
+
+
+def stored_range(file: ByteFile, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """The bytes of an uncompressed member of a zip file: its local header says where they begin. Raises CheckpointError."""
+    where = f"{file.label}: {info.filename}"
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise CheckpointError(f"{where} is compressed: tensors can't be read from its middle; save it uncompressed")
+    head = file.read(info.header_offset, info.header_offset + 30)
+    if len(head) != 30 or head[:4] != b"PK\x03\x04":
+        raise CheckpointError(f"{where}: its entry is damaged")
+    name, extra = struct.unpack("<HH", head[26:30])
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > file.size:
+        raise CheckpointError(f"{where} runs past the end of the file")
+    return start, start + info.file_size
 
 
 def check_link(directory: str, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -10,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.files import check_link
-from stockpot.checkpoints.header import Header, read_header
+from stockpot.checkpoints.files import LocalFile, check_link
+from stockpot.checkpoints.formats import FORMATS, Format, endings, format_of, read_description
+from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.quantised import loadable
-from stockpot.checkpoints.torchzip import read_torch_file
 from stockpot.errors import CheckpointError
 
 __all__ = [
-    "TORCH_ENDINGS",
     "Folder",
     "is_url",
     "looks_like_hub_id",
@@ -25,8 +25,6 @@ __all__ = [
     "read_json",
     "without_file_scheme",
 ]
-
-TORCH_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
 _MAX_JSON = 64 * 2**20
 
@@ -94,7 +92,8 @@ class LocalFolder:
         path = os.path.join(self.local, name)
         if self.only is None:
             check_link(self.local, path)
-        return read_torch_file(path).header if name.endswith(TORCH_ENDINGS) else read_header(path)
+        with contextlib.closing(LocalFile.open(path)) as file:
+            return read_description(file, name, path)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name (or relative path)."""
@@ -108,10 +107,11 @@ class LocalFolder:
 def _open(folder: Folder) -> Checkpoint:
     text = folder.text
     if folder.only is not None:
-        if folder.only.endswith(TORCH_ENDINGS):
-            return folder.build("model", {}, folder.headers([folder.only]))
-        if not folder.only.endswith(".safetensors"):
+        found = format_of(folder.only)
+        if found is None:
             raise CheckpointError(f"{text}: {_not_a_checkpoint(folder.only)}")
+        if found is FORMATS["torch"]:  # a trainer's own file: the config beside it may be another model's
+            return folder.build("model", {}, folder.headers([folder.only]))
         config = _config(os.path.join(folder.local, "config.json"))
         return loadable(folder.build("model", config, folder.headers([folder.only])))
     if "adapter_config.json" in folder.names:
@@ -126,14 +126,15 @@ def _not_a_checkpoint(name: str) -> str:
             "GGUF holds quantised weights, which can't be averaged; merge the original safetensors and convert the result "
             "(llama.cpp: convert_hf_to_gguf.py)"
         )
-    return f"only .safetensors files and torch's zip files ({', '.join(TORCH_ENDINGS)}) can be opened"
+    known = "; ".join(f"{name} ({', '.join(f.endings)})" for name, f in FORMATS.items())
+    return f"only files of a known format can be opened: {known}"
 
 
 def _open_adapter(folder: Folder) -> Checkpoint:
     config = read_json(os.path.join(folder.local, "adapter_config.json"))
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if name in folder.names:
-            return folder.build("adapter", config, folder.headers([name]))
+    for format in _formats():
+        if format.adapter in folder.names:
+            return folder.build("adapter", config, folder.headers([format.adapter]))
     other = [f for f in folder.names if f.startswith("adapter_model")]
     found = f"found {', '.join(other)}" if other else "found no adapter_model file"
     raise CheckpointError(
@@ -141,42 +142,46 @@ def _open_adapter(folder: Folder) -> Checkpoint:
     )
 
 
+def _formats() -> list[Format]:
+    endings()  # those that are installed
+    return list(FORMATS.values())
+
+
 def _model_files(folder: Folder) -> list[Header]:
     text, listing = folder.text, folder.names
-    for ending, single, plain in (
-        (".safetensors", "model.safetensors", "model.safetensors.index.json"),
-        (".bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for format in _formats():
+        if format.model is None:
+            continue
+        ending = os.path.splitext(format.model)[1]
         indexes = [f for f in listing if f.endswith(ending + ".index.json")]
-        if plain in indexes:
-            indexes = [plain]
-        if single in listing and not indexes:
-            return folder.headers([single])
+        if f"{format.model}.index.json" in indexes:
+            indexes = [f"{format.model}.index.json"]
+        if format.model in listing and not indexes:
+            return folder.headers([format.model])
         if len(indexes) > 1:
             raise CheckpointError(f"{text}: several index files ({', '.join(indexes)}); name one {ending} file instead")
         if indexes:
             return _sharded(folder, indexes[0])
         if any(f.startswith("adapter_model.") for f in listing):
             raise CheckpointError(f"{text}: adapter weights without adapter_config.json; an interrupted save?")
-        found = [f for f in listing if f.endswith(ending)]
-        if ending == ".bin":
-            continue
+        found = [f for f in listing if f.endswith(format.endings)] if format.alone else []
         if len(found) == 1:
             return folder.headers(found)
         if len(found) > 1:
             raise CheckpointError(
-                f"{text}: {len(found)} safetensors files but no index ({found[0]}, ...); an interrupted download or "
-                "save? Name one file, or restore model.safetensors.index.json"
+                f"{text}: {len(found)} {ending[1:]} files but no index ({found[0]}, ...); an interrupted download or "
+                f"save? Name one file, or restore {format.model}.index.json"
             )
     raise CheckpointError(_no_weights(text, listing))
 
 
 def _no_weights(text: str, listing: list[str]) -> str:
-    pickles = [f for f in listing if f.endswith(TORCH_ENDINGS)]
+    others = [f for f in listing if f.endswith(endings())]
     quantised = [f for f in listing if f.endswith(".gguf")]
     snapshots = [f for f in listing if f.startswith("checkpoint-")]
-    if pickles:
-        return f"{text}: no model.safetensors and no pytorch_model.bin; to take {pickles[0]}, name the file itself"
+    if others:
+        expected = " and no ".join(f.model for f in FORMATS.values() if f.model)
+        return f"{text}: no {expected}; to take {others[0]}, name the file itself"
     if quantised:
         return f"{text}: {_not_a_checkpoint(quantised[0])}"
     if snapshots:

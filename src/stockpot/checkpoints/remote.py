@@ -25,10 +25,9 @@ from typing import Any, ClassVar, TypeVar
 
 from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.header import Header, header_of
-from stockpot.checkpoints.opening import TORCH_ENDINGS
+from stockpot.checkpoints.formats import endings, read_description
+from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.checkpoints.torchzip import torch_file_of
 from stockpot.errors import ArgumentError, CheckpointError, ReadError
 
 __all__ = ["RemoteCheckpoint", "Store", "open_remote_folder", "open_store", "remote_folder"]
@@ -46,7 +45,8 @@ _AHEAD = 48 * 2**20
 #: bytes of a header's first request, and of the blocks in which small reads are kept
 _BLOCK = 2**18
 _SMALL = 64 * 2**20
-_WEIGHTS = (".safetensors", *TORCH_ENDINGS, ".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".tflite", ".ot")
+#: weights that can't be opened, and are left where they lie
+_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".tflite", ".ot")
 _HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
 
 
@@ -219,10 +219,11 @@ class RemoteFolder:
     def _copy_small(self, files: Mapping[str, Found], folder: str) -> None:
         """Config, tokenizer and the like."""
         os.makedirs(os.path.join(self.local, folder), exist_ok=True)
+        weights = (*endings(), *_WEIGHTS)
         chosen = [
             (n, f)
             for n, f in files.items()
-            if (folder or not n.endswith(_WEIGHTS)) and f.size <= _SMALL and os.path.basename(n) == n and n != ".."
+            if (folder or not n.endswith(weights)) and f.size <= _SMALL and os.path.basename(n) == n and n != ".."
         ]
         if self.only:
             chosen = [(n, f) for n, f in chosen if n == "config.json"]
@@ -252,7 +253,7 @@ class RemoteFolder:
         if found.size < 0:
             raise CheckpointError(f"{self.text}: the server tells no size of {name}, so its parts can't be read")
         file = RemoteFile(self.store, found, f"{self.text}/{name}" if self.only is None else self.text)
-        return torch_file_of(file, found.path).header if name.endswith(TORCH_ENDINGS) else header_of(file, found.path)
+        return read_description(file, name, found.path)
 
     def has(self, name: str) -> bool:
         if name in self.files:
@@ -271,7 +272,7 @@ def remote_folder(url: str, text: str) -> RemoteFolder:
     """The folder of a URL, which may also name one file. Raises what the store raises, and CheckpointError."""
     store, path = open_store(url)
     bare = path.partition("?")[0]  # signed URLs
-    if bare.endswith((".safetensors", ".gguf", *TORCH_ENDINGS)):
+    if bare.endswith((".gguf", *endings())):
         with contextlib.suppress(IsADirectoryError):
             found = store.find(path)
             return RemoteFolder(text, store, posixpath.dirname(bare), posixpath.basename(bare), found)

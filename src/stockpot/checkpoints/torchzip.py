@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile
+from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.errors import CheckpointError
 from stockpot.specs import DType, TensorSpec
@@ -224,9 +224,7 @@ def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], byt
         for info in archive.infolist():
             if not info.filename.startswith(root):
                 continue
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save never does")
-            places[info.filename[len(root) :]] = _place(path, file, info)
+            places[info.filename[len(root) :]] = stored_range(file, info)
         sizes = {name: stop - start for name, (start, stop) in places.items()}
         if sizes["data.pkl"] > _MAX_PICKLE:
             raise CheckpointError(f"{path}: its pickle of {sizes['data.pkl']} bytes is too large")
@@ -234,18 +232,6 @@ def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], byt
             raise CheckpointError(f"{path}: not written on a little-endian machine, which is not supported")
         data = {name[len("data/") :]: place for name, place in places.items() if name.startswith("data/")}
         return data, archive.read(found[0])
-
-
-def _place(path: str, file: ByteFile, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """The byte range of a stored member: its local header says where the data begins."""
-    head = file.read(info.header_offset, info.header_offset + 30)
-    if len(head) != 30 or head[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{path}: {info.filename}: its entry is damaged")
-    name, extra = struct.unpack("<HH", head[26:30])
-    start = info.header_offset + 30 + name + extra
-    if start + info.file_size > file.size:
-        raise CheckpointError(f"{path}: {info.filename} runs past the end of the file")
-    return start, start + info.file_size
 
 
 def _tensors(path: str, document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:

@@ -1,0 +1,130 @@
+"""Formats of files that hold tensors: which names they have, and how a file is described.
+
+A format reads descriptions only: where in the file each tensor lies, as contiguous little-endian elements. The bytes are then
+read by the engine, from local disks, URLs and the Hub alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stockpot.checkpoints.files import ByteFile
+from stockpot.checkpoints.header import Header, header_of
+from stockpot.checkpoints.torchzip import torch_file_of
+from stockpot.errors import CheckpointError
+
+__all__ = ["FORMATS", "Format", "add_format", "endings", "format_of", "read_description"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How tensors lie in files of one kind.
+
+    endings    what such a file's name ends in: `(".npz",)`
+    describe   (an open file, the path for the header to name) -> Header; raises CheckpointError for what is damaged
+    model      the file of a whole model in a directory; shards have `<model>.index.json` beside them. None where a file of
+               the format is only opened by its own name
+    alone      whether the only file of the format in a directory is the model, whatever its name
+    adapter    the file of a PEFT adapter in its directory, or None
+    """
+
+    endings: tuple[str, ...]
+    describe: Callable[[ByteFile, str], Header]
+    model: str | None = None
+    alone: bool = False
+    adapter: str | None = None
+
+
+#: by name, in the order in which a directory is searched
+FORMATS: dict[str, Format] = {
+    "safetensors": Format(
+        (".safetensors",), header_of, "model.safetensors", alone=True, adapter="adapter_model.safetensors"
+    ),
+    "torch": Format(
+        (".ckpt", ".pt", ".pth", ".bin"),
+        lambda file, path: torch_file_of(file, path).header,
+        "pytorch_model.bin",
+        adapter="adapter_model.bin",
+    ),
+}
+_BUILT_IN = frozenset(FORMATS)
+_loaded: list[str] = []
+
+
+def add_format(name: str, format: Format) -> None:
+    """Add a format of your own; a directory is searched for it after those that come with stockpot.
+
+    Call it in a module that is imported before checkpoints are opened, or that an installed package names as an entry point
+    of the group `stockpot.formats`. What `describe` returns is checked: every tensor within the file, as many bytes as its
+    dtype and shape need. Raises ValueError for a name or an ending that another format has.
+    """
+    others = {n: f for n, f in FORMATS.items() if n != name}
+    if name in _BUILT_IN:
+        raise ValueError(f"format {name!r} comes with stockpot; choose another name")
+    if not format.endings or not all(e.startswith(".") and len(e) > 1 for e in format.endings):
+        raise ValueError(f"format {name!r}: endings are such as '.npz', got {format.endings!r}")
+    for other, known in others.items():
+        if clash := sorted(set(format.endings) & set(known.endings)):
+            raise ValueError(f"format {name!r}: files ending in {clash[0]} are those of the format {other!r}")
+    for file in (format.model, format.adapter):
+        if file is not None and not file.endswith(format.endings):
+            raise ValueError(f"format {name!r}: {file} does not end in {' or '.join(format.endings)}")
+    FORMATS[name] = format
+
+
+def _load_installed() -> None:
+    """Formats of other packages."""
+    if _loaded:
+        return
+    _loaded.append("done")
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="stockpot.formats"):
+        entry.load()
+
+
+def endings() -> tuple[str, ...]:
+    """What the names of files that can be opened end in."""
+    _load_installed()
+    return tuple(e for f in FORMATS.values() for e in f.endings)
+
+
+def format_of(name: str) -> Format | None:
+    """The format of a file by its name; None for one that can't be opened."""
+    for once in range(2):
+        for format in FORMATS.values():
+            if name.endswith(format.endings):
+                return format
+        if not once:
+            _load_installed()
+    return None
+
+
+def read_description(file: ByteFile, name: str, path: str) -> Header:
+    """The checked header of an open file whose name says its format; `path` is what the header will name.
+
+    Raises CheckpointError.
+    """
+    format = format_of(name)
+    # a shard of an index may have any name: what an index lists is safetensors unless its name says otherwise
+    header = (format or FORMATS["safetensors"]).describe(file, path)
+    own = format is None or any(format is FORMATS[n] for n in _BUILT_IN)  # these check for themselves
+    return header if own else _checked(file, header)
+
+
+def _checked(file: ByteFile, header: Header) -> Header:
+    """What a format of somebody else's found, held to the file."""
+    for name, entry in header.entries.items():
+        if not 0 <= entry.start <= entry.stop <= file.size:
+            raise CheckpointError(
+                f"{file.label}: tensor {name!r}: bytes {entry.start} to {entry.stop} are not in the file ({file.size} bytes)"
+            )
+        if entry.stop - entry.start != entry.spec.nbytes:
+            raise CheckpointError(
+                f"{file.label}: tensor {name!r}: {entry.spec.dtype} x {list(entry.spec.shape)} needs {entry.spec.nbytes} bytes, "
+                f"its place has {entry.stop - entry.start}"
+            )
+    if not header.raw:
+        raise CheckpointError(f"{file.label}: its format gives no bytes of the description (Header.raw) to be recorded")
+    return header
