@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[Room], object] | None, str, int, str]] = {
     "YAML syntax": (None, "merge_method: [linear\nmodels: 3", 2, "not valid YAML"),
     "a YAML bomb": (None, BOMB, 2, "nested too deeply or expanded too far"),
     "deep nesting": (None, "models: " + "[" * 3000, 2, "not valid YAML"),
-    "a Python object": (None, "merge_method: !!python/object/apply:os.system ['true']\n", 2, "is not allowed in recipes"),
+    "a Python object": (None, "merge_method: !!python/object/apply:os.system ['true']\n", 2, "is not allowed in a recipe"),
     "a key twice": (None, LINEAR + "merge_method: slerp\n", 2, "key 'merge_method' given twice (first on line 1)"),
     "unknown method": (None, LINEAR.replace("linear", "liner"), 2, "did you mean 'linear'?"),
     "unknown key": (None, LINEAR + "parametres: {}\n", 2, "did you mean 'parameters'?"),

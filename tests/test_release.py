@@ -58,6 +58,10 @@ def test_a_failing_gate_ends_with_5_and_names_the_slice(soup: Path, tmp_path: Pa
     done = cli("gate", soup, "--suite", suite)
     assert done.returncode == 5
     assert "slice 'near': fail: near: at most 0" in done.stderr
+    assert "publishes" not in done.stderr  # nothing would be
+    with pytest.raises(GateError) as raised:
+        evidence.gate(soup, suite)
+    assert "publishes" not in str(raised.value)
     assert stockpot.verify(soup)["gates"]["passed"] is False
     assert "not passed" in (soup / "README.md").read_text()
     assert cli("gate", soup, "--suite", suite, "--force", "--json").returncode == 0
@@ -97,6 +101,7 @@ def test_merge_and_soup_refuse_to_publish(lora_run: Path, family32: Path, tmp_pa
     done = cli("soup", lora_run, "out", "--last", "3", "--suite", failing, cwd=tmp_path)
     assert done.returncode == 5, done.stderr
     assert "slice 'near'" in done.stderr
+    assert "--force publishes it all the same" in done.stderr
     assert not (tmp_path / "out").exists()
     done = cli("soup", lora_run, "out", "--last", "3", "--suite", failing, "--json", cwd=tmp_path)
     assert done.returncode == 5

@@ -197,8 +197,10 @@ def test_a_suite_that_is_not_there(tmp_path: Path) -> None:
         load_suite(tmp_path / "suit.yml")
     with pytest.raises(SuiteError, match="not valid YAML"):
         load_suite(write(tmp_path, "slices: [\n"))
-    with pytest.raises(SuiteError, match="a suite needs slices"):
+    with pytest.raises(SuiteError, match="a suite needs at least slices"):
         load_suite(write(tmp_path, "# nothing\n"))
+    with pytest.raises(SuiteError, match=r"suite.yml:1: YAML tag '!x' is not allowed in a suite"):
+        load_suite(write(tmp_path, "slices: !x [1]\n"))
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.errors import RecipeError, SuiteError, nearest, raise_problems
+from stockpot.errors import SuiteError, nearest, raise_problems
 from stockpot.recipes.nodes import Node, parse_documents, read_yaml_text
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.runs.metrics import known_objective
@@ -171,12 +171,7 @@ def load_suite(path: str | os.PathLike[str]) -> Suite:
 
 def parse_suite(text: str, origin: str) -> Suite:
     """YAML text -> Suite; see load_suite."""
-    try:
-        documents = parse_documents(text, origin)
-    except RecipeError as e:
-        raise SuiteError(
-            str(e).replace("a recipe needs at least merge_method and models", "a suite needs slices")
-        ) from e
+    documents = parse_documents(text, origin, "a suite", "slices", SuiteError)
     if len(documents) > 1:
         raise SuiteError(f"{origin}:{documents[1].line}: a suite is one YAML document")
     return _SuiteReader(text, origin).suite(documents[0])

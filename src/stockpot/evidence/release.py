@@ -31,7 +31,7 @@ def gate(
     verdict = decide(os.fspath(out), opened, shown, force=force)
     if os.path.isfile(os.path.join(out, NAME)):
         record_verdict(os.fspath(out), verdict.to_dict())
-    check_verdict(verdict, os.fspath(out), force=force)
+    check_verdict(verdict, os.fspath(out), force=force, publishes=False)
     return verdict
 
 
@@ -51,19 +51,19 @@ def release_check(
         record_verdict(partial, verdict.to_dict())
         if told is not None:
             told(verdict)
-        check_verdict(verdict, partial, force=force)
+        check_verdict(verdict, partial, force=force, publishes=True)
 
     return check
 
 
-def check_verdict(verdict: Verdict, what: str, *, force: bool) -> None:
-    """Raise GateError where a critical gate is not passed."""
+def check_verdict(verdict: Verdict, what: str, *, force: bool, publishes: bool) -> None:
+    """Raise GateError where a critical gate is not passed; publishes: whether something would be published else."""
     if verdict.passed or force:
         return
     lines = "\n".join(f"  - slice {o.gate.slice!r}: {o.status}: {o.gate.describe()}: {o.why}" for o in verdict.failing)
     many = "s" if len(verdict.failing) > 1 else ""
-    raise GateError(f"{what}: {len(verdict.failing)} critical gate{many} not passed:\n{lines}\n"
-                    "--force publishes it all the same, and says so in its lineage")  # fmt: skip
+    way_out = "\n--force publishes it all the same, and says so in its lineage" if publishes else ""
+    raise GateError(f"{what}: {len(verdict.failing)} critical gate{many} not passed:\n{lines}{way_out}")
 
 
 def decide(out: str, suite: Suite, shown: ScoringShown | None = None, *, force: bool = False) -> Verdict:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from stockpot.errors import RecipeError, StockpotError
+from stockpot.errors import RecipeError, StockpotError, UserError
 from stockpot.textfiles import read_text
 
 __all__ = ["Node", "parse_documents", "read_yaml_text"]
@@ -44,39 +44,50 @@ class Node:
         return "nothing" if self.value is None else repr(self.value)
 
 
-def parse_documents(text: str, origin: str) -> list[Node]:
-    """Every YAML document -> Node. Raises RecipeError with file and line. Nothing is executed or expanded."""
+def parse_documents(
+    text: str,
+    origin: str,
+    what: str = "a recipe",
+    needs: str = "merge_method and models",
+    error: type[UserError] = RecipeError,
+) -> list[Node]:
+    """Every YAML document -> Node. Raises `error` with file and line. Nothing is executed or expanded.
+
+    what, needs  for messages: what the text is, what it needs at least
+    """
     try:
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{origin}:{line}: not valid YAML: {e.problem or e}") from e
+        raise error(f"{origin}:{line}: not valid YAML: {e.problem or e}") from e
     except (yaml.YAMLError, RecursionError) as e:
-        raise RecipeError(f"{origin}: not valid YAML: {e}") from e
+        raise error(f"{origin}: not valid YAML: {e}") from e
     documents = [d for d in documents if d is not None]
     if not documents:
-        raise RecipeError(f"{origin}: empty; a recipe needs at least merge_method and models")
-    converter = _Converter(origin)
+        raise error(f"{origin}: empty; {what} needs at least {needs}")
+    converter = _Converter(origin, what, error)
     return [converter.convert(d, 0) for d in documents]
 
 
 class _Converter:
-    def __init__(self, origin: str) -> None:
+    def __init__(self, origin: str, what: str, error: type[UserError]) -> None:
         self.origin = origin
+        self.what = what
+        self.error = error
         self.count = 0
         self.scalars = yaml.constructor.SafeConstructor()
 
-    def fail(self, node: yaml.Node, why: str) -> RecipeError:
-        return RecipeError(f"{self.origin}:{node.start_mark.line + 1}: {why}")
+    def fail(self, node: yaml.Node, why: str) -> UserError:
+        return self.error(f"{self.origin}:{node.start_mark.line + 1}: {why}")
 
     def convert(self, node: yaml.Node, depth: int) -> Node:
         self.count += 1
         if self.count > _MAX_NODES or depth > _MAX_DEPTH:
-            raise self.fail(node, "nested too deeply or expanded too far (YAML aliases?) for a recipe")
+            raise self.fail(node, f"nested too deeply or expanded too far (YAML aliases?) for {self.what}")
         line = node.start_mark.line + 1
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _CONTAINERS:
-            raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in recipes")
+            raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in {self.what}")
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             items = []
@@ -124,4 +135,4 @@ class _Converter:
                 raise self.fail(node, f"{node.value!r} can't be read: {e}") from e
         if node.tag == "tag:yaml.org,2002:timestamp":
             return node.value
-        raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in recipes")
+        raise self.fail(node, f"YAML tag {node.tag!r} is not allowed in {self.what}")
