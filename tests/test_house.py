@@ -126,6 +126,11 @@ def test_top_level_names() -> None:
     assert set(dir(stockpot)) == set(stockpot.__all__)
     with pytest.raises(AttributeError, match="no attribute"):
         stockpot.nothing  # noqa: B018
+    for command in ("merge", "plan", "inspect", "verify", "soup", "evaluate", "sweep", "gate", "path", "report"):
+        assert callable(getattr(stockpot, command)), f"a command that Python does not have: {command}"
+    for module in (stockpot.api, stockpot.evidence):
+        for name in set(module.__all__) & set(stockpot.__all__):
+            assert getattr(module, name) is getattr(stockpot, name)
 
 
 def test_methods_are_described() -> None:

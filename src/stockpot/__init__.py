@@ -5,6 +5,7 @@
     stockpot.plan("recipe.yml").notes              # what would happen, from headers alone
     stockpot.open_checkpoint("model").names()
     stockpot.soup("output_dir", "soup", stockpot.SoupSpec(last=10, by="loss", penalty=0.7))
+    stockpot.evaluate("soup", "suite.yml").score           # and sweep, gate, path, report
     stockpot.methods.ties([a, b], base=c, density=0.2)     # state dicts in memory
 
 Importing it imports neither torch nor transformers nor numpy; names are loaded when first used.
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from stockpot.api import MergeResult, Options, inspect, merge, plan, soup, soup_recipe, verify
     from stockpot.checkpoints import Checkpoint, open_checkpoint
     from stockpot.errors import StockpotError
+    from stockpot.evidence import Evaluation, Sweep, evaluate, gate, path, report, sweep
     from stockpot.planning import Plan
     from stockpot.recipes import Recipe, load_recipe
     from stockpot.runs import Run, Snapshot, Soup, SoupSpec, metric_weights, open_run, parse_name, resolve_soup
+    from stockpot.search import SweepOptions
 
 _WHERE = {
     "Checkpoint": "stockpot.checkpoints",
+    "Evaluation": "stockpot.evidence",
     "MergeResult": "stockpot.api",
     "Options": "stockpot.api",
     "Plan": "stockpot.planning",
@@ -37,6 +41,10 @@ _WHERE = {
     "Soup": "stockpot.runs",
     "SoupSpec": "stockpot.runs",
     "StockpotError": "stockpot.errors",
+    "Sweep": "stockpot.evidence",
+    "SweepOptions": "stockpot.search",
+    "evaluate": "stockpot.evidence",
+    "gate": "stockpot.evidence",
     "inspect": "stockpot.api",
     "load_recipe": "stockpot.recipes",
     "merge": "stockpot.api",
@@ -45,15 +53,19 @@ _WHERE = {
     "open_checkpoint": "stockpot.checkpoints",
     "open_run": "stockpot.runs",
     "parse_name": "stockpot.runs",
+    "path": "stockpot.evidence",
     "plan": "stockpot.api",
+    "report": "stockpot.evidence",
     "resolve_soup": "stockpot.runs",
     "soup": "stockpot.api",
     "soup_recipe": "stockpot.api",
+    "sweep": "stockpot.evidence",
     "verify": "stockpot.api",
 }
 
 __all__ = [
     "Checkpoint",
+    "Evaluation",
     "MergeResult",
     "Options",
     "Plan",
@@ -63,7 +75,11 @@ __all__ = [
     "Soup",
     "SoupSpec",
     "StockpotError",
+    "Sweep",
+    "SweepOptions",
     "__version__",
+    "evaluate",
+    "gate",
     "inspect",
     "load_recipe",
     "merge",
@@ -72,10 +88,13 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "parse_name",
+    "path",
     "plan",
+    "report",
     "resolve_soup",
     "soup",
     "soup_recipe",
+    "sweep",
     "verify",
 ]
 

@@ -31,7 +31,25 @@ from stockpot.specs import format_size, parse_size
 if TYPE_CHECKING:
     from stockpot.engine.run import Outcome, Progress
 
-__all__ = ["MergeResult", "Options", "inspect", "merge", "open_run", "plan", "soup", "soup_recipe", "verify"]
+__all__ = [
+    "Checkpoint",
+    "MergeResult",
+    "Options",
+    "Run",
+    "Soup",
+    "SoupSpec",
+    "inspect",
+    "merge",
+    "merge_planned",
+    "open_checkpoint",
+    "open_run",
+    "plan",
+    "resolve_soup",
+    "resolve_windows",
+    "soup",
+    "soup_recipe",
+    "verify",
+]
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -418,7 +436,3 @@ def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> 
         listed = "\n".join(f"  - {w}" for w in wrong)
         raise VerificationError(f"{os.fspath(directory)}: differs from its lineage:\n{listed}")
     return lineage
-
-
-__all__ += ["Run", "Soup", "SoupSpec", "resolve_soup", "resolve_windows"]
-__all__ += ["Checkpoint", "merge_planned", "open_checkpoint"]
