@@ -568,3 +568,27 @@ def test_cropped_vocabulary(tmp_path: Path) -> None:
     stockpot.merge({"merge_method": "linear", "models": paths, "vocab": "crop"}, tmp_path / "one")
     assert torch.allclose(load(tmp_path / "one")["model.embed_tokens.weight"].double(), exact, atol=1e-7)
     stockpot.verify(tmp_path / "one")
+
+
+def test_only_rows_of_vocabularies_are_cropped(tmp_path: Path) -> None:
+    """`vocab: crop` is no leave to cut other tensors, or other dimensions."""
+    for model, vocabulary, inner in (
+        ("a", (9, 4), (6, 4)),
+        ("rows", (8, 4), (5, 4)),
+        ("width", (8, 3), (6, 4)),
+        ("good", (8, 4), (6, 4)),
+    ):
+        tensors = {"model.embed_tokens.weight": torch.ones(vocabulary), "model.layers.0.mlp.weight": torch.ones(inner)}
+        write_model(tmp_path / model, tensors)
+    for other, message in (
+        ("rows", r"'model.layers.0.mlp.weight' is \[6, 4\] in .* but \[5, 4\] in "),
+        ("width", r"'model.embed_tokens.weight' is \[9, 4\] in .* but \[8, 3\] in "),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            stockpot.plan({"merge_method": "linear", "models": [tmp_path / "a", tmp_path / other], "vocab": "crop"})
+        assert "vocab: crop" not in str(raised.value)
+    planned = stockpot.plan({"merge_method": "linear", "models": [tmp_path / "a", tmp_path / "good"], "vocab": "crop"})
+    assert {t.name: t.spec.shape for t in planned.tensors} == {
+        "model.embed_tokens.weight": (8, 4),
+        "model.layers.0.mlp.weight": (6, 4),
+    }
