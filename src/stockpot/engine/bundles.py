@@ -18,7 +18,7 @@ from stockpot.engine.gathering import Gathering
 from stockpot.engine.kernel import Kernel
 from stockpot.engine.ledger import Ledger
 from stockpot.engine.masks import mask_key
-from stockpot.engine.native import load_kernels
+from stockpot.engine.native import CODES, load_kernels
 from stockpot.engine.native.bundles import Bundle, address, run_bundle
 from stockpot.engine.pool import Pool
 from stockpot.engine.sink import ShardSink
@@ -82,7 +82,9 @@ class Bundles:
             return False
         dtypes = [s.spec(o.name).dtype for s, o in zip(sources, t.inputs, strict=True)]
         if t.action is not Action.MERGE:
-            return all(d is t.spec.dtype for d in dtypes)
+            # compiled calls measure no other floats, and NaN must be found in what is copied too
+            measured = not t.spec.dtype.is_float or t.spec.dtype in CODES
+            return measured and all(d is t.spec.dtype for d in dtypes)
         method = self.plan.groups[t.group].method
         if method.form is None or method.scope is not Scope.ELEMENT or not native.takes([*dtypes, t.spec.dtype]):
             return False
@@ -188,8 +190,8 @@ class Bundles:
 
     def merge(
         self, rows: Any, known: Mapping[int, Any], slot: dict[Any, Any], held: dict[int, Kept] | None
-    ) -> tuple[int, str | None]:
-        """(how many pieces were merged or copied and written, a warning)."""
+    ) -> tuple[int, list[str]]:
+        """(how many pieces were merged or copied and written, warnings)."""
         lead = self._lead(rows)
         assert self.sink is not None
         native = load_kernels()
@@ -207,11 +209,11 @@ class Bundles:
             (b.out,) = self._buffers(slot, "out", [b.most * size])
         done = run_bundle(native, b)
         self.sink.wrote(set(shards[:done].tolist()))
-        warning = None
-        if lead.action is Action.KEEP and b.found["differs"][:done].any():
-            place = int(np.flatnonzero(b.found["differs"])[0])
-            warning = self._differs(rows[place], int(b.found["differs"][place]))
-        return done, warning
+        if lead.action is not Action.KEEP:
+            return done, []
+        differs = b.found["differs"][:done]
+        found = [self._differs(rows[place], int(differs[place])) for place in np.flatnonzero(differs).tolist()]
+        return done, list(dict.fromkeys(found))
 
     def _differs(self, row: int, other: int) -> str:
         """A warning that models disagree on a tensor that is not averaged."""
@@ -236,6 +238,8 @@ class Bundles:
             self._dress(b, rows, kernel, {**known, **gathering.results}, slot)
         if kind == "split":
             windows = [w if isinstance(w, Window) else None for w in gathering.seek]
+            if len(windows) != b.models:
+                raise TypeError(f"statistic {plan.stat.name!r}: {b.models} rows are ranked by {len(windows)} fractions")
             b.low = np.array([1 if w is None else w.low for w in windows], np.uint32)
             b.high = np.array([0 if w is None else w.high for w in windows], np.uint32)
             b.room = _ROOM

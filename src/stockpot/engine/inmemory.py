@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stockpot.checkpoints.memory import MemorySource
+from stockpot.checkpoints.names import LayerMap, map_layers
 from stockpot.checkpoints.roles import role_of
 from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.devices import NumpyDevice
@@ -19,7 +20,7 @@ from stockpot.engine.units import Segment
 from stockpot.errors import ArgumentError, MismatchError, nearest
 from stockpot.grid import REDUCE, grid_of
 from stockpot.methods.averaging import linear
-from stockpot.methods.declaration import Method, Space, get_method
+from stockpot.methods.declaration import Method, Space, cannot_replace, get_method, wrong_count
 from stockpot.methods.parameters import REQUIRED
 from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, StatPlan, TensorPlan
 from stockpot.planning.statistics import plan_statistics
@@ -45,11 +46,8 @@ def merge_dicts(
         raise ArgumentError(f"{method.name} works on differences from a base: give base=")
     if method.space is Space.WEIGHT and base is not None:
         models = [base, *models]
-    low, high = method.models
-    if len(models) < low or (high is not None and len(models) > high):
-        raise ArgumentError(
-            f"{method.name} takes {low if low == high else f'at least {low}'} models, got {len(models)}"
-        )
+    if why := wrong_count(method, len(models)):
+        raise ArgumentError(why)
     beside = _companions(method, len(models), parameters)
     parameters = {key: value for key, value in parameters.items() if key not in beside}
     given = _parameters(method, len(models), parameters)
@@ -63,7 +61,7 @@ def merge_dicts(
     sources = [MemorySource(d) for d in dicts]
     for name in template:
         _check_kinds(sources[: len(models) + len(subtracted)], name)
-    made = _InMemory(method, given, len(models))
+    made = _InMemory(method, given, len(models), map_layers(template))
     tensors = [made.tensor(i, name, sources) for i, name in enumerate(template)]
     groups, stats = plan_statistics(tensors, made.groups)
     merged = merged_tensors(tensors, groups, stats, sources, seed, 4 * REDUCE)
@@ -77,6 +75,7 @@ class _InMemory:
     method: Method
     params: Mapping[str, Any]
     models: int
+    layers: LayerMap
     groups: list[MergeGroup] = field(default_factory=list)
 
     def group(self, method: Method) -> int:
@@ -100,12 +99,25 @@ class _InMemory:
         if method.applies is not None and role_of(name, spec.shape) not in method.applies:
             if method.otherwise == "base":
                 return TensorPlan(index, name, spec, Action.COPY, -1, (Operand(first, name),), None)
-            method = linear if method.otherwise == "mean" else get_method(str(method.otherwise))
+            other = linear if method.otherwise == "mean" else get_method(str(method.otherwise))
+            why = cannot_replace(method, other) or wrong_count(other, self.models)
+            if not why and other.space is Space.DELTA and not delta:
+                why = (
+                    f"{method.name}: otherwise={method.otherwise!r} works on differences from a base, which is only told apart "
+                    "from the models when files are merged"
+                )
+            if why:
+                raise ArgumentError(f"{name}: {why}")
+            method = other
         operands = tuple(Operand(i, name, i) for i in range(self.models))
         base = Operand(first, name) if method.space is Space.DELTA else None
         beside = range(self.models + delta, len(sources)) if method is self.method else ()
         companions = tuple(Operand(i, name) for i in beside)
-        return TensorPlan(index, name, spec, Action.MERGE, self.group(method), operands, base, companions=companions)
+        place = self.layers.places.get(name)
+        return TensorPlan(
+            index, name, spec, Action.MERGE, self.group(method), operands, base, companions=companions,
+            layer=None if place is None else (place.stack, place.layer),
+        )  # fmt: skip
 
 
 def _companions(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

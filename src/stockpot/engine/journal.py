@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Journal:
     found: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: BaseException | None = None
-    _queue: list[tuple[Any, str | None]] = field(default_factory=list)
+    _queue: list[tuple[Any, Sequence[str]]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _fd: int = -1
@@ -83,12 +83,12 @@ class Journal:
         self._thread = threading.Thread(target=self._run, name="stockpot-journal", daemon=True)
         self._thread.start()
 
-    def add(self, rows: Any, warning: str | None = None) -> None:
+    def add(self, rows: Any, warnings: Sequence[str] = ()) -> None:
         """Queue finished pieces, which the ledger knows. Raises what the background thread failed with."""
         if self.error is not None:
             raise self.error
         with self._lock:
-            self._queue.append((rows, warning))
+            self._queue.append((rows, warnings))
 
     def _append(self, text: str) -> None:
         view = memoryview(text.encode())
@@ -106,7 +106,7 @@ class Journal:
         if batch:
             self.flush_data()
             row: dict[str, Any] = self.ledger.encode(np.concatenate([rows for rows, _ in batch]))
-            warnings = list(dict.fromkeys(w for _, w in batch if w))
+            warnings = list(dict.fromkeys(w for _, told in batch for w in told))
             self._append(json.dumps(row | ({"warnings": warnings} if warnings else {})) + "\n")
 
     def _run(self) -> None:

@@ -21,6 +21,7 @@ from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.methods.forms import Form
 from stockpot.planning.plan import MergeGroup, StatPlan
 from stockpot.specs import DType, work_itemsize
+from stockpot.statistics import Draw, Mask
 from stockpot.statistics.sums import piece_sum
 
 __all__ = ["Kernel", "UnitData", "read_segment", "sample_runs"]
@@ -140,27 +141,39 @@ class Kernel:
         return {s.stat.name: known[s.index] for s in self._stats if s.index in known}
 
     def _keywords(
-        self, known: Mapping[int, Any], places: Sequence[Place], data: UnitData, block: Any = None, start: int = 0
-    ) -> dict[str, Any]:
+        self, known: Mapping[int, Any], places: Sequence[Place], data: UnitData, block: Any = None, start: int = 0,
+        *, folding: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         """All that the function takes beside the block: what its group asked for, and nothing else that may be known.
 
-        block: the elements in hand, in the shape in which the method sees them, from `start` of the unit on.
+        block: the elements in hand, in the shape in which the method sees them, from `start` of the unit on. folding: for a
+        statistic, without masks whose probabilities are worked out, perhaps from statistics that are not known yet.
         """
         m = len(data.unit.lead.operands)
         keywords = dict(self.group.params)
-        keywords.update((s.name, s.absent(m)) for s in self.method.stats)
+        keywords.update((s.name, s.absent(m, self.group.params)) for s in self.method.stats)
         keywords.update(self._names(known))
         if self.method.companions:
             n = sum(stop - first for _, first, stop in places)
             found = self._companions(data, start, start + n)
             keywords.update({k: v if block is None else v.reshape(block.shape) for k, v in found.items()})
+        # probabilities that a function works out may come of statistics of rows, these of plain draws
+        late = [d for d in self.method.draws if isinstance(d, Mask) and callable(d.keep)]
+        draws = [d for d in self.method.draws if d not in late]
+        self._draw(draws, keywords, places, data, block)
         for s in self._of_rows:
             if block is not None:
                 keywords[s.stat.name] = s.stat.of_rows(block, self.group.params, keywords)
-        for declared in self.method.draws:
+        if not folding:
+            self._draw(late, keywords, places, data, block)
+        return keywords
+
+    def _draw(
+        self, draws: Sequence[Draw], keywords: dict[str, Any], places: Sequence[Place], data: UnitData, block: Any
+    ) -> None:
+        for declared in draws:
             made = draw(declared, self.seed, places, keywords, block, data.slot, wide=data.wide)
             keywords[declared.name] = made if block is None else made.reshape(block.shape)
-        return keywords
 
     def _rows(self, segment: Segment, n: int) -> tuple[int, int]:
         """n elements of a tensor as (rows, elements of a row)."""
@@ -207,12 +220,16 @@ class Kernel:
                         raw = self._block(data, first, offset + stop)
                         keywords = self._keywords(known, places, data) if folds.form else {}
                         form = self._form(keywords) if folds.form else None
-                        part = folds.fold(gathering.seek, raw, form, keywords.get("mask"), gathering.so_far(key))
+                        part = folds.fold(gathering.seek, raw, form, self._mask(keywords), gathering.so_far(key))
                     else:
                         block, _ = self._load(data, first, offset + stop)
-                        keywords = self._keywords(known, places, data, block, first)
+                        keywords = self._keywords(known, places, data, block, first, folding=True)
                         part = plan.stat.fold(gathering.seek, block, keywords, gathering.so_far(key))
                     gathering.add(key, part)
+
+    def _mask(self, keywords: Mapping[str, Any]) -> Any:
+        """The one mask that a form may have, whatever its name."""
+        return keywords[self.method.draws[0].name] if self.method.draws and keywords else None
 
     def _form(self, keywords: Mapping[str, Any]) -> Form:
         assert self.method.form is not None
@@ -221,7 +238,7 @@ class Kernel:
     def form_of(self, known: Mapping[int, Any], models: int) -> Form:
         """The form of this group's arithmetic, with the values of statistics."""
         keywords = dict(self.group.params)
-        keywords.update((s.name, s.absent(models)) for s in self.method.stats)
+        keywords.update((s.name, s.absent(models, self.group.params)) for s in self.method.stats)
         keywords.update(self._names(known))
         keywords.update((d.name, None) for d in self.method.draws)
         return self._form(keywords)
@@ -239,9 +256,11 @@ class Kernel:
             start, stop = grid.span(pieces[0], pieces[-1] + 1)
             block, _ = self._load(data, offset + start, offset + stop)
             block = block.reshape(len(block), *self._rows(segment, stop - start))
-            keywords = self._keywords(known, [(segment, start, stop)], data, block, offset + start)
+            keywords = self._keywords(known, [(segment, start, stop)], data, block, offset + start, folding=True)
             if not plan.stat.ordered:
-                flat = plan.stat.fold(gathering.seek, block, keywords)
+                # what a function works out of rows it gets as rows; the rest is told of elements
+                seen = block if getattr(plan.stat, "of", None) is not None else block.reshape(len(block), -1)
+                flat = plan.stat.fold(gathering.seek, seen, keywords)
                 gathering.add((segment.tensor.index, first), flat)
                 continue
             terms = plan.stat.terms(block, keywords)
@@ -311,7 +330,7 @@ class Kernel:
                     keywords = self._keywords(own, places, data)
                     raw = out[start * dtype.itemsize : stop * dtype.itemsize]
                     compiled.combine(
-                        self._block(data, start, stop), self._form(keywords), keywords.get("mask"), raw, dtype
+                        self._block(data, start, stop), self._form(keywords), self._mask(keywords), raw, dtype
                     )
                     continue
                 block, base = self._load(data, start, stop)

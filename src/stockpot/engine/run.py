@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -289,9 +289,9 @@ class _Runner:
         rows, job = work.rows, work.job
         while len(rows):
             kept = {row for row in rows.tolist() if work.held and row in work.held}
-            warning = None
+            warnings: list[str] = []
             if job is None:
-                done, warning = self.bundles.merge(rows, work.known, slot, work.held)
+                done, warnings = self.bundles.merge(rows, work.known, slot, work.held)
             else:
                 done = self.bundles.fold(job.gathering, rows, work.known, slot, work.held, self.pool)
             if not done:
@@ -300,7 +300,7 @@ class _Runner:
                 continue
             self._account(rows[:done], kept, written=job is None)
             if job is None:
-                self._settle(rows[:done], journal, warning)
+                self._settle(rows[:done], journal, warnings)
                 self._let_go(rows[:done], work.held)
             rows = rows[done:]
 
@@ -315,13 +315,12 @@ class _Runner:
             self.outcome.bytes_written += out
             self.bytes_done += int(each.sum()) + out
 
-    def _settle(self, rows: Any, journal: Journal, warning: str | None) -> None:
+    def _settle(self, rows: Any, journal: Journal, warnings: Sequence[str]) -> None:
         """These pieces are merged and written."""
         with self.lock:
             self.ledger.done[rows] = True
-            if warning and warning not in self.outcome.warnings:
-                self.outcome.warnings.append(warning)
-        journal.add(rows, warning)
+            self.outcome.warnings += [w for w in warnings if w not in self.outcome.warnings]
+        journal.add(rows, warnings)
 
     def _let_go(self, rows: Any, held: dict[int, Any] | None) -> None:
         """Of what was kept of pieces that are merged now."""
@@ -374,7 +373,7 @@ class _Runner:
         if work.job is not None:
             self.kernels[lead.group].fold(work.job.gathering, data, work.known)
             return
-        warning = None
+        warnings: list[str] = []
         if lead.action is Action.MERGE:
             out = self._buffer(slot, "out", data.unit.numel * lead.spec.dtype.itemsize)
             self.kernels[lead.group].combine(data, work.known, out)
@@ -382,7 +381,7 @@ class _Runner:
         else:
             out = data.raws[0]
             if lead.action is Action.KEEP:
-                warning = self._differing(data)
+                warnings = self._differing(data)
             write_unit(data.unit, out, self.sink, look=False)
             produced = seen[:1]
         for slot_number, each in enumerate([*produced, *seen]):
@@ -390,7 +389,7 @@ class _Runner:
         with self.lock:
             self.outcome.bytes_written += len(out)
             self.bytes_done += len(out)
-        self._settle(work.rows, journal, warning)
+        self._settle(work.rows, journal, warnings)
         self._let_go(work.rows[:1], work.held)
 
     def _sample(self, job: Job, slot: dict[Any, Any], *, bundle: bool) -> Any:
@@ -415,15 +414,20 @@ class _Runner:
                 parts.append(self.kernels[segment.tensor.group].deltas(data, [(0, count)]))
         return np.concatenate(parts, axis=1)
 
-    def _differing(self, data: UnitData) -> str | None:
-        """A warning when models disagree on a tensor that is not averaged."""
-        first = np.frombuffer(data.raws[0], np.uint8)
-        for operand, raw in zip(data.unit.lead.inputs[1:], data.raws[1:], strict=True):
-            if not np.array_equal(first, np.frombuffer(raw, np.uint8)):
-                names = data.unit.lead.name + (", ..." if len(data.unit.segments) > 1 else "")
-                a, b = (self.plan.inputs[i].ref for i in (data.unit.lead.inputs[0].model, operand.model))
-                return f"{names}: {data.unit.lead.spec.dtype} differs between {a} and {b}; taken from {a}"
-        return None
+    def _differing(self, data: UnitData) -> list[str]:
+        """A warning for each tensor on which models disagree although it is not averaged."""
+        out = []
+        at = 0
+        for segment in data.unit.segments:
+            stop = at + segment.stop - segment.start
+            t = segment.tensor
+            first = data.part(0, at, stop)
+            other = next((i for i in range(1, len(data.raws)) if data.part(i, at, stop) != first), None)
+            if other is not None:
+                a, b = (self.plan.inputs[t.inputs[i].model].ref for i in (0, other))
+                out.append(f"{t.name}: {t.spec.dtype} differs between {a} and {b}; taken from {a}")
+            at = stop
+        return out
 
 
 def _one_blas_thread(needed: bool) -> contextlib.AbstractContextManager[Any]:

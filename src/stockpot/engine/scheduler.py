@@ -197,8 +197,7 @@ class Scheduler:
     def _finish(self, job: Job) -> None:
         if job.stat is not None:
             self._values.put(job.stat.index, job.number, job.gathering.results[job.stat.index])
-            self._wide_running -= 1
-            self._start_wide()
+            self._wide_running -= 1  # whoever asks next begins on the next one
         known = {**job.known, **job.gathering.results}
         self._ready.extendleft(Work(rows, bundle, None, known, job.held) for rows, bundle in reversed(job.then))
         self._condition.notify_all()

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import nearest
 from stockpot.methods.parameters import KINDS, REQUIRED, ByDialect, Named, Parameter, PerLayer, PerModel, Real
-from stockpot.statistics import EXTENTS, Mask
+from stockpot.statistics import EXTENTS, Mask, Rank
 
 if TYPE_CHECKING:
     from stockpot.methods.declaration import Method
 
 __all__ = ["check_declaration", "check_extents", "declared_parameters"]
+
+_BASE_ROLES = ("subtracted", "listed", "first", "copied")
 
 
 def declared_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
@@ -59,6 +61,15 @@ def _problems(method: Method, roles: tuple[str, ...]) -> Iterator[str]:
     low, high = method.models
     if low < 1 or (high is not None and high < low):
         yield f"models={method.models}: expected (fewest, most) with 1 <= fewest <= most"
+    if method.base_role not in _BASE_ROLES:
+        yield f"base_role={method.base_role!r}: expected one of {', '.join(_BASE_ROLES)}"
+    if method.reproducible not in ("anywhere", "machine"):
+        yield f"reproducible={method.reproducible!r}: expected 'anywhere' or 'machine'"
+    if method.base_role == "first" and method.companions:
+        yield "base_role='first' takes a base that has no companions: with companions the models are listed"
+    for name in method.neutral or {}:
+        if name not in method.parameters:
+            yield f"neutral= sets {name!r}, which is no parameter{nearest(name, method.parameters)}"
     if method.base_role == "subtracted" and method.space.value != "delta":
         yield "base_role='subtracted' goes with Space.DELTA"
     if method.space.value == "delta" and method.base_role != "subtracted":
@@ -84,6 +95,9 @@ def _signature(method: Method) -> Iterator[str]:
     provided = [x.name for x in (*method.stats, *method.draws, *method.companions)]
     every = [*keywords, *provided]
     twice = sorted({name for name in every if every.count(name) > 1})
+    for name in ("models", "base", "seed"):
+        if name in every or name in method.parameters:
+            yield f"the name {name!r} is taken: a method is called with models, base= and seed="
     if twice:
         yield f"the name {twice[0]!r} is declared twice"
     asked = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -110,6 +124,15 @@ def _statistics(method: Method) -> Iterator[str]:
                 yield f"statistic {s.name!r} refers to {name!r}, which is no parameter{nearest(name, by_keyword)}"
             elif not isinstance(by_keyword[name].kind, Real):
                 yield f"statistic {s.name!r} refers to {name!r}, which is not a number"
+        if isinstance(s, Rank) and isinstance(s.kept, str) and s.kept in by_keyword:
+            p = by_keyword[s.kept]
+            if isinstance(p.kind, Real) and not (p.kind.low >= 0 and p.kind.high <= 1):
+                yield f"statistic {s.name!r} refers to {s.kept!r}, which is not a number from 0 to 1"
+            if s.of is None and not p.per_model:
+                yield (
+                    f"statistic {s.name!r} ranks every model, {s.kept!r} is one number: annotate it with PerModel, or say with "
+                    "of= what one thing is ranked"
+                )
         if not callable(s.over):
             yield from _extent(method, s.name, s.over, s.extents)
     fixed = [s.over for s in method.stats if not callable(s.over)]
@@ -118,7 +141,22 @@ def _statistics(method: Method) -> Iterator[str]:
 
 
 def check_extents(method: Method, extents: list[str]) -> Iterator[str]:
-    """A statistic may use those before it, so what is before it must not be narrower; rows are known wherever they are seen."""
+    """A statistic may use those before it, so what is before it must not be narrower; rows are known wherever they are seen.
+
+    extents: of the first of the method's statistics, or of all that are needed, in order.
+    """
+    for extent in extents:
+        if extent not in EXTENTS:
+            yield f"a statistic over {extent!r}; expected one of {', '.join(EXTENTS)}"
+            return
+    if "row" in extents and method.scope.value == "element":
+        yield "a statistic over rows, which scope=Scope.ELEMENT does not see: declare Scope.ROW or Scope.TENSOR"
+    if (
+        method.scope.value == "tensor"
+        and "row" in extents[:-1]
+        and extents[extents.index("row") + 1 :] != ["row"] * (len(extents) - extents.index("row") - 1)
+    ):
+        yield "with Scope.TENSOR a statistic over rows must come after those over more: it is only known when all is in hand"
     places = [EXTENTS.index(e) for e in extents if e != "row"]
     for before, after in itertools.pairwise(places):
         if after > before:
@@ -136,6 +174,9 @@ def _extent(method: Method, name: str, over: str, known: tuple[str, ...]) -> Ite
 
 def _draws(method: Method) -> Iterator[str]:
     by_keyword = {p.keyword: p for p in method.parameters.values()}
+    kinds = [type(draw) for draw in method.draws]
+    if len(set(kinds)) < len(kinds):
+        yield "two draws of one kind would be the same numbers"
     for draw in method.draws:
         if isinstance(draw, Mask) and isinstance(draw.keep, str):
             p = by_keyword.get(draw.keep)

@@ -179,6 +179,26 @@ class Method:
         return merge_dicts(self, models, base=base, seed=seed, parameters=parameters)
 
 
+def cannot_replace(method: Method, other: Method) -> str | None:
+    """Why `other` can't merge the tensors that `method` is not for, or None."""
+    given = f"{method.name}: otherwise={method.otherwise!r}"
+    if other is method:
+        return f"{given} is the method itself"
+    if other.companions:
+        return f"{given} needs {other.companions[0].name}, which {method.name} has not"
+    if other.applies is not None:
+        return f"{given} is itself for {', '.join(other.applies)} tensors only"
+    return None
+
+
+def wrong_count(method: Method, models: int) -> str | None:
+    """Why a method can't take this many models, or None."""
+    low, high = method.models
+    if models >= low and (high is None or models <= high):
+        return None
+    return f"{method.name} takes {low if low == high else f'at least {low}'} models, got {models}"
+
+
 _REGISTRY: dict[str, Method] = {}
 _loaded: list[str] = []
 

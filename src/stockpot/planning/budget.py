@@ -57,8 +57,7 @@ def _worker_bytes(
         block = chunk = max(t.spec.numel, 1)
     elif method.scope is Scope.ROW:
         row = t.spec.numel if len(t.spec.shape) == 1 else grid.row
-        block = max(block, row)
-        chunk = max(chunk, row)
+        block = chunk = max(block, row)  # whole rows are computed at once, and so is all that is read
     needed = [stats[i].stat for i in group.stats]
     chunk = min(max(chunk, REDUCE) if needed else chunk, block)
     if method.cost is not None:

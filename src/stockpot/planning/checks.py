@@ -116,13 +116,16 @@ def check_statistics(
         if s.extent == "model":
             wide.setdefault((s.method.name, s.stat.name), []).append(s)
     for (method, _), found in wide.items():
-        operands = {tuple(o.position for o in tensors[i].operands) for s in found for span in s.spans for i in span}
+        operands = {tuple(o.model for o in tensors[i].operands) for s in found for span in s.spans for i in span}
         why = None
         if len(operands) > 1:
-            why = "a cutoff over the whole model can't span slices of different models"
+            why = f"one {found[0].stat.name} over the whole model can't span slices of different models"
         elif len(found) > 1:
             names = " and ".join(found[0].stat.refers_to()) or "setting"
-            why = f"one cutoff over the whole model needs one {names} for all tensors, got {len(found)} different ones"
+            why = (
+                f"one {found[0].stat.name} over the whole model needs one {names} for all tensors, got {len(found)} "
+                "different ones"
+            )
         problem = _at(recipe, "merge_method", f"{method}: {why}")
         if why and str(problem) not in map(str, problems):
             problems.append(problem)

@@ -11,7 +11,7 @@ from stockpot.checkpoints.roles import is_vocabulary, role_of
 from stockpot.errors import MismatchError, RecipeError, nearest, raise_problems
 from stockpot.machine import available_threads
 from stockpot.methods.averaging import linear, passthrough
-from stockpot.methods.declaration import Method, Space, get_method
+from stockpot.methods.declaration import Method, Space, cannot_replace, get_method, wrong_count
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_fit, check_kinds, check_patterns, check_statistics
 from stockpot.planning.config import output_config
@@ -341,21 +341,27 @@ class _Planner(Inputs):
         leaves = method.applies is not None and role_of(match.name, donor_spec.shape) not in method.applies
         if leaves and donor_spec.dtype.is_float:
             if method.otherwise == "base":
-                match = replace(match, donor=base or match.donor, merged=False)
+                own, match = match.donor, replace(match, donor=base or match.donor, merged=False)
+                if not check_fit(
+                    match.name, [own, match.donor], self.inputs, self.problems, crops=self.recipe.crops_vocabulary
+                ):
+                    return None
+                donor_spec = self.common_rows(match, self.spec(match.donor))
             else:
                 found = self.otherwise(method)
                 assert found is not None
+                why = cannot_replace(method, found) or wrong_count(
+                    found, len(self.participants(found, part, rule=rule >= 0))
+                )
+                if why:
+                    resolver.report(part.line, f"{match.name}: {why}")
+                    return None
                 method = found
         if not match.merged:
             return self.copied(match, donor_spec, target, resolver)
         chosen = self.participants(method, part, rule=rule >= 0)
-        low, high = method.models
-        if rule >= 0 and (len(chosen) < low or (high is not None and len(chosen) > high)):
-            line = self.recipe.rules[rule].line
-            resolver.report(
-                line,
-                f"rules: {method.name} takes {low if low == high else f'at least {low}'} models, got {len(chosen)}",
-            )
+        if rule >= 0 and (why := wrong_count(method, len(chosen))):
+            resolver.report(self.recipe.rules[rule].line, f"rules: {why}")
             return None
         if base is None and (method.space is Space.DELTA or -1 in chosen):
             resolver.report(self.recipe.rules[rule].line if rule >= 0 else part.line, f"{method.name} needs base_model")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from stockpot.errors import ArgumentError
 from stockpot.methods.checking import check_extents
 from stockpot.planning.plan import Action, MergeGroup, StatPlan, TensorPlan
 
@@ -32,7 +33,7 @@ def plan_statistics(
         models = len(members[g.index][0].operands)
         active = [(i, s) for i, s in enumerate(g.method.stats) if s.needed(g.params)]
         for why in check_extents(g.method, [s.extent(g.params) for _, s in active]):
-            raise TypeError(f"method {g.method.name!r}: {why}")
+            raise ArgumentError(f"method {g.method.name!r}: {why}")
         for place, stat in active:
             extent = stat.extent(g.params)
             own = g.index if extent in ("row", "tensor", "group") else None

@@ -73,7 +73,7 @@ class Statistic:
         """Names of the method's parameters that it looks up by itself."""
         return ()
 
-    def absent(self, models: int) -> Any:
+    def absent(self, models: int, params: Params) -> Any:
         """The value where it is not needed."""
         return None
 

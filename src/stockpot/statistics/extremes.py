@@ -30,7 +30,10 @@ class Extremes(Statistic):
         return models
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:
-        return self._of_last_axis(block, keywords)[..., 0]
+        import numpy as np
+
+        values = np.asarray(block if self.of is None else self.of(block, **keywords))
+        return self._ends(values.reshape(len(values), -1))[..., 0]
 
     def merge(self, seek: Any, a: Any, b: Any) -> Any:
         import numpy as np
@@ -43,12 +46,15 @@ class Extremes(Statistic):
         return Known(np.array([[np.inf] * seek, [-np.inf] * seek]) if total is None else total)
 
     def of_rows(self, block: Any, params: Params, keywords: Mapping[str, Any]) -> Any:
-        return self._of_last_axis(block, keywords)
-
-    def _of_last_axis(self, block: Any, keywords: Mapping[str, Any]) -> Any:
         import numpy as np
 
-        values = np.asarray(block if self.of is None else self.of(block, **keywords))
+        return self._ends(np.asarray(block if self.of is None else self.of(block, **keywords)))
+
+    @staticmethod
+    def _ends(values: Any) -> Any:
+        """Along the last axis, which stays."""
+        import numpy as np
+
         low = np.fmin.reduce(values, axis=-1, keepdims=True, initial=np.inf)
         high = np.fmax.reduce(values, axis=-1, keepdims=True, initial=-np.inf)
         return np.stack((low, high)).astype(np.float64)

@@ -145,6 +145,8 @@ def next_window(window: Window, t: Tally) -> int | Window:
         _count(window, t)
     inside = t.holding if t.bins is None else int(t.bins.sum())
     wanted = window.rank - t.below
+    if (wanted < 0 and window.low == 0) or (wanted >= inside and window.high == window.top):
+        raise ValueError(f"rank {window.rank} of {window.count} values is not among those that were given")
     if wanted < 0:
         return Window(window.count, window.rank, 0, window.low, window.top)
     if wanted >= inside:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from stockpot.errors import ArgumentError
 from stockpot.statistics.base import EXTENTS, Extent, Known, Over, Params, Statistic
 from stockpot.statistics.order import TOP, Tally, Window, add_tallies, kth_smallest, narrowed, next_window, tally
 
@@ -94,13 +95,15 @@ class Rank(Statistic):
 
     def needed(self, params: Params) -> bool:
         """False where everything is kept: the cutoff is then 0 and nothing needs to be read for it."""
-        return super().needed(params) and any(f < 1 for f in self.fractions(params))
+        # over rows nothing is read for it, and the function wants it in the shape of rows
+        part = self.extent(params) == "row" or any(f < 1 for f in self.fractions(params))
+        return super().needed(params) and part
 
     def matters(self, params: Params) -> Any:
         return self.fractions(params)
 
-    def absent(self, models: int) -> Any:
-        return (self._all,) * models
+    def absent(self, models: int, params: Params) -> Any:
+        return (self._all,) * len(self.fractions(params))
 
     @property
     def samples(self) -> bool:
@@ -119,7 +122,12 @@ class Rank(Statistic):
 
         if self.of is None:
             return magnitude32(block)
-        return np.asarray(self.of(block, **keywords)).astype(np.float32, copy=False)
+        values = np.asarray(self.of(block, **keywords)).astype(np.float32, copy=False)
+        if self.signed:
+            return values
+        if (values < 0).any():
+            raise ArgumentError(f"statistic {self.name!r}: what it ranks is negative in places: declare it signed=True")
+        return abs(values)  # -0 as 0
 
     def start(self, params: Params, models: int, count: int, known: Mapping[str, Any]) -> Any:
         return self._settled(tuple(self._search(f, count) for f in self.fractions(params)))
@@ -141,7 +149,8 @@ class Rank(Statistic):
         return tuple(narrowed(w, row) if isinstance(w, Window) else w for w, row in zip(seek, rows, strict=True))
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:
-        rows = _patterns(self.ranked(block, keywords), signed=self.signed)
+        values = self.ranked(block, keywords)
+        rows = _patterns(values.reshape(len(values), -1), signed=self.signed)
         if len(rows) != len(seek):
             raise TypeError(f"statistic {self.name!r}: {len(rows)} rows are ranked by {len(seek)} fractions")
         return [tally(w, row) if isinstance(w, Window) else None for w, row in zip(seek, rows, strict=True)]
@@ -192,10 +201,12 @@ class Quantile(Rank):
     def needed(self, params: Params) -> bool:
         return self.when is None or self.when(params)
 
-    def absent(self, models: int) -> Any:
+    def absent(self, models: int, params: Params) -> Any:
         return None
 
     def start(self, params: Params, models: int, count: int, known: Mapping[str, Any]) -> Any:
+        if not all(0 <= f <= 1 for f in self.fractions(params)):
+            raise ArgumentError(f"statistic {self.name!r}: fractions from 0 to 1, got {list(self.fractions(params))}")
         if not count:
             return Known((math.nan,) * len(self.fractions(params)))
         top = 2**32 if self.signed else TOP
@@ -213,7 +224,8 @@ class Quantile(Rank):
         return _Between(super().suggest(seek.ends, np.repeat(sample, 2, axis=0)), seek.shares)
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:
-        rows = _patterns(self.ranked(block, keywords), signed=self.signed)
+        values = self.ranked(block, keywords)
+        rows = _patterns(values.reshape(len(values), -1), signed=self.signed)
         if 2 * len(rows) != len(seek.ends):
             raise TypeError(f"statistic {self.name!r}: {len(rows)} rows are ranked by {len(seek.ends) // 2} fractions")
         return [tally(w, rows[i // 2]) if isinstance(w, Window) else None for i, w in enumerate(seek.ends)]

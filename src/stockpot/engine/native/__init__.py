@@ -194,6 +194,8 @@ class Kernels:
         """
         task, alive = self._task(block, None, None)
         m = len(windows)
+        if m != len(block.raws):
+            raise TypeError(f"{len(block.raws)} models and {m} windows")
         low = np.array([1 if w is None else w[0] for w in windows], np.uint32)
         high = np.array([0 if w is None else w[1] for w in windows], np.uint32)
         below, held = np.zeros(m, np.int64), np.zeros(m, np.int64)
