@@ -426,6 +426,19 @@ def test_what_the_other_tensors_get_is_checked(family: Family) -> None:
     assert np.allclose(found[name], base + (a - base) + (b - base), atol=1e-7)
 
 
+def test_a_step_is_no_companion(family: Family) -> None:
+    models = [{"model": p, "companions": {"fisher": "one"}} for p in family.paths[:2]]
+    first = {"name": "one", "merge_method": "linear", "models": family.paths[:2]}
+    with pytest.raises(
+        StockpotError, match="fisher: 'one' is a step of the recipe; companions are checkpoints: write it"
+    ):
+        stockpot.plan({"steps": [first, {"merge_method": "fisher", "models": models}]})
+    out = family.folder / "one"
+    stockpot.merge({k: v for k, v in first.items() if k != "name"}, out)  # the way out
+    models = [{"model": p, "companions": {"fisher": str(out)}} for p in family.paths[:2]]
+    stockpot.plan({"merge_method": "fisher", "models": models})
+
+
 # refused when it is declared
 
 

@@ -85,6 +85,10 @@ class Inputs:
 
     def open_companion(self, ref: str, line: int, role: str) -> int:
         """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from."""
+        if any(s.name == ref for s in self.recipe.steps):
+            why = f"{ref!r} is a step of the recipe; companions are checkpoints: write it with a recipe of its own, and name that"
+            self.problems.append(RecipeError(why).within(self.recipe.at(line), role))
+            return -1
         path = self.locate(ref)
         key = f"{role}\0{path}"
         if key not in self.by_path and key not in self.failed:
