@@ -95,7 +95,7 @@ CODES: dict[str, tuple[list[str], int, str]] = {
     "memory of many digits": (["plan", "{recipe}", "--max-memory", "9" * 400, "--threads", "0"], 2, "at least 1"),
     "verify with no threads": (["verify", "{family}/a", "--threads", "0"], 2, "at least 1"),
     "inspect nothing": (["inspect", "{tmp}/nothing"], 3, "no such file"),
-    "inspect a text file": (["inspect", "{recipe}"], 3, "only .safetensors"),
+    "inspect a text file": (["inspect", "{recipe}"], 3, "only files of a known format"),
     "inspect an empty directory": (["inspect", "{tmp}/empty"], 3, "empty directory"),
     "verify without lineage": (["verify", "{family}/a"], 4, "nothing to verify"),
     "verify nothing": (["verify", "{tmp}/nothing"], 3, "no such directory"),
