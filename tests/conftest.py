@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,17 @@ try:
     from helpers import SHAPES, perturbed, write_model
 except ImportError:  # `make quick`: no test that needs a real model is run
     pass
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """What a test declares is forgotten after it."""
+    from stockpot.methods.declaration import _REGISTRY
+
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,12 +47,7 @@ Density = Annotated[PerModel, Real(0, 1)]
 FREE = Cost(lambda m, shape, size: 0)
 
 
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
-    yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,12 +47,7 @@ SHAPES = {
 COST = Cost(lambda m, shape, size: 4 * m * size * int(np.prod(shape)))
 
 
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
-    yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 @dataclass
@@ -373,7 +367,7 @@ def test_one_value_over_slices_of_different_models_is_refused(tmp_path: Path) ->
 def test_extents_that_a_function_gives_are_checked(family: Family) -> None:
     for over, message in (
         ("row", "does not see"),
-        ("layers", "a statistic over 'layers'; expected one of row, tensor"),
+        ("layers", "statistic 't': over='layers'; expected one of row, tensor"),
     ):
         _REGISTRY.pop("chosen", None)
 

@@ -249,14 +249,14 @@ def test_installed_formats_are_found(
 
     import numpy as np
 
-    from stockpot.checkpoints import formats as module
+    from stockpot import installed
     from stockpot.checkpoints import open_checkpoint
 
     class Entry:
         def load(self) -> None:
             runpy.run_path(str(files / "npz_format.py"))
 
-    monkeypatch.setattr(module, "_loaded", [])
+    monkeypatch.setattr(installed, "_done", set())
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda group: [Entry()] if group == "stockpot.formats" else []
     )

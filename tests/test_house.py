@@ -18,7 +18,7 @@ SOURCE = Path(stockpot.__file__).parent
 
 #: a package may import those on lower levels; packages of one level do not import each other
 LEVELS = [
-    {"errors", "version"},
+    {"errors", "version", "installed"},
     {"specs", "textfiles", "machine"},
     {"grid"},
     {"statistics"},

@@ -6,15 +6,16 @@ read by the engine, from local disks, URLs and the Hub alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from stockpot.checkpoints.files import ByteFile
 from stockpot.checkpoints.header import Header, header_of
 from stockpot.checkpoints.torchzip import torch_file_of
 from stockpot.errors import CheckpointError
+from stockpot.installed import load_installed
 
-__all__ = ["FORMATS", "Format", "add_format", "endings", "format_of", "read_description"]
+__all__ = ["FORMATS", "Format", "add_format", "endings", "format_of", "formats", "read_description"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ FORMATS: dict[str, Format] = {
         adapter="adapter_model.bin",
     ),
 }
-_BUILT_IN = frozenset(FORMATS)
-_loaded: list[str] = []
+_BUILT_IN = tuple(FORMATS)
 
 
 def add_format(name: str, format: Format) -> None:
@@ -73,32 +73,21 @@ def add_format(name: str, format: Format) -> None:
     FORMATS[name] = format
 
 
-def _load_installed() -> None:
-    """Formats of other packages."""
-    if _loaded:
-        return
-    _loaded.append("done")
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="stockpot.formats"):
-        entry.load()
+def formats() -> Iterator[Format]:
+    """Every format, those that come with stockpot first: other packages' are looked for when these are not enough."""
+    yield from (FORMATS[name] for name in _BUILT_IN)
+    load_installed("stockpot.formats")
+    yield from (format for name, format in FORMATS.items() if name not in _BUILT_IN)
 
 
 def endings() -> tuple[str, ...]:
     """What the names of files that can be opened end in."""
-    _load_installed()
-    return tuple(e for f in FORMATS.values() for e in f.endings)
+    return tuple(e for f in formats() for e in f.endings)
 
 
 def format_of(name: str) -> Format | None:
     """The format of a file by its name; None for one that can't be opened."""
-    for once in range(2):
-        for format in FORMATS.values():
-            if name.endswith(format.endings):
-                return format
-        if not once:
-            _load_installed()
-    return None
+    return next((f for f in formats() if name.endswith(f.endings)), None)
 
 
 def read_description(file: ByteFile, name: str, path: str) -> Header:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.files import LocalFile, check_link
-from stockpot.checkpoints.formats import FORMATS, Format, endings, format_of, read_description
+from stockpot.checkpoints.formats import FORMATS, endings, format_of, formats, read_description
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.quantised import loadable
 from stockpot.errors import CheckpointError
@@ -132,7 +132,7 @@ def _not_a_checkpoint(name: str) -> str:
 
 def _open_adapter(folder: Folder) -> Checkpoint:
     config = read_json(os.path.join(folder.local, "adapter_config.json"))
-    for format in _formats():
+    for format in formats():
         if format.adapter in folder.names:
             return folder.build("adapter", config, folder.headers([format.adapter]))
     other = [f for f in folder.names if f.startswith("adapter_model")]
@@ -142,14 +142,9 @@ def _open_adapter(folder: Folder) -> Checkpoint:
     )
 
 
-def _formats() -> list[Format]:
-    endings()  # those that are installed
-    return list(FORMATS.values())
-
-
 def _model_files(folder: Folder) -> list[Header]:
     text, listing = folder.text, folder.names
-    for format in _formats():
+    for format in formats():
         if format.model is None:
             continue
         ending = os.path.splitext(format.model)[1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import nearest
 from stockpot.methods.parameters import KINDS, REQUIRED, ByDialect, Named, Parameter, PerLayer, PerModel, Real
-from stockpot.statistics import EXTENTS, Mask, Rank
+from stockpot.statistics import EXTENTS, Extent, Mask, Rank, Statistic
 
 if TYPE_CHECKING:
     from stockpot.methods.declaration import Method
@@ -133,29 +133,24 @@ def _statistics(method: Method) -> Iterator[str]:
                     f"statistic {s.name!r} ranks every model, {s.kept!r} is one number: annotate it with PerModel, or say with "
                     "of= what one thing is ranked"
                 )
-        if not callable(s.over):
-            yield from _extent(method, s.name, s.over, s.extents)
-    fixed = [s.over for s in method.stats if not callable(s.over)]
+    fixed: list[tuple[Statistic, Extent]] = [(s, s.over) for s in method.stats if not callable(s.over)]
     if len(fixed) == len(method.stats):
-        yield from check_extents(method, [str(over) for over in fixed])
+        yield from check_extents(method, fixed)
+    else:
+        for s, over in fixed:
+            yield from _extent(method, s.name, over, s.extents)
 
 
-def check_extents(method: Method, extents: list[str]) -> Iterator[str]:
+def check_extents(method: Method, stats: Sequence[tuple[Statistic, Extent]]) -> Iterator[str]:
     """A statistic may use those before it, so what is before it must not be narrower; rows are known wherever they are seen.
 
-    extents: of the first of the method's statistics, or of all that are needed, in order.
+    stats: with their extents, in order: all of the method's, or all that are needed.
     """
-    for extent in extents:
-        if extent not in EXTENTS:
-            yield f"a statistic over {extent!r}; expected one of {', '.join(EXTENTS)}"
-            return
-    if "row" in extents and method.scope.value == "element":
-        yield "a statistic over rows, which scope=Scope.ELEMENT does not see: declare Scope.ROW or Scope.TENSOR"
-    if (
-        method.scope.value == "tensor"
-        and "row" in extents[:-1]
-        and extents[extents.index("row") + 1 :] != ["row"] * (len(extents) - extents.index("row") - 1)
-    ):
+    for s, over in stats:
+        yield from _extent(method, s.name, over, s.extents)
+    extents = [over for _, over in stats]
+    after_rows = extents[extents.index("row") :] if "row" in extents else []
+    if method.scope.value == "tensor" and any(e != "row" for e in after_rows):
         yield "with Scope.TENSOR a statistic over rows must come after those over more: it is only known when all is in hand"
     places = [EXTENTS.index(e) for e in extents if e != "row"]
     for before, after in itertools.pairwise(places):

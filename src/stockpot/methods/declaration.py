@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stockpot.errors import RecipeError, nearest
+from stockpot.installed import load_installed
 from stockpot.methods.checking import check_declaration, declared_parameters
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Choice, Parameter
@@ -200,7 +201,8 @@ def wrong_count(method: Method, models: int) -> str | None:
 
 
 _REGISTRY: dict[str, Method] = {}
-_loaded: list[str] = []
+#: modules of other packages that declare methods
+_GROUP = "stockpot.methods"
 
 
 def method(
@@ -277,27 +279,16 @@ def _restored(module: str, name: str) -> Method:
     return _REGISTRY[name]
 
 
-def _load_installed() -> None:
-    """Methods of other packages, which name their modules as entry points of the group `stockpot.methods`."""
-    if _loaded:
-        return
-    _loaded.append("done")
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="stockpot.methods"):
-        entry.load()
-
-
 def methods() -> dict[str, Method]:
     """Every registered method by name."""
-    _load_installed()
+    load_installed(_GROUP)
     return dict(sorted(_REGISTRY.items()))
 
 
 def get_method(name: str) -> Method:
     """Look a method up. RecipeError with the nearest name when there is none."""
     if name not in _REGISTRY:
-        _load_installed()
+        load_installed(_GROUP)
     found = _REGISTRY.get(name)
     if found is None:
         raise RecipeError(

@@ -32,7 +32,7 @@ def plan_statistics(
             continue
         models = len(members[g.index][0].operands)
         active = [(i, s) for i, s in enumerate(g.method.stats) if s.needed(g.params)]
-        for why in check_extents(g.method, [s.extent(g.params) for _, s in active]):
+        for why in check_extents(g.method, [(s, s.extent(g.params)) for _, s in active]):
             raise ArgumentError(f"method {g.method.name!r}: {why}")
         for place, stat in active:
             extent = stat.extent(g.params)
