@@ -48,6 +48,7 @@ def test_the_page_has_what_it_promises() -> None:
         "counting.py",
         "softmax_scheme.py",
         "npz_format.py",
+        "packed_experts.py",
     }
 
 
@@ -262,3 +263,19 @@ def test_installed_formats_are_found(
     )
     np.savez(tmp_path / "m.npz", w=np.ones((3, 4), "<f4"))
     assert open_checkpoint(tmp_path / "m.npz").spec("w").shape == (3, 4)
+
+
+def test_a_view(files: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    apart = {f"mlp.experts.{i}.weight": torch.full((4, 3), float(i)) for i in range(3)} | {"norm": torch.ones(3)}
+    packed = {"mlp.experts": torch.ones(3, 4, 3), "norm": torch.zeros(3)}
+    for name, tensors in (("apart", apart), ("packed", packed)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    merge_packed = __import__("packed_experts").merge_packed
+    merge_packed(str(tmp_path / "packed.safetensors"), str(tmp_path / "apart.safetensors"), str(tmp_path / "out"), 3)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert out.keys() == apart.keys()
+    assert all(torch.equal(out[f"mlp.experts.{i}.weight"], torch.full((4, 3), (i + 1) / 2)) for i in range(3))
+    stockpot.verify(tmp_path / "out")

@@ -126,7 +126,7 @@ def test_lists_with_an_entry_for_each_layer_follow_the_slices(family: Path, tmp_
     config = CONFIG | {"layer_types": ["w", "x", "y", "z"], "other": [1, 2, 3, 4]}
     write_model(tmp_path / "a", load(family / "a"), config)
     text = f"merge_method: passthrough\nslices:\n  - sources: [{{model: {tmp_path}/a, layer_range: [2, 4]}}]\n"
-    written = stockpot.plan(text).config
+    written = stockpot.plan(text).template.config
     assert written["layer_types"] == ["y", "z"]
     assert written["other"] == [1, 2, 3, 4]
     assert written["num_hidden_layers"] == 2

@@ -21,7 +21,7 @@ from stockpot.version import __version__
 if TYPE_CHECKING:
     from stockpot import methods
     from stockpot.api import MergeResult, Options, inspect, merge, plan, soup, soup_recipe, verify
-    from stockpot.checkpoints import Checkpoint, open_checkpoint
+    from stockpot.checkpoints import Checkpoint, open_checkpoint, views
     from stockpot.errors import StockpotError
     from stockpot.evidence import Evaluation, Sweep, evaluate, gate, path, report, sweep
     from stockpot.planning import Plan
@@ -61,6 +61,7 @@ _WHERE = {
     "soup_recipe": "stockpot.api",
     "sweep": "stockpot.evidence",
     "verify": "stockpot.api",
+    "views": "stockpot.checkpoints.views",
 }
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "soup_recipe",
     "sweep",
     "verify",
+    "views",
 ]
 
 
@@ -104,7 +106,7 @@ def __getattr__(name: str) -> Any:
     if where is None:
         raise AttributeError(f"module 'stockpot' has no attribute {name!r}")
     module = importlib.import_module(where)
-    return module if where == f"stockpot.{name}" else getattr(module, name)
+    return module if where.rpartition(".")[2] == name else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,7 @@ from stockpot.errors import (
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
-from stockpot.planning.steps import MergedCheckpoint
+from stockpot.planning.steps import steps_in
 from stockpot.recipes.parsing import load_recipe
 from stockpot.recipes.schema import Recipe
 from stockpot.runs import Run, Soup, SoupSpec, open_run, recipe_of, resolve_soup, resolve_windows
@@ -113,10 +113,15 @@ class MergeResult:
         return self.lineage.get("adapter")
 
 
-def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
+def plan(
+    recipe: RecipeLike, options: Options | None = None, *, sources: Mapping[str, Checkpoint] | None = None
+) -> Plan:
     """Resolve a recipe against the headers of its models; reads no tensor data and writes nothing.
 
-    recipe: a path, YAML text (with a line break), a mapping, or a Recipe. Raises StockpotError with every problem found.
+    recipe   a path, YAML text (with a line break), a mapping, or a Recipe
+    sources  opened checkpoints, views of them above all (stockpot.views), by the names that the recipe has for them
+
+    Raises StockpotError with every problem found.
     """
     chosen = options or Options()
     return build_plan(
@@ -125,6 +130,7 @@ def plan(recipe: RecipeLike, options: Options | None = None) -> Plan:
         max_memory=None if chosen.max_memory is None else parse_size(chosen.max_memory),
         threads=chosen.threads,
         seed=chosen.seed,
+        sources=sources,
     )
 
 
@@ -136,23 +142,25 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
+    sources: Mapping[str, Checkpoint] | None = None,
 ) -> MergeResult:
-    """Merge into the directory `out`, which appears complete or not at all.
+    """Merge into the directory `out`, which appears complete or not at all. sources: see plan.
 
     A merge that was killed goes on when called again (`resume`). progress(bytes done, bytes in all) is called from this
     thread about every 0.1 s. Raises StockpotError; nothing is then left at `out`.
     """
     chosen = options or Options()
-    return merge_planned(plan(recipe, chosen), out, chosen, overwrite=overwrite, resume=resume, progress=progress)
+    planned = plan(recipe, chosen, sources=sources)
+    return merge_planned(planned, out, chosen, overwrite=overwrite, resume=resume, progress=progress, sources=sources)
 
 
-def fetched(planned: Plan, options: Options) -> Plan:
+def fetched(planned: Plan, options: Options, sources: Mapping[str, Checkpoint] | None = None) -> Plan:
     """The plan over local files: models of the Hub that are not in its cache are downloaded first. Raises CheckpointError."""
     from stockpot.checkpoints.hub import fetch_missing
 
     if not fetch_missing(m.checkpoint for m in planned.inputs):
         return planned
-    return plan(planned.recipe, options)
+    return plan(planned.recipe, options, sources=sources)
 
 
 def merge_planned(
@@ -164,6 +172,7 @@ def merge_planned(
     resume: bool = True,
     progress: Progress | None = None,
     release: Callable[[str], None] | None = None,
+    sources: Mapping[str, Checkpoint] | None = None,
 ) -> MergeResult:
     """Run a plan that was made already; see merge.
 
@@ -181,7 +190,7 @@ def merge_planned(
     target = check_target(planned, out, overwrite=overwrite)
     device = open_device(options.device)
     notes = [*planned.notes, *device_notes(planned, options.device)]
-    planned = fetched(planned, options)
+    planned = fetched(planned, options, sources)
     check_side_files(planned)
     with contextlib.ExitStack() as held:
         for model in planned.inputs:
@@ -205,10 +214,10 @@ def merge_planned(
             from stockpot.engine.upload import upload
 
             upload(outcome.partial, url, overwrite=overwrite)
-        else:
-            publish(outcome.partial, target, overwrite=overwrite)
-        if steps:
+        if steps:  # before the output appears: who is killed in between finds nothing left beside it
             shutil.rmtree(scratch_path(target), ignore_errors=True)
+        if url is None:
+            publish(outcome.partial, target, overwrite=overwrite)
     return MergeResult(
         url or os.path.abspath(target),
         lineage,
@@ -222,7 +231,7 @@ def merge_planned(
 
 def device_notes(planned: Plan, device: str) -> list[str]:
     """What a user who named a device should know: that nothing here is for it."""
-    steps = [m.checkpoint.step for m in planned.inputs if isinstance(m.checkpoint, MergedCheckpoint)]
+    steps = [found.step for m in planned.inputs for found in steps_in(m.checkpoint)]
     if device in ("cpu", "auto") or any(g.method.scope is Scope.TENSOR for p in (planned, *steps) for g in p.groups):
         return []
     return [f"--device {device}: nothing here is for it; elementwise merging stays on the CPU, where it is faster"]
@@ -282,7 +291,7 @@ def _factors_report(planned: Plan) -> dict[str, Any] | None:
     from stockpot.adapters import factors_report, read_adapter
 
     first = planned.inputs[0].checkpoint
-    if planned.soup is None or planned.kind != "adapter" or not all(g.method.average for g in planned.groups):
+    if planned.soup is None or planned.template.kind != "adapter" or not all(g.method.average for g in planned.groups):
         return None
     if first.config.get("peft_type") != "LORA" or first.config.get("target_parameters"):
         return None

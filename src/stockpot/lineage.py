@@ -25,7 +25,7 @@ from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Plan
-from stockpot.planning.steps import MergedCheckpoint, why_written
+from stockpot.planning.steps import steps_in, why_written
 from stockpot.version import __version__
 
 __all__ = ["NAME", "check_side_files", "copied_files", "read_lineage", "record_verdict", "write_side_files"]
@@ -71,9 +71,9 @@ def write_side_files(
 def _copy_and_write(plan: Plan, directory: str) -> list[str]:
     """Copied and generated files; their names."""
     generated = {"README.md": model_card(plan)}
-    if plan.config:
-        config_name = "adapter_config.json" if plan.kind == "adapter" else "config.json"
-        generated[config_name] = json.dumps(plan.config, indent=2) + "\n"
+    if plan.template.config:
+        config_name = "adapter_config.json" if plan.template.kind == "adapter" else "config.json"
+        generated[config_name] = json.dumps(plan.template.config, indent=2) + "\n"
     if len(plan.shards) > 1:
         index = {
             "metadata": {"total_size": sum(t.spec.nbytes for t in plan.tensors)},
@@ -96,8 +96,8 @@ def _copy_and_write(plan: Plan, directory: str) -> list[str]:
 
 def side_sources(plan: Plan) -> Iterator[tuple[str, str]]:
     """(path, name in the output) of every file that is copied."""
-    yield from copied_files(plan.inputs[plan.tokenizer_donor].checkpoint)
-    yield from module_files(plan.inputs[plan.donor].checkpoint)
+    yield from copied_files(plan.inputs[plan.template.tokenizer].checkpoint)
+    yield from module_files(plan.inputs[plan.template.donor].checkpoint)
 
 
 def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -209,12 +209,11 @@ def _group(group: MergeGroup) -> dict[str, Any]:
 def _steps(plan: Plan) -> list[dict[str, Any]]:
     """The steps that a plan reads, the innermost first."""
     out: list[dict[str, Any]] = []
-    for model in plan.inputs:
-        if isinstance(model.checkpoint, MergedCheckpoint):
-            step = model.checkpoint.step
-            out += [s for s in _steps(step) if s not in out]
-            row = {"name": model.ref, "streamed": why_written(step) is None, "groups": [_group(g) for g in step.groups]}
-            out += [row] if row not in out else []
+    for found in (step for model in plan.inputs for step in steps_in(model.checkpoint)):
+        step = found.step
+        out += [s for s in _steps(step) if s not in out]
+        row = {"name": found.ref, "streamed": why_written(step) is None, "groups": [_group(g) for g in step.groups]}
+        out += [row] if row not in out else []
     return out
 
 
@@ -254,9 +253,10 @@ def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:
         "model": model.ref,
         "path": checkpoint.path,
         **({"role": model.role} if model.role != "model" else {}),
-        "donor_of_config": model.index == plan.donor,
+        "donor_of_config": model.index == plan.template.donor,
     }
     if checkpoint.parts:
+        row |= {"made": checkpoint.made} if checkpoint.made else {}
         row["parts"] = [{"path": p.path, "files": _files(p, _part_digests(p, outcome))} for p in checkpoint.parts]
         return row
     read = {name: digest for (index, name), digest in outcome.input_digests.items() if index == model.index}
@@ -310,12 +310,12 @@ def model_card(plan: Plan) -> str:
             if isinstance(candidate, str) and _HUB_ID.fullmatch(candidate) and not os.path.exists(candidate):
                 bases.append(candidate)
                 break
-    library = "peft" if plan.kind == "adapter" else "transformers"
+    library = "peft" if plan.template.kind == "adapter" else "transformers"
     head = ["---", f"library_name: {library}", "tags:", "- merge", "- stockpot"]
     if bases:
         head += ["base_model:", *(f"- {b}" for b in dict.fromkeys(bases)), "base_model_relation: merge"]
     head += ["---"]
-    about = {m.index: " (config and tokenizer)" if m.index == plan.donor else "" for m in plan.inputs}
+    about = {m.index: " (config and tokenizer)" if m.index == plan.template.donor else "" for m in plan.inputs}
     about |= {m.index: f" ({m.role})" for m in plan.inputs if m.role != "model"}
     models = "\n".join(f"- `{m.ref}`{about[m.index]}" for m in plan.inputs)
     method = plan.recipe.merge_method

@@ -38,6 +38,16 @@ class FusedModel(DerivedCheckpoint):
         assert self.base is not None
         return self.base.spec(name).dtype if self.exact else self.spec(name).dtype
 
+    @property
+    def made(self) -> str:
+        return f"{super().made}fused {self.weights} {self.exact}"
+
+    def passed(self, name: str) -> tuple[Checkpoint, str, int] | None:
+        assert self.base is not None
+        if name in self.replaced or name in self.adapted or self.base.spec(name).dtype is not self.spec(name).dtype:
+            return None
+        return self.base, name, 0
+
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np
 
@@ -48,7 +58,7 @@ class FusedModel(DerivedCheckpoint):
         stored = self.base.spec(name).dtype
         if name in self.replaced:
             values = averaged(self.adapters, self.weights, self.replaced[name], start, stop)
-        elif name not in self.adapted and stored is spec.dtype:
+        elif self.passed(name):
             self.base.read([ReadRequest(name, start, stop)], out)
             return
         else:

@@ -31,6 +31,10 @@ class ProductAdapter(DerivedCheckpoint):
         default_factory=dict, repr=False
     )  # tensor -> (module, "a" | "b" | "bias")
 
+    @property
+    def made(self) -> str:
+        return f"{super().made}product {self.weights} {self.rank}"
+
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         from stockpot.adapters.arrays import averaged, encoded
 

@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.checkpoints.names import LayerMap, map_layers
-from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.checkpoints.tied import head_alias, is_head, tied_duplicates
 from stockpot.errors import ReadError
-from stockpot.specs import DType, TensorSpec
+from stockpot.specs import TensorSpec
 
 __all__ = ["Checkpoint"]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(TensorSource):
     """A named set of tensors plus its config. Holds headers only; reads are positional and thread-safe.
 
     ref      what the user wrote
@@ -63,8 +63,12 @@ class Checkpoint:
 
     @property
     def parts(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that this one is computed from; empty for one that lies on disk."""
         return ()
+
+    @property
+    def made(self) -> str:
+        """How it is computed, for one that is: two that differ in it are two models, although they read the same files."""
+        return ""
 
     @property
     def directory(self) -> str:
@@ -88,10 +92,6 @@ class Checkpoint:
         """dtype and shape; KeyError when there is no such tensor."""
         return self._specs[name]
 
-    def written(self, name: str) -> DType:
-        """The dtype in which a merge writes the tensor where the recipe names none."""
-        return self.spec(name).dtype
-
     @property
     def parameters(self) -> int:
         """Elements of all tensors, tied copies counted once."""
@@ -102,26 +102,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of tensor data as stored."""
         return sum(spec.nbytes for spec in self._specs.values())
-
-    @property
-    def resident(self) -> int:
-        """Bytes of memory that reading it holds on to, at most."""
-        return 0
-
-    @property
-    def scratch_itemsize(self) -> int:
-        """Bytes of memory for each element that is being read, beside where it is read to."""
-        return 0
-
-    @property
-    def pieces_at_once(self) -> int:
-        """Pieces of a tensor that are best read together: one, which is still in a core's cache when it is hashed."""
-        return 1
-
-    @property
-    def download_bytes(self) -> int:
-        """Bytes that are better brought here before they are merged (see hub.fetch)."""
-        return 0
 
     # what its names mean
 
@@ -173,15 +153,13 @@ class Checkpoint:
         if current:
             yield current
 
-    def place(self, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin: (open file, offset). Only where `extents` gives any. Raises ReadError."""
+    def place(self, name: str, *, unseen: bool = False) -> tuple[int, int] | None:
+        if self.observers and not unseen:
+            return None
         index, entry = self._where[name]
         return self._fd(index), entry.start
 
     def extents(self, requests: Sequence[ReadRequest]) -> list[tuple[int, int, int]] | None:
-        """Where the ranges lie, for callers that do the I/O themselves: (open file, offset, bytes). None where only `read`
-        will do: they are computed, elsewhere, or somebody wants to be told. Raises ReadError.
-        """
         if self.observers:
             return None
         return [(self._fd(index), start, stop - start) for index, start, stop in self._extents(requests)]

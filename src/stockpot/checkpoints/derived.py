@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.source import Origin, ReadRequest
 from stockpot.specs import TensorSpec
 
 __all__ = ["KEPT_MODULES", "DerivedCheckpoint", "ModuleCache"]
@@ -74,8 +74,34 @@ class DerivedCheckpoint(Checkpoint):
         """Fill `out` with the bytes of elements start..stop of a tensor."""
         raise NotImplementedError
 
-    def extents(self, requests: Sequence[ReadRequest]) -> None:
+    @property
+    def made(self) -> str:
+        return "".join(s.made for s in self.sources)
+
+    def passed(self, name: str) -> tuple[Checkpoint, str, int] | None:
+        """(source, its tensor, the element of it that is the first here) where the bytes are a run of a source's."""
         return None
+
+    def origin(self, name: str) -> Origin | None:
+        found = self.passed(name)
+        if found is None or found[0].spec(found[1]).numel != self.spec(name).numel:
+            return None
+        return found[0].origin(found[1])
+
+    def place(self, name: str, *, unseen: bool = False) -> tuple[int, int] | None:
+        found = self.passed(name)
+        # the engine digests what it reads; what is not all of a tensor has no digest to be told of
+        at = None if found is None else found[0].place(found[1], unseen=True)
+        return None if at is None or found is None else (at[0], at[1] + found[2] * self.spec(name).dtype.itemsize)
+
+    def extents(self, requests: Sequence[ReadRequest]) -> list[tuple[int, int, int]] | None:
+        out = []
+        for r in requests:
+            at, size = self.place(r.name), self.spec(r.name).dtype.itemsize
+            if at is None:
+                return None
+            out.append((at[0], at[1] + r.start * size, (r.stop - r.start) * size))
+        return out
 
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         position = 0

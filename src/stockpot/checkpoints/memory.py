@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.errors import CheckpointError
 from stockpot.specs import BY_LABEL, DType, TensorSpec
 
@@ -18,7 +18,7 @@ _NUMPY = {
 }  # fmt: skip
 
 
-class MemorySource:
+class MemorySource(TensorSource):
     """A TensorSource over a mapping of names to torch tensors or numpy arrays."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
@@ -28,6 +28,13 @@ class MemorySource:
             dtype, raw = _raw(name, value)
             self._specs[name] = TensorSpec(dtype, tuple(int(d) for d in value.shape))
             self._bytes[name] = raw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_specs": self._specs, "_bytes": {name: bytes(raw) for name, raw in self._bytes.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._specs = state["_specs"]
+        self._bytes = {name: memoryview(raw) for name, raw in state["_bytes"].items()}
 
     def names(self) -> Iterable[str]:
         return self._specs.keys()
@@ -42,9 +49,6 @@ class MemorySource:
             part = self._bytes[r.name][r.start * size : r.stop * size]
             buffer[position : position + len(part)] = part
             position += len(part)
-
-    def will_read(self, request: ReadRequest) -> None:
-        pass
 
 
 def _raw(name: str, value: Any) -> tuple[DType, memoryview[Any]]:

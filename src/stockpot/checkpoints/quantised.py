@@ -83,6 +83,9 @@ class DequantisedCheckpoint(DerivedCheckpoint):
                 self._known[name] = out.reshape(spec.shape if len(spec.shape) == 2 else (-1, 1))
             return self._known[name]
 
+    def passed(self, name: str) -> tuple[Checkpoint, str, int] | None:
+        return None if name in self.scaled else (self.source, name, 0)
+
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         scaled = self.scaled.get(name)
         if scaled is None:

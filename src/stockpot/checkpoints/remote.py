@@ -349,7 +349,10 @@ class RemoteCheckpoint(Checkpoint):
         """A request costs a round trip."""
         return 4
 
-    def extents(self, requests: Sequence[ReadRequest]) -> None:
+    def extents(self, requests: Sequence[ReadRequest]) -> list[tuple[int, int, int]] | None:
+        return None
+
+    def place(self, name: str, *, unseen: bool = False) -> tuple[int, int] | None:
         return None
 
     def _fetch(self, index: int, start: int, stop: int) -> bytes:

@@ -102,7 +102,7 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
                 m.ref,
                 len(m.checkpoint),
                 format_size(m.checkpoint.nbytes),
-                "config and tokenizer" if m.index == plan.donor else "",
+                "config and tokenizer" if m.index == plan.template.donor else "",
             )
             for m in plan.inputs
         ),

@@ -25,7 +25,7 @@ from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import aligned
 from stockpot.grid import PIECE
 from stockpot.methods.declaration import Scope
-from stockpot.planning.plan import Action, Plan, TensorPlan
+from stockpot.planning.plan import Action, Operand, Plan, TensorPlan
 from stockpot.specs import DType, work_itemsize
 from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
 from stockpot.statistics.order import Tally, Window
@@ -78,7 +78,7 @@ class Bundles:
         if native is None or not native.transfers:
             return False
         sources = [self.plan.inputs[o.model].checkpoint for o in t.inputs]
-        if any(source.extents([]) is None for source in sources):
+        if any(s.place(o.name) is None for s, o in zip(sources, t.inputs, strict=True)):
             return False
         dtypes = [s.spec(o.name).dtype for s, o in zip(sources, t.inputs, strict=True)]
         if t.action is not Action.MERGE:
@@ -102,11 +102,16 @@ class Bundles:
         self._fds = np.zeros((len(tensors), width), np.int64)
         self._offsets = np.zeros((len(tensors), width), np.int64)
         for t in (tensors[i] for i in np.flatnonzero(native)):
-            places = [self.plan.inputs[o.model].checkpoint.place(o.name) for o in t.inputs]
+            places = [self._place(o) for o in t.inputs]
             self._fds[t.index, : len(places)] = [fd for fd, _ in places]
             self._offsets[t.index, : len(places)] = [offset for _, offset in places]
         self._out_offsets = np.array([t.offset for t in tensors], np.int64)
         self._shards = np.array([t.shard for t in tensors], np.int64)
+
+    def _place(self, operand: Operand) -> tuple[int, int]:
+        found = self.plan.inputs[operand.model].checkpoint.place(operand.name)
+        assert found is not None
+        return found
 
     # a bundle
 

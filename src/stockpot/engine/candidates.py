@@ -82,8 +82,8 @@ class CheckpointCache:
         return raw
 
 
-class _CachedSource:
-    """A TensorSource over a checkpoint on disk."""
+class _CachedSource(TensorSource):
+    """Over a checkpoint on disk."""
 
     def __init__(self, checkpoint: Checkpoint, cache: CheckpointCache) -> None:
         self._checkpoint = checkpoint
@@ -103,9 +103,6 @@ class _CachedSource:
             part = self._whole(r.name)[r.start * size : r.stop * size]
             buffer[position : position + len(part)] = part
             position += len(part)
-
-    def will_read(self, request: ReadRequest) -> None:
-        pass
 
     def _whole(self, name: str) -> memoryview[Any]:
         found = self._held.get(name)
@@ -129,13 +126,13 @@ def make_candidate(plan: Plan, cache: CheckpointCache, threads: int = 1) -> Cand
     finally:
         for model in plan.inputs:
             model.checkpoint.close()
-    tokenizer = plan.inputs[plan.tokenizer_donor].checkpoint.directory
-    return Candidate(plan.kind, dict(plan.config), tensors, tokenizer, _digest(plan, tensors))
+    tokenizer = plan.inputs[plan.template.tokenizer].checkpoint.directory
+    return Candidate(plan.template.kind, dict(plan.template.config), tensors, tokenizer, _digest(plan, tensors))
 
 
 def _digest(plan: Plan, tensors: Mapping[str, tuple[TensorSpec, Array]]) -> str:
-    config = {k: v for k, v in plan.config.items() if k not in _ORIGINS}
-    hashed = blake3.blake3(json.dumps([plan.kind, config], sort_keys=True, default=str).encode())
+    config = {k: v for k, v in plan.template.config.items() if k not in _ORIGINS}
+    hashed = blake3.blake3(json.dumps([plan.template.kind, config], sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         spec, raw = tensors[name]
         hashed.update(f"{name} {spec.dtype.label} {list(spec.shape)}\n".encode())

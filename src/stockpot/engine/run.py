@@ -161,8 +161,8 @@ class _Runner:
                     journal.unlock()
                 for model in self.plan.inputs:
                     model.checkpoint.close()
+        self.outcome.part_digests = {path: dict(book.done) for path, book in part_books.items()}
         self._sum_up()
-        self.outcome.part_digests = {path: book.done for path, book in part_books.items()}
         self.outcome.warnings += far_out(self.outcome.sizes)
         self.outcome.seconds = time.monotonic() - began
         self.outcome.journal = journal
@@ -208,11 +208,16 @@ class _Runner:
                 continue
             self.outcome.sizes.add(t.name, measures[: 1 + len(t.inputs)], t.weighed)
             for slot, o in enumerate(t.inputs, 1):
-                # of a cropped one only a part was read
-                whole = self.plan.inputs[o.model].checkpoint.spec(o.name).shape == t.spec.shape
-                digest = self.ledger.digest(t.index, slot) if whole else None
-                if digest is not None:
+                # what was computed, or read in part, has no digest that a file could be held to
+                checkpoint = self.plan.inputs[o.model].checkpoint
+                origin = checkpoint.origin(o.name)
+                digest = None if origin is None else self.ledger.digest(t.index, slot)
+                if origin is None or digest is None:
+                    continue
+                if origin.source is checkpoint:
                     self.outcome.input_digests[o.model, o.name] = digest
+                else:
+                    self.outcome.part_digests.setdefault(origin.source.path, {})[origin.name] = digest
 
     # the threads
 

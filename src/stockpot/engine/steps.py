@@ -16,9 +16,9 @@ from stockpot.engine.run import Outcome, Progress, run_plan
 from stockpot.engine.units import Segment
 from stockpot.errors import OutputError
 from stockpot.planning.plan import Action, Plan
-from stockpot.planning.steps import MergedCheckpoint, why_written
+from stockpot.planning.steps import MergedCheckpoint, steps_in, why_written
 
-__all__ = ["prepare_steps", "scratch_path", "stream_steps"]
+__all__ = ["prepare_steps", "scratch_path", "stream_step", "stream_steps"]
 
 
 def scratch_path(out: str) -> str:
@@ -46,9 +46,8 @@ def _prepare(
     plan: Plan, scratch: str, device: Device, outcomes: list[Outcome], done: set[int], *, resume: bool,
     progress: Progress | None,
 ) -> None:  # fmt: skip
-    for model in plan.inputs:
-        step = model.checkpoint
-        if not isinstance(step, MergedCheckpoint) or id(step) in done:
+    for step in (found for model in plan.inputs for found in steps_in(model.checkpoint)):
+        if id(step) in done:
             continue
         done.add(id(step))
         _prepare(step.step, scratch, device, outcomes, done, resume=resume, progress=progress)
@@ -66,16 +65,17 @@ def _prepare(
 
 def stream_steps(plan: Plan, device: Device) -> None:
     """Attach a reader to every step that `plan` reads without writing any. Raises OutputError where that can't be."""
-    for model in plan.inputs:
-        step = model.checkpoint
-        if isinstance(step, MergedCheckpoint):
-            why = why_written(step.step)
-            if why is not None:
-                raise OutputError(
-                    f"step {step.ref!r} can't be computed in memory: {why}; merge it into a checkpoint first"
-                )
-            stream_steps(step.step, device)
-            step.reader[:] = [_Streamed(step.step, device)]
+    for step in (found for model in plan.inputs for found in steps_in(model.checkpoint)):
+        stream_step(step, device)
+
+
+def stream_step(step: MergedCheckpoint, device: Device) -> None:
+    """The same for one step."""
+    why = why_written(step.step)
+    if why is not None:
+        raise OutputError(f"step {step.ref!r} can't be computed in memory: {why}; merge it into a checkpoint first")
+    stream_steps(step.step, device)
+    step.reader[:] = [_Streamed(step.step, device)]
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _Written:
 
     def __init__(self, plan: Plan, partial: str) -> None:
         headers = tuple(read_header(os.path.join(partial, s.name)) for s in plan.shards)
-        self.files = Checkpoint(partial, partial, plan.kind, {}, headers)
+        self.files = Checkpoint(partial, partial, plan.template.kind, {}, headers)
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         self.files.read([ReadRequest(name, start, stop)], out)

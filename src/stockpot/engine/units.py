@@ -90,11 +90,13 @@ def most_of_a_unit(plan: Plan) -> int:
 
 def batch_key(plan: Plan, t: TensorPlan) -> Any:
     """Tensors that may be worked on together have equal ones."""
+    sources = [plan.inputs[o.model].checkpoint for o in t.inputs]
     return (
+        tuple(not s.parts or s.place(o.name) is not None for s, o in zip(sources, t.inputs, strict=True)),
         t.action,
         t.group,
         t.spec.dtype,
-        tuple((o.model, o.position, plan.inputs[o.model].checkpoint.spec(o.name).dtype) for o in t.inputs),
+        tuple((o.model, o.position, s.spec(o.name).dtype) for s, o in zip(sources, t.inputs, strict=True)),
         tuple(of[t.index] for of in plan.span_of.values() if t.index in of),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from stockpot.checkpoints.roles import is_vocabulary
 from stockpot.errors import MismatchError, RecipeError, StockpotError
 from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
+from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe
 
 __all__ = ["check_fit", "check_kinds", "check_patterns", "check_statistics"]
@@ -54,11 +55,14 @@ def check_kinds(
         )
 
 
-def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[StockpotError]) -> None:
-    """Patterns that match nothing are mistakes."""
+def check_patterns(
+    recipe: Recipe, names: Sequence[str], inputs: Sequence[ModelInput], problems: list[StockpotError]
+) -> None:
+    """Patterns that match nothing are mistakes. names: the output's; what is left out of one model need not be among them."""
+    anywhere = {n for m in inputs for n in m.checkpoint.names()}.union(names)
     for key, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            if not any(fnmatch.fnmatchcase(n, pattern) for n in anywhere):
                 why = f"{key}: the pattern {pattern!r} matches no tensor, such as {names[0]!r}"
                 problems.append(_at(recipe, key, why))
     left = set(names)
@@ -82,27 +86,25 @@ def check_patterns(recipe: Recipe, names: Sequence[str], problems: list[Stockpot
 
 
 def check_fit(
-    name: str, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError], *, crops: bool
+    slot: Slot, operands: Sequence[Operand], inputs: Sequence[ModelInput], problems: list[StockpotError]
 ) -> bool:
-    """Whether an output tensor's inputs have one shape and kind. crops: those of a vocabulary may differ in rows."""
-    first = inputs[operands[0].model].checkpoint.spec(operands[0].name)
-    for other in operands[1:]:
+    """Whether what an output tensor is made of has its shape and kind."""
+    owner = inputs[slot.origin.model].ref
+    for other in operands:
         spec = inputs[other.model].checkpoint.spec(other.name)
-        a, b = inputs[operands[0].model].ref, inputs[other.model].ref
-        places = inputs[other.model].places
-        if spec.shape != first.shape:
-            rows_only = len(spec.shape) == len(first.shape) > 0 and spec.shape[1:] == first.shape[1:]
-            vocabulary = ""
-            if rows_only and is_vocabulary(name):
-                if crops:
-                    continue
-                vocabulary = " (different vocabularies? 'vocab: crop' keeps the rows that all have)"
-            why = f"{name!r} is {list(first.shape)} in {a} but {list(spec.shape)} in {b}{vocabulary}"
-            problems.append(MismatchError(why).within(*places))
-            return False
-        if spec.dtype.is_float != first.dtype.is_float:
-            why = f"{name!r} is {first.dtype} in {a} but {spec.dtype} in {b}"
-            problems.append(MismatchError(why).within(*places))
+        why = None
+        if spec.shape != slot.spec.shape:
+            why = f"{slot.name!r} is {list(slot.spec.shape)} in {owner} but {list(spec.shape)} in {inputs[other.model].ref}"
+            if (
+                is_vocabulary(slot.name)
+                and len(spec.shape) == len(slot.spec.shape)
+                and spec.shape[1:] == slot.spec.shape[1:]
+            ):
+                why += " (different vocabularies? 'vocab: crop' keeps the rows that all have)"
+        elif spec.dtype.is_float != slot.spec.dtype.is_float:
+            why = f"{slot.name!r} is {slot.spec.dtype} in {owner} but {spec.dtype} in {inputs[other.model].ref}"
+        if why is not None:
+            problems.append(MismatchError(why).within(*inputs[other.model].places))
             return False
     return True
 

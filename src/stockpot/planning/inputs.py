@@ -35,7 +35,7 @@ class Inputs:
     """Opens what a recipe names and gathers what is wrong with it.
 
     by_path   path, or name of a step, -> index in `inputs`
-    computed  checkpoints that stand for `adapter:`, by reference
+    computed  checkpoints that stand for `adapter:`, and those that the caller has opened, by reference
     opened    what `base+adapter` is made of, by path
     made      planned steps by name, shared by all planners of a file
     settings  memory limit, threads and seed for the plans of steps
@@ -93,7 +93,7 @@ class Inputs:
         key = f"{role}\0{path}"
         if key not in self.by_path and key not in self.failed:
             try:
-                return self.add(key, ref, open_checkpoint(path), line, role)
+                return self.add(key, ref, self.computed.get(ref) or open_checkpoint(path), line, role)
             except StockpotError as e:
                 self.failed.add(key)
                 self.problems.append(e.about(path, ref).within(self.recipe.at(line), role))

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.names import LayerMap, outside_depth
+from stockpot.checkpoints.names import LayerMap, map_layers, outside_depth
 from stockpot.checkpoints.tied import is_head, ties_embeddings
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
+from stockpot.methods.declaration import Method, Space
 from stockpot.planning.plan import ModelInput, Operand
+from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe, Settings
-from stockpot.specs import Shape
+from stockpot.specs import Shape, TensorSpec
 
 __all__ = ["Entry", "Match", "Part", "match_models", "match_slices", "primary_stack"]
 
@@ -39,22 +41,34 @@ class Part:
     parameters: Settings
     line: int
 
+    def participants(self, method: Method, *, rule: bool = False) -> list[int]:
+        """Which entries a method takes. -1 stands for a base that is not among them."""
+        entries = range(len(self.entries))
+        if method.space is Space.DELTA:
+            return [i for i in entries if self.entries[i].model != self.base]
+        at_base = next((i for i in entries if self.entries[i].model == self.base), None)
+        if rule and method.base_role == "copied":
+            return [at_base if at_base is not None else (-1 if self.base is not None else 0)]
+        if method.base_role == "first" and self.base is not None:
+            return [-1 if at_base is None else at_base, *(i for i in entries if i != at_base)]
+        return list(entries)
 
-@dataclass
+
+@dataclass(frozen=True)
 class Match:
-    """An output tensor: its operands entry by entry (a base among `models` included), the base's, its depth, its part.
-
-    layer  (stack, number) in the output, where it lies in numbered layers
+    """A tensor of the output and what it is made of: its operands entry by entry (a base among `models` included; None of a
+    model that has none, under `absent: skip`), the base's, the part of the recipe.
     """
 
-    name: str
+    slot: Slot
     part: Part
-    operands: tuple[Operand, ...]
+    operands: tuple[Operand | None, ...]
     base: Operand | None
-    depth: float
-    layer: tuple[str, int] | None
-    donor: Operand
     merged: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.slot.name
 
 
 @dataclass
@@ -66,6 +80,10 @@ class Matcher:
     problems: list[StockpotError]
     notes: list[str]
     untied: set[str] = field(default_factory=set)
+    #: under `absent: zero`, what counts as zeros: model -> name -> shape and dtype
+    zeros: dict[int, dict[str, TensorSpec]] = field(default_factory=dict)
+    #: under `absent: skip`, what models don't have
+    skipped: dict[int, list[str]] = field(default_factory=dict)
 
     def checkpoint(self, model: int) -> Checkpoint:
         return self.inputs[model].checkpoint
@@ -79,7 +97,9 @@ class Matcher:
     # names
 
     def wanted(self, donor: int, others: Sequence[int]) -> list[str]:
-        """The output's names: the donor's, without tied second copies, with a head that another model has untied."""
+        """The output's names: the donor's, without tied second copies, with a head that another model has untied. Where
+        tensors may be absent, those of the others too.
+        """
         checkpoint = self.checkpoint(donor)
         duplicates = checkpoint.tied()
         names = [n for n in checkpoint.names() if n not in duplicates]
@@ -88,7 +108,13 @@ class Matcher:
             theirs = self.checkpoint(other)
             tied = theirs.tied()
             for name in theirs.names():
-                if name in seen or name in tied or not is_head(name) or ties_embeddings(theirs.config) is True:
+                if name in seen or name in tied:
+                    continue
+                if self.recipe.absent != "error" and not checkpoint.resolve(name) and self.included(name):
+                    names.append(name)
+                    seen.add(name)
+                    continue
+                if not is_head(name) or ties_embeddings(theirs.config) is True:
                     continue
                 if checkpoint.resolve(name):
                     names.append(name)
@@ -108,21 +134,42 @@ class Matcher:
             self.problems.append(
                 MismatchError(
                     f"{self.inputs[model].ref}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
-                    f"{_few(extra)}; exclude them to leave them out{_prefix_hint(extra, names)}"
+                    f"{_few(extra)}; exclude them to leave them out, or say what they count as in models without them: "
+                    f"'absent: zero' or 'absent: skip'{_prefix_hint(extra, names)}"
                 ).within(*self.inputs[model].places)
             )
 
-    def operand(self, model: int, name: str, position: int, missing: dict[int, list[str]]) -> Operand | None:
+    def operand(
+        self, model: int, slot: Slot, name: str, position: int, missing: dict[int, list[str]]
+    ) -> Operand | None:
         found = self.checkpoint(model).resolve(name)
-        if found is None:
+        if found is not None:
+            return Operand(model, found, position)
+        if self.recipe.absent == "skip":
+            self.skipped.setdefault(model, []).append(name)
+        elif self.recipe.absent == "zero":
+            self.zeros.setdefault(model, {})[name] = slot.spec
+            return Operand(model, name, position)
+        else:
             missing.setdefault(model, []).append(name)
-            return None
-        return Operand(model, found, position)
+        return None
+
+    def note_absent(self) -> None:
+        """Say what is not everywhere, and how it counts."""
+        for how, found in (("count as zeros", self.zeros), ("take no part", self.skipped)):
+            for model, names in found.items():
+                unique = list(dict.fromkeys(names))
+                self.notes.append(
+                    f"absent: {self.recipe.absent}: {self.inputs[model].ref} lacks {len(unique)} tensors, which {how}: "
+                    f"{_few(unique)}"
+                )
 
     def report_missing(self, missing: dict[int, list[str]], donor: int) -> None:
         for model, names in missing.items():
             unique = list(dict.fromkeys(names))
             hint = nearest(unique[0], self.checkpoint(model).names()) if len(unique) < 100 else ""
+            if not self.recipe.slices:
+                hint += "; 'absent: zero' counts them as zeros there, 'absent: skip' merges them without that model"
             self.problems.append(
                 MismatchError(
                     f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
@@ -130,42 +177,38 @@ class Matcher:
                 ).within(*self.inputs[model].places)
             )
 
+    def slot(self, name: str, origin: Operand, depth: float, layer: tuple[str, int] | None) -> Slot:
+        return Slot(name, self.checkpoint(origin.model).spec(origin.name), origin, depth, layer)
+
     def make(
-        self, name: str, source: dict[int, str], part: Part, depth: float, layer: tuple[str, int] | None, donor: Operand,
-        base_name: str, missing: dict[int, list[str]],
-    ) -> Match:  # fmt: skip
+        self, slot: Slot, source: Mapping[int, str], part: Part, base_name: str, missing: dict[int, list[str]]
+    ) -> Match:
         """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
-        if not self.included(name):
-            return Match(name, part, (), None, depth, layer, donor, merged=False)
-        operands = [self.operand(e.model, source[i], e.position, missing) for i, e in enumerate(part.entries)]
+        if not self.included(slot.name):
+            return Match(slot, part, (), None, merged=False)
+        operands = [self.operand(e.model, slot, source[i], e.position, missing) for i, e in enumerate(part.entries)]
         base = None
         if part.base is not None:
-            base = self.operand(part.base, base_name, 0, missing)
-        return Match(name, part, tuple(o for o in operands if o), base, depth, layer, donor)
+            base = self.operand(part.base, slot, base_name, 0, missing)
+        return Match(slot, part, tuple(operands), base)
 
 
 def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
     """`models:` every tensor by its name."""
     others = list(dict.fromkeys([e.model for e in part.entries] + ([part.base] if part.base is not None else [])))
     names = m.wanted(donor, others)
-    layers = m.checkpoint(donor).layers()
+    layers, wider = m.checkpoint(donor).layers(), map_layers(names)
+    if layers.places.keys() <= wider.places.keys():  # with the layers that only others have
+        layers = wider
     missing: dict[int, list[str]] = {}
     out = []
     for name in names:
-        own = m.checkpoint(donor).resolve(name) or name
-        out.append(
-            m.make(
-                name,
-                dict.fromkeys(range(len(part.entries)), name),
-                part,
-                layers.depth(name),
-                _layer_of(layers, name),
-                Operand(donor, own),
-                name,
-                missing,
-            )
-        )
+        found = ((i, m.checkpoint(i).resolve(name)) for i in (donor, *others))
+        origin = next(Operand(i, own) for i, own in found if own is not None)
+        slot = m.slot(name, origin, layers.depth(name), _layer_of(layers, name))
+        out.append(m.make(slot, dict.fromkeys(range(len(part.entries)), name), part, name, missing))
     m.report_missing(missing, donor)
+    m.note_absent()
     for model in others:
         if model != donor:
             m.check_extra(donor, model, set(names))
@@ -227,18 +270,9 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
             depth = j / (count - 1) if count > 1 else 1.0
             for suffix in by_layer.get(starts[lead] + j, ()):
                 source = {i: f"{prefix}.{starts[i] + j}.{suffix}" for i in range(len(entries))}
-                inside.append(
-                    m.make(
-                        f"{prefix}.{total + j}.{suffix}",
-                        source,
-                        part,
-                        depth,
-                        (prefix, total + j),
-                        Operand(lead_donor, source[lead]),
-                        f"{prefix}.{base_start + j}.{suffix}",
-                        missing,
-                    )
-                )
+                origin = Operand(lead_donor, source[lead])
+                slot = m.slot(f"{prefix}.{total + j}.{suffix}", origin, depth, (prefix, total + j))
+                inside.append(m.make(slot, source, part, f"{prefix}.{base_start + j}.{suffix}", missing))
         total += count
     m.report_missing(missing, donor)
     _check_slices(m, parts, prefix, known)
@@ -319,16 +353,8 @@ def _outside(
         if found is None:
             missing.setdefault(owner, []).append(name)
             continue
-        match = m.make(
-            name,
-            dict.fromkeys(range(len(part.entries)), name),
-            part,
-            layers.depth(name),
-            _layer_of(layers, name),
-            Operand(owner, found),
-            name,
-            missing,
-        )
+        slot = m.slot(name, Operand(owner, found), layers.depth(name), _layer_of(layers, name))
+        match = m.make(slot, dict.fromkeys(range(len(part.entries)), name), part, name, missing)
         (after if is_exit else before).append(match)
     return before, after
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.methods.declaration import Method, Space
+from stockpot.planning.template import Template
 from stockpot.recipes.schema import Recipe
 from stockpot.runs import Soup
-from stockpot.specs import DType, TensorSpec, work_itemsize
+from stockpot.specs import TensorSpec, work_itemsize
 from stockpot.statistics import Extent, Statistic
 
 __all__ = [
@@ -188,18 +189,14 @@ class Plan:
 
     recipe: Recipe
     inputs: tuple[ModelInput, ...]
-    donor: int
-    tokenizer_donor: int
+    template: Template
     groups: tuple[MergeGroup, ...]
     stats: tuple[StatPlan, ...]
     tensors: tuple[TensorPlan, ...]
     shards: tuple[Shard, ...]
-    kind: str
-    config: Mapping[str, Any]
     seed: int
     budget: Budget
     notes: tuple[str, ...] = ()
-    written_dtype: DType | None = None
     soup: Soup | None = None
 
     @property
@@ -243,6 +240,7 @@ class Plan:
             # what a computed checkpoint is made of has settings of its own: an adapter's scale
             for part in (model.checkpoint, *model.checkpoint.parts):
                 digest.update(json.dumps(dict(part.config), sort_keys=True, default=str).encode())
+            digest.update(model.checkpoint.made.encode())
         if self.soup is not None:
             digest.update(json.dumps(self.soup.to_dict(), sort_keys=True).encode())
         for shard in self.shards:
@@ -253,7 +251,7 @@ class Plan:
         """The plan as plain data, for `--json`."""
         return {
             "merge_method": self.recipe.merge_method,
-            "kind": self.kind,
+            "kind": self.template.kind,
             "inputs": [
                 {
                     "model": m.ref,
@@ -262,7 +260,7 @@ class Plan:
                     **({"parts": [p.path for p in m.checkpoint.parts]} if m.checkpoint.parts else {}),
                     "tensors": len(m.checkpoint),
                     "bytes": m.checkpoint.nbytes,
-                    "donor_of_config": m.index == self.donor,
+                    "donor_of_config": m.index == self.template.donor,
                 }
                 for m in self.inputs
             ],

@@ -75,7 +75,8 @@ def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -
     if base is not None:
         lines.setdefault("base_model", choice.line)
     expanded = replace(recipe, models=tuple(models), base_model=base, lines=lines)
-    if method.average and "normalize" in method.parameters and "normalize" not in recipe.parameters:
+    shares = recipe.absent == "skip"  # then those that have a tensor share what the others leave
+    if method.average and "normalize" in method.parameters and "normalize" not in recipe.parameters and not shares:
         # the weights are what they are: given ones need not sum to one to the last bit
         expanded = replace(expanded, parameters={**recipe.parameters, "normalize": Setting(False, choice.line)})
     return Expansion(expanded, soup, run.warnings)

@@ -16,7 +16,7 @@ from stockpot.checkpoints.derived import DerivedCheckpoint
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
 
-__all__ = ["MergedCheckpoint", "Reader", "leaves", "merged_checkpoint", "why_written"]
+__all__ = ["MergedCheckpoint", "Reader", "leaves", "merged_checkpoint", "steps_in", "why_written"]
 
 
 class Reader(Protocol):
@@ -42,7 +42,7 @@ class MergedCheckpoint(DerivedCheckpoint):
 
     @property
     def directory(self) -> str:
-        return self.step.inputs[self.step.tokenizer_donor].checkpoint.directory
+        return self.step.inputs[self.step.template.tokenizer].checkpoint.directory
 
     @property
     def resident(self) -> int:
@@ -69,10 +69,10 @@ class MergedCheckpoint(DerivedCheckpoint):
 def merged_checkpoint(name: str, plan: Plan) -> MergedCheckpoint:
     """The checkpoint that a planned step is."""
     sources = leaves(plan)
-    donor = plan.inputs[plan.donor].checkpoint
+    donor = plan.inputs[plan.template.donor].checkpoint
     headers = {h.path: h for s in sources for h in s.files}
     return MergedCheckpoint(
-        name, donor.path, plan.kind, dict(plan.config), tuple(headers.values()),
+        name, donor.path, plan.template.kind, dict(plan.template.config), tuple(headers.values()),
         sources=sources, specs={t.name: t.spec for t in plan.tensors}, plan=plan,
     )  # fmt: skip
 
@@ -84,6 +84,14 @@ def leaves(plan: Plan) -> tuple[Checkpoint, ...]:
         for part in model.checkpoint.parts or (model.checkpoint,):
             out[id(part)] = part
     return tuple(out.values())
+
+
+def steps_in(checkpoint: Checkpoint) -> tuple[MergedCheckpoint, ...]:
+    """The step that a checkpoint is, or those that it is a view of."""
+    if isinstance(checkpoint, MergedCheckpoint):
+        return (checkpoint,)
+    sources = checkpoint.sources if isinstance(checkpoint, DerivedCheckpoint) else ()
+    return tuple(step for source in sources for step in steps_in(source))
 
 
 def why_written(plan: Plan) -> str | None:

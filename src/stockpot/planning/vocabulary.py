@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from stockpot.checkpoints.roles import is_vocabulary
+from stockpot.checkpoints.views import first_rows
 from stockpot.errors import MismatchError, StockpotError
 from stockpot.planning.plan import ModelInput
 from stockpot.recipes.schema import Recipe
+from stockpot.specs import Shape
 
-__all__ = ["check_vocabularies"]
+__all__ = ["check_vocabularies", "crop_vocabularies"]
 
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
@@ -34,6 +38,37 @@ def check_vocabularies(
             notes.append(text)
         else:
             problems.append(MismatchError(f"{text}; rearranging them by token is a coming feature of stockpot"))
+
+
+def crop_vocabularies(inputs: list[ModelInput], problems: list[StockpotError], notes: list[str]) -> int | None:
+    """`vocab: crop`: read all inputs through views with only the rows of tokens that every model has; how many these are.
+
+    None after a problem.
+    """
+    held: dict[int, dict[str, int]] = {m.index: {} for m in inputs}
+    widths: dict[str, set[Shape]] = {}
+    for m in inputs:
+        for name in filter(is_vocabulary, m.checkpoint.names()):
+            shape = m.checkpoint.spec(name).shape
+            if shape:
+                held[m.index][name] = shape[0]
+                widths.setdefault(name, set()).add(shape[1:])
+    rows = {n for m in inputs if m.role == "model" for n in held[m.index].values()}
+    if not rows or min(rows) == 0:
+        problems.append(MismatchError("vocab: crop: there are no rows that all models have"))
+        return None
+    least = min(rows)
+    if len(rows) > 1:
+        notes.append(
+            f"vocab: crop: embeddings of up to {max(rows)} tokens are cut to the {least} that all models have; "
+            "the tokenizer must give no others"
+        )
+    for model in inputs:
+        # what differs in more than rows is left as it is, to be reported so
+        longer = {name: least for name, n in held[model.index].items() if n > least and len(widths[name]) == 1}
+        if longer:
+            inputs[model.index] = replace(model, checkpoint=first_rows(model.checkpoint, longer))
+    return least
 
 
 def _difference(a: str, b: str) -> str | None:

@@ -17,7 +17,7 @@ __all__ = ["RUN_OPTIONS", "load_recipe", "located_mapping", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
-    "tokenizer chat_template modules run adapter vocab name"
+    "tokenizer chat_template modules run adapter vocab absent name"
 ).split()
 _COMING = {
     "modules": "merging sub-modules by separate recipes",
@@ -31,6 +31,7 @@ RUN_OPTIONS = (
 ).split()
 _RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", *RUN_OPTIONS]
 _ADAPTER_MODES = ("factors", "product", "fused")
+_ABSENT = ("error", "zero", "skip")
 _TOKENIZER = "building a tokenizer from several models"
 
 
@@ -157,11 +158,23 @@ class _Parser(Reader):
             mergekit_compat=self.switch(top, "compat", "mergekit"),
             tokenizer_from=self.tokenizer(top),
             crops_vocabulary=self.switch(top, "vocab", "crop"),
+            absent=self.absent(top),
             run=self.run(top["run"]) if "run" in top else None,
             adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
             lines={key: line for key, line, _ in node.value},
             name=self.name(top),
         )
+
+    def absent(self, top: dict[str, Node]) -> str:
+        """What becomes of tensors that only some models have."""
+        if "absent" not in top:
+            return "error"
+        node = top["absent"]
+        if node.value not in _ABSENT:
+            self.bad(node.line, f"absent: expected {', '.join(_ABSENT[:-1])} or {_ABSENT[-1]}, got {node.what}")
+        elif node.value != "error" and "slices" in top:
+            self.bad(node.line, f"absent: {node.value} goes with models or run, not with slices")
+        return str(node.value)
 
     def each(self, top: dict[str, Node], key: str, read: Callable[[Node], Any]) -> tuple[Any, ...]:
         return tuple(read(n) for n in self.listing(top[key], key)) if key in top else ()

@@ -104,6 +104,7 @@ class Recipe:
     mergekit_compat: bool = False
     tokenizer_from: str | None = None
     crops_vocabulary: bool = False
+    absent: str = "error"
     run: RunChoice | None = None
     adapter: AdapterChoice | None = None
     lines: Mapping[str, int] = field(default_factory=dict)

@@ -13,8 +13,10 @@ from stockpot.testing.checks import Check
 __all__ = ["source_checks"]
 
 
-def source_checks(make: Callable[[], TensorSource]) -> list[Check]:
-    """Everything that must hold of a source; make opens it anew."""
+def source_checks(
+    make: Callable[[], TensorSource], *, arrive: Callable[[Any], None] = lambda source: None
+) -> list[Check]:
+    """Everything that must hold of a source; make opens it anew; arrive makes one readable that was pickled."""
 
     def whole(source: TensorSource, name: str) -> bytes:
         spec = source.spec(name)
@@ -73,31 +75,55 @@ def source_checks(make: Callable[[], TensorSource]) -> list[Check]:
                 assert raw == alone[name], f"{name}: other bytes when several threads read"
 
     def extents(folder: str) -> None:
-        """Where it says where its bytes lie, they lie there."""
+        """Where it says where its bytes lie, they lie there; what it says a tensor is, it is."""
         import os
 
-        source: Any = make()
-        if not hasattr(source, "extents"):
-            return
+        source = make()
         for name in source.names():
-            spec = source.spec(name)
+            spec, data = source.spec(name), whole(source, name)
             places = source.extents([ReadRequest(name, 0, spec.numel)])
             if places is not None:
                 found = b"".join(os.pread(fd, size, offset) for fd, offset, size in places)
-                assert found == whole(source, name), f"{name}: its extents hold other bytes"
+                assert found == data, f"{name}: its extents hold other bytes"
+            at = source.place(name, unseen=True)
+            if at is not None:
+                assert os.pread(at[0], spec.nbytes, at[1]) == data, f"{name}: other bytes lie at its place"
+            origin = source.origin(name)
+            if origin is not None:
+                assert whole(origin.source, origin.name) == data, f"{name}: its origin has other bytes"
+
+    def costs(folder: str) -> None:
+        """What it says of itself can be planned with."""
+        source = make()
+        for name in source.names():
+            assert source.written(name).is_float == source.spec(name).dtype.is_float, f"{name}: written as another kind"
+        assert min(source.resident, source.scratch_itemsize, source.download_bytes) >= 0
+        assert source.pieces_at_once >= 1
+        assert source.changed() is None, "changed although nothing happened"
+        for part in source.parts:
+            assert not part.parts, "parts lie on disk: none is computed itself"
+
+    def travelling(folder: str) -> None:
+        """A plan that it is part of may be run by another process."""
+        import pickle
+
+        source = make()
+        sent = pickle.loads(pickle.dumps(source))
+        arrive(sent)
+        for name in source.names():
+            assert whole(sent, name) == whole(source, name), f"{name}: other bytes after travelling"
 
     def closing(folder: str) -> None:
-        source: Any = make()
-        if hasattr(source, "close"):
-            name = next(iter(source.names()))
-            before = whole(source, name)
-            source.close()
-            source.close()
-            assert whole(source, name) == before, "reading after closing must open again"
-            source.close()
+        source = make()
+        name = next(iter(source.names()))
+        before = whole(source, name)
+        source.close()
+        source.close()
+        assert whole(source, name) == before, "reading after closing must open again"
+        source.close()
 
     named = {
         "names and specs": names, "ranges": ranges, "same bytes again": again, "threads": threads, "extents": extents,
-        "closing": closing,
+        "costs": costs, "travelling": travelling, "closing": closing,
     }  # fmt: skip
     return [Check(name, run) for name, run in named.items()]
