@@ -33,6 +33,13 @@ by tensor name (see [Recipes](recipes.md)).
 """
 
 
+SEES = {
+    "delta": "differences from a base (`base_model` is needed)",
+    "weight": "weights",
+    "factors": "the factors of LoRA adapters, module by module",
+}
+
+
 def render() -> str:
     """The page."""
     parts = [HEAD]
@@ -43,7 +50,7 @@ def render() -> str:
         count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         doc = (inspect.getdoc(method.function) or "").split("\n", 1)
         parts.append(f"## {method.name}\n\n{doc[0]}\n")
-        space = "differences from a base (`base_model` is needed)" if method.space.value == "delta" else "weights"
+        space = SEES[method.space.value]
         source = f" Source: {method.cite}." if method.cite else ""
         parts.append(f"Works on {space}; models: {count}.{source}{_more(method)}\n")
         parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")
@@ -78,6 +85,11 @@ def _more(method: Method) -> str:
 
 def _example(example: Example) -> str:
     given = ", ".join(f"{k} {v}" for k, v in example.parameters.items())
+    if isinstance(example.models[0], tuple):
+        models = "; ".join(f"scale {s:g}, A {a}, B {b}" for s, a, b in example.models)
+        return (
+            f"Example ({example.source}): {models}{', with ' + given if given else ''} give B A = {example.expected}.\n"
+        )
     base = f", base {example.base}" if example.base is not None else ""
     why = f" ({example.source})" if example.source else ""
     beside = "".join(f", {k} {v}" for k, v in example.companions.items())

@@ -136,12 +136,20 @@ def test_fp8_is_a_source(tmp_path: Path) -> None:
 
 
 def test_adapters_are_sources(lora_run: Path, tiny_llama: Path) -> None:
-    from stockpot.adapters import fuse, product_adapter, read_adapter
+    from stockpot.adapters import fuse, read_adapter
 
     def adapters() -> list[Any]:
         return [read_adapter(stockpot.open_checkpoint(lora_run / f"checkpoint-{s}")) for s in (4, 8)]
 
-    run_checks(source_checks(lambda: product_adapter(adapters(), [0.5, 0.5])))
+    def product(method: str) -> Any:
+        """What a recipe computes of factors."""
+        models = [str(lora_run / f"checkpoint-{s}") for s in (4, 8)]
+        parameters = {"rank": 3} if method == "product_svd" else {}
+        planned = stockpot.plan({"merge_method": method, "models": models, "parameters": parameters})
+        return next(m.checkpoint for m in planned.inputs if m.role == "factors")
+
+    for name in ("product", "product_svd"):
+        run_checks(source_checks(lambda name=name: product(name)))
     run_checks(source_checks(lambda: fuse(stockpot.open_checkpoint(tiny_llama), adapters()[:1], [1.0], exact=True)))
 
 

@@ -49,6 +49,7 @@ def test_the_page_has_what_it_promises() -> None:
         "softmax_scheme.py",
         "npz_format.py",
         "packed_experts.py",
+        "heaviest.py",
     }
 
 
@@ -279,3 +280,12 @@ def test_a_view(files: Path, tmp_path: Path) -> None:
     assert out.keys() == apart.keys()
     assert all(torch.equal(out[f"mlp.experts.{i}.weight"], torch.full((4, 3), (i + 1) / 2)) for i in range(3))
     stockpot.verify(tmp_path / "out")
+
+
+def test_a_method_on_adapters(files: Path, tmp_path: Path) -> None:
+    __import__("heaviest")
+    checks = method_checks("heaviest")
+    assert len(checks) > 5
+    for i, check in enumerate(checks):
+        (tmp_path / str(i)).mkdir()
+        check(tmp_path / str(i))

@@ -13,7 +13,7 @@ import torch
 
 import stockpot
 from stockpot.errors import ArgumentError
-from stockpot.methods import dare_linear, dare_ties, linear, methods, passthrough, slerp, task_arithmetic, ties
+from stockpot.methods import Space, dare_linear, dare_ties, linear, methods, passthrough, slerp, task_arithmetic, ties
 from stockpot.methods.spherical import slerp_weights
 
 from helpers import assert_ulp, oracle_elect, oracle_slerp, oracle_trim
@@ -252,8 +252,8 @@ def neutral(method: Any) -> dict[str, Any]:
     return {"t": 0.5} if method.name == "slerp" else {}
 
 
-#: those of companions have suites of their own (test_conformance)
-ALL = [m for m in methods().values() if m.builtin and not m.companions]
+#: those of companions, and those on factors, have suites of their own (test_conformance, test_quick)
+ALL = [m for m in methods().values() if m.builtin and not m.companions and m.space is not Space.FACTORS]
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)

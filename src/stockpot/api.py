@@ -276,11 +276,11 @@ def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool)
 
 def adapter_report(planned: Plan) -> dict[str, Any] | None:
     """The relative error of averaging adapters, where it is known how to measure it."""
-    from stockpot.adapters import ProductAdapter, product_report
+    from stockpot.adapters import FactoredAdapter, product_report
 
-    first = planned.inputs[0].checkpoint
-    if isinstance(first, ProductAdapter):
-        return product_report(first)
+    for model in planned.inputs:
+        if isinstance(model.checkpoint, FactoredAdapter):
+            return product_report(model.checkpoint)
     try:
         return _factors_report(planned)
     except (CheckpointError, MismatchError):

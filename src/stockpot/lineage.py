@@ -24,7 +24,7 @@ from stockpot.engine.publish import replace_file, write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
-from stockpot.planning.plan import Action, MergeGroup, ModelInput, Plan
+from stockpot.planning.plan import MergeGroup, ModelInput, Plan
 from stockpot.planning.steps import steps_in, why_written
 from stockpot.version import __version__
 
@@ -150,9 +150,10 @@ def make_lineage(
             "digest": outcome.output_digests[t.name],
             "file": plan.shards[t.shard].name,
         }
-        row["from" if t.action is not Action.MERGE else "group"] = (
-            {"model": t.operands[0].model, "name": t.operands[0].name} if t.action is not Action.MERGE else t.group
-        )
+        if t.group < 0:
+            row["from"] = {"model": t.operands[0].model, "name": t.operands[0].name}
+        else:
+            row["group"] = t.group
         norm, ratio = outcome.sizes.norm(t.name), outcome.sizes.ratio(t.name)
         if norm is not None and t.spec.dtype.is_float:
             row["norm"] = float(f"{norm:.6g}")
@@ -257,10 +258,17 @@ def _input(plan: Plan, model: ModelInput, outcome: Outcome) -> dict[str, Any]:
     }
     if checkpoint.parts:
         row |= {"made": checkpoint.made} if checkpoint.made else {}
-        row["parts"] = [{"path": p.path, "files": _files(p, _part_digests(p, outcome))} for p in checkpoint.parts]
+        # of factors the adapters are listed themselves
+        listed = {p.path for p in checkpoint.parts} if model.role == "factors" else set()
+        row["parts"] = [
+            {"path": p.path, **({} if p.path in listed else {"files": _files(p, _part_digests(p, outcome))})}
+            for p in checkpoint.parts
+        ]
         return row
-    read = {name: digest for (index, name), digest in outcome.input_digests.items() if index == model.index}
-    return row | {"files": _files(checkpoint, read)}
+    own = {name: digest for (index, name), digest in outcome.input_digests.items() if index == model.index}
+    if any(p.path == checkpoint.path for m in plan.inputs for p in m.checkpoint.parts):
+        own = _part_digests(checkpoint, outcome) | own  # another input is computed from it
+    return row | {"files": _files(checkpoint, own)}
 
 
 def _part_digests(part: Checkpoint, outcome: Outcome) -> dict[str, str]:

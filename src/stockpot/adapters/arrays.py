@@ -8,13 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stockpot.adapters.algebra import stacked
-from stockpot.adapters.peft import Adapter
+from stockpot.adapters.peft import Adapter, LowRank
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.source import ReadRequest
+from stockpot.methods.factors import Factors, stacked
 from stockpot.specs import DType, TensorSpec
 
-__all__ = ["averaged", "decoded", "encoded", "load_factors", "load_tensor", "stacked_factors"]
+__all__ = ["averaged", "decoded", "encoded", "factors_of", "load_factors", "load_tensor", "stacked_factors"]
 
 _DTYPES: dict[DType, Any] = {
     DType.F64: np.float64,
@@ -53,6 +53,15 @@ def load_factors(adapter: Adapter, module: str) -> tuple[Array, Array]:
     m = adapter.modules[module]
     a, b = load_tensor(adapter.checkpoint, m.a), load_tensor(adapter.checkpoint, m.b)
     return a.reshape(len(a), -1), b.reshape(len(b), -1)
+
+
+def factors_of(adapter: Adapter, m: LowRank | None, sides: tuple[int, int]) -> Factors:
+    """What a method on factors gets of one adapter: of one that does not adapt the module, factors of rank 0."""
+    if m is None:
+        return Factors(np.zeros((0, sides[0]), np.float32), np.zeros((sides[1], 0), np.float32))
+    a, b = load_factors(adapter, m.module)
+    bias = None if m.bias is None else load_tensor(adapter.checkpoint, m.bias)
+    return Factors(a, b, m.scale, bias)
 
 
 def stacked_factors(adapters: Sequence[Adapter], weights: Sequence[float], module: str) -> tuple[Array, Array]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.adapters.factored import module_bytes
+from stockpot.adapters.fitting import check_plain, check_products
 from stockpot.adapters.peft import PREFIX, Adapter, LowRank
-from stockpot.adapters.product import check_products, module_bytes
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.checkpoints.source import ReadRequest
@@ -122,6 +123,7 @@ def fuse(
     Raises MismatchError where an adapter does not fit the base, or for DoRA; nothing is read but headers.
     """
     check_products(adapters)
+    check_plain(adapters)
     if base.kind != "model":
         raise CheckpointError(f"{base.ref}: an adapter; a base must be a full model")
     tied = base.tied()

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stockpot.adapters.factored import FactoredAdapter
 from stockpot.adapters.peft import Adapter
-from stockpot.adapters.product import ProductAdapter
 
 __all__ = ["factors_report", "product_report"]
 
@@ -34,16 +34,14 @@ def factors_report(adapters: Sequence[Adapter], weights: Sequence[float], *, thr
         return _report("factors", dict(zip(modules, pool.map(measured, modules), strict=True)))
 
 
-def product_report(product: ProductAdapter) -> dict[str, Any]:
-    """Relative error of each module of a product that was recompressed to a rank; zero for one that was stacked."""
-    if product.rank is None:
-        return _report("product", {})
-    for module in product.adapters[0].modules:
-        if module not in product.errors:  # a resumed merge had no need of it
-            product.computed_module(module)
-    pairs = {module: product.errors[module] for module in product.adapters[0].modules}
-    written = max(product.spec(m.a).shape[0] for m in product.adapters[0].modules.values())
-    return _report("product", pairs) | {"rank": written}
+def product_report(made: FactoredAdapter) -> dict[str, Any]:
+    """Relative error of each module of which a method has lost something; no modules where nothing was lost."""
+    for module in made.modules:
+        if module not in made.errors:  # a resumed merge had no need of it
+            made.computed_module(module)
+    pairs = {module: made.errors[module] for module in made.modules if made.errors[module][1]}
+    written = max(made.spec(c.lead()[1].a).shape[0] for c in made.modules.values())
+    return _report("product", pairs) | ({"rank": written} if pairs else {})
 
 
 def _report(mode: str, pairs: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

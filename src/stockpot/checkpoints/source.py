@@ -96,6 +96,14 @@ class TensorSource(Protocol):
         """Bytes of memory for each element that is being read, beside where it is read to."""
         return 0
 
+    def scratch_of(self, name: str) -> int:
+        """Bytes of memory while any range of this tensor is being read, beside those for each element."""
+        return 0
+
+    def together(self, name: str) -> tuple[str, ...]:
+        """The tensors that come of one computation, this one among them: read whole, by one thread, one after the other."""
+        return (name,)
+
     @property
     def pieces_at_once(self) -> int:
         """Pieces of a tensor that are best read together: one, which is still in a core's cache when it is hashed."""

@@ -227,7 +227,8 @@ def show_method(name: str, *, as_json: bool) -> None:
     low, high = method.models
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
     print(f"{method.name}: {inspect.getdoc(method.function)}\n")
-    print(f"works on {'deltas (a base is needed)' if method.space.value == 'delta' else 'weights'}; models: {count}")
+    sees = {"delta": "deltas (a base is needed)", "weight": "weights", "factors": "the factors of LoRA adapters"}
+    print(f"works on {sees[method.space.value]}; models: {count}")
     if method.cite:
         print(f"source: {method.cite}")
     print()

@@ -42,6 +42,11 @@ def merge_dicts(
     if isinstance(models, Mapping) or not all(isinstance(m, Mapping) for m in models):
         raise ArgumentError(f"{method.name}: expected a list of mappings from names to tensors")
     models = list(models)
+    if method.space is Space.FACTORS:
+        raise ArgumentError(
+            f"{method.name} combines the factors of adapters, which state dicts don't tell the scale of: merge adapter "
+            f"directories by a recipe, or call stockpot.methods.{method.name}.function with Factors"
+        )
     if method.space is Space.DELTA and base is None:
         raise ArgumentError(f"{method.name} works on differences from a base: give base=")
     if method.space is Space.WEIGHT and base is not None:

@@ -78,6 +78,16 @@ def aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
+def _joint(plan: Plan, t: TensorPlan) -> tuple[Any, None] | None:
+    """What tensors have in common that come of one computation, for one that is not alone in that. Ends with None, as no key
+    of other batches does.
+    """
+    if t.action is Action.MERGE or not t.spec.numel:
+        return None
+    names = plan.inputs[t.inputs[0].model].checkpoint.together(t.inputs[0].name)
+    return ((t.inputs[0].model, names), None) if len(names) > 1 else None
+
+
 def most_of_a_unit(plan: Plan) -> int:
     """Bytes of a buffer for the inputs of the largest unit."""
     most = 0
@@ -103,10 +113,13 @@ def batch_key(plan: Plan, t: TensorPlan) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring tensors that are worked on together. bundles: by compiled calls."""
+    """Neighbouring tensors that are worked on together. bundles: by compiled calls; joint: whole, as they come of one
+    computation.
+    """
 
     tensors: tuple[TensorPlan, ...]
     bundles: bool
+    joint: bool = False
 
 
 class Cutter:
@@ -132,6 +145,14 @@ class Cutter:
         key: Any = None
         filled = 0
         for t in tensors:
+            joint = _joint(self.plan, t)
+            if joint:
+                if batch and key != joint:
+                    yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
+                    batch, filled = [], 0
+                batch.append(t)
+                key = joint
+                continue
             numel = t.spec.numel
             apart = alone(t)
             bundles = bool(self.native[t.index]) and not apart
@@ -139,7 +160,7 @@ class Cutter:
             own = (self.keys[t.index], bundles) if joins else None
             full = not bundles and (filled + numel > PIECE or len(batch) >= _BATCH_TENSORS)
             if batch and (own is None or own != key or full):
-                yield Run(tuple(batch), bool(key[1]))
+                yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
                 batch, filled = [], 0
             if own is not None:
                 batch.append(t)
@@ -148,7 +169,7 @@ class Cutter:
             else:
                 yield Run((t,), False)
         if batch:
-            yield Run(tuple(batch), bool(key[1]))
+            yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
 
     def cut(self, run: Run, done: Any, elements: Callable[[], int]) -> Iterator[Any]:
         """Rows to do together. done: whether pieces are done already, or None; elements: of a bundle, at most."""
@@ -166,7 +187,7 @@ class Cutter:
                 yield rows[at:last]
                 at, before = last, int(ends[last - 1])
             return
-        if len(run.tensors) > 1:
+        if len(run.tensors) > 1 or run.joint:
             rows = rows if done is None else rows[~done[rows]]
             if len(rows):
                 yield rows

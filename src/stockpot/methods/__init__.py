@@ -19,6 +19,7 @@ from stockpot.methods.declaration import (
     method,
     methods,
 )
+from stockpot.methods.factors import Factors
 from stockpot.methods.parameters import ByDialect, Choice, Flag, Named, PerLayer, PerModel, Real, Text, Whole
 from stockpot.statistics import Extremes, Gram, L1Norms, Mask, Normal, Quantile, Rank, SignSum, Total, Uniform
 
@@ -29,8 +30,8 @@ _DECLARED = {name: found for name, found in sorted(_REGISTRY.items()) if found.b
 globals().update(_DECLARED)
 
 __all__ = [
-    "ByDialect", "Choice", "Companion", "Cost", "Example", "Extremes", "Flag", "Gram", "L1Norms", "Mask", "Method", "Named",
-    "Normal", "PerLayer", "PerModel", "Quantile", "Rank", "Real", "Scope", "SignSum", "Space", "Text", "Total", "Uniform",
-    "Whole", "get_method", "method", "methods",
+    "ByDialect", "Choice", "Companion", "Cost", "Example", "Extremes", "Factors", "Flag", "Gram", "L1Norms", "Mask", "Method",
+    "Named", "Normal", "PerLayer", "PerModel", "Quantile", "Rank", "Real", "Scope", "SignSum", "Space", "Text", "Total",
+    "Uniform", "Whole", "get_method", "method", "methods",
 ]  # fmt: skip
 __all__ += list(_DECLARED)

@@ -81,6 +81,7 @@ def _problems(method: Method, roles: tuple[str, ...]) -> Iterator[str]:
             if p.kind.check(value):
                 yield f"the default {value!r} of {p.name!r} is not {p.kind.check(value)}"
     yield from _extent_of_tensors(method, roles)
+    yield from _factors(method)
     if method.dialects_say and set(method.dialects_say) != set(method.dialects):
         yield f"dialects= describes {sorted(method.dialects_say)}, the parameter 'dialect' knows {sorted(method.dialects)}"
 
@@ -179,6 +180,27 @@ def _draws(method: Method) -> Iterator[str]:
                 yield f"Mask refers to {draw.keep!r}, which is no parameter{nearest(draw.keep, by_keyword)}"
             elif not p.per_model or not isinstance(p.kind, Real) or p.kind.low < 0 or p.kind.high > 1:
                 yield f"Mask refers to {draw.keep!r}, which is not a number from 0 to 1 for each model"
+
+
+def _factors(method: Method) -> Iterator[str]:
+    """A method on factors gets whole modules, and nothing that is declared of blocks."""
+    if method.space.value != "factors":
+        if method.ranks is not None:
+            yield "ranks= goes with Space.FACTORS"
+        return
+    if method.ranks is None:
+        yield "space=Space.FACTORS needs ranks=: the plan must know the shapes of the result"
+    given: dict[str, Any] = {
+        "stats": method.stats, "draws": method.draws, "companions": method.companions, "form": method.form,
+        "applies": method.applies, "cost": method.cost, "copies": method.copies,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            yield f"{name}= is of blocks of tensors; in Space.FACTORS the function gets the factors of a module"
+    if method.scope.value != "element":
+        yield "scope= is of blocks of tensors; in Space.FACTORS the function gets the factors of a module"
+    if method.base_role != "listed":
+        yield f"base_role={method.base_role!r}: in Space.FACTORS there is no base"
 
 
 def _extent_of_tensors(method: Method, roles: tuple[str, ...]) -> Iterator[str]:

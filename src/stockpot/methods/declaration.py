@@ -4,7 +4,7 @@ The signature is the only declaration. Recipe validation, `stockpot methods`, th
 it, and nothing outside asks for a method by name. A declaration that can't be kept is refused when it is made. A method says,
 beside its parameters,
 
-- `space`: whether it sees weights or deltas; `scope`: single elements, rows, or whole tensors at once;
+- `space`: whether it sees weights, deltas, or the factors of adapters; `scope`: single elements, rows, or whole tensors at once;
 - `stats`: what it must know of more than the block in hand (see stockpot.statistics), and `draws`: its random numbers;
 - `companions`: checkpoints of the same names beside each model (a Fisher diagonal);
 - `applies` and `otherwise`: the kinds of tensors it is for, and what happens to the rest; `cost`: the memory of a whole-tensor
@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,10 +43,13 @@ class Scope(enum.Enum):
 
 
 class Space(enum.Enum):
-    """WEIGHT: the function gets the models' weights. DELTA: weights minus base, and the base is added after it."""
+    """WEIGHT: the function gets the models' weights. DELTA: weights minus base, and the base is added after it. FACTORS: it gets
+    a module's low-rank factors of every adapter, whatever their ranks, and returns factors (stockpot.methods.factors).
+    """
 
     WEIGHT = "weight"
     DELTA = "delta"
+    FACTORS = "factors"
 
 
 #: kinds of tensors: two-dimensional ones, convolution kernels, tables with a row for each token (heads too), one-dimensional
@@ -82,7 +85,8 @@ class Cost:
 class Example:
     """A merge with a known result, by hand or from a paper: in the docs, and checked by `stockpot.testing`.
 
-    models, base, companions, expected are nested lists of numbers, of one shape
+    models, base, companions, expected are nested lists of numbers, of one shape; in FACTORS space models are (scale, A, B), and
+    what is expected is the product B A of the result
     within  largest difference from what is expected
     """
 
@@ -110,6 +114,7 @@ class Method:
     ordered       whether the order of the models matters beyond rounding
     experimental  rebuilt from a description, or not settled: the plan says so
     dialects_say  for each dialect what it does differently
+    ranks         in FACTORS space the rank of a result: (ranks of the models, (out, in), parameters) -> int
     neutral       the parameters, beside the defaults, with which one model merges to itself; None: there are none
     """
 
@@ -137,6 +142,7 @@ class Method:
     dialects_say: Mapping[str, str] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
     neutral: Mapping[str, Any] | None = None
+    ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.function.__module__, self.name)
@@ -185,6 +191,8 @@ def cannot_replace(method: Method, other: Method) -> str | None:
     given = f"{method.name}: otherwise={method.otherwise!r}"
     if other is method:
         return f"{given} is the method itself"
+    if other.space is Space.FACTORS:
+        return f"{given} works on modules of adapters, not on tensors"
     if other.companions:
         return f"{given} needs {other.companions[0].name}, which {method.name} has not"
     if other.applies is not None:
@@ -228,12 +236,13 @@ def method(
     dialects: Mapping[str, str] | None = None,
     examples: tuple[Example, ...] = (),
     neutral: Mapping[str, Any] | None = None,
+    ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare and register a merge method; see the module's docstring and `docs/extending.md`.
 
-    The function takes the block first (`[m, *block]`), then keyword-only arguments: parameters annotated
-    `Annotated[..., Real(...)]`, and by name what it declares (each statistic, draw and companion). Raises TypeError for what it
-    could not do.
+    The function takes the block first (`[m, *block]`; in FACTORS space a list of Factors), then keyword-only arguments:
+    parameters annotated `Annotated[..., Real(...)]`, and by name what it declares (each statistic, draw and companion). Raises
+    TypeError for what it could not do.
     """
 
     def declare(function: Callable[..., Any]) -> Method:
@@ -262,6 +271,7 @@ def method(
             dialects_say=dict(dialects or {}),
             examples=examples,
             neutral=neutral,
+            ranks=ranks,
         )
         check_declaration(made, ROLES)
         if made.name in _REGISTRY:

@@ -49,8 +49,12 @@ def _worker_bytes(
     sizes = [inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs]
     block = min(pieces * PIECE, max(t.spec.numel, 1))
     sizes.append(max(inputs[o.model].checkpoint.scratch_itemsize for o in t.inputs))
+    reading = max(inputs[o.model].checkpoint.scratch_of(o.name) for o in t.inputs)
     if t.action is not Action.MERGE:
-        return block * (sum(sizes) + t.spec.dtype.itemsize)
+        source, name = inputs[t.inputs[0].model].checkpoint, t.inputs[0].name
+        joint = source.together(name)
+        block = block if len(joint) == 1 else sum(source.spec(n).numel for n in joint)
+        return reading + block * (sum(sizes) + t.spec.dtype.itemsize)
     group = groups[t.group]
     method, wide, m = group.method, work_itemsize(t.spec.dtype), len(t.operands)
     if method.scope is Scope.TENSOR:
@@ -65,12 +69,12 @@ def _worker_bytes(
         arrays = block * wide * (len(t.inputs) + 2) + method.cost.scratch(m, t.spec.shape, wide)
         # statistics come before it, in blocks
         arrays = max(arrays, *(min(REDUCE, block) * (8 * s.scratch(m) + wide * len(t.inputs)) for s in needed), 0)
-        return block * (sum(sizes) + t.spec.dtype.itemsize) + arrays
+        return reading + block * (sum(sizes) + t.spec.dtype.itemsize) + arrays
     rows = len(t.inputs) + (6 * m + 8 if needed or method.draws else 4)
     arrays = chunk * wide * rows
     drawn = sum(8 * m for d in method.draws if not isinstance(d, Mask)) * chunk
     folded = max((chunk * (8 * s.scratch(m) + wide * len(t.inputs)) for s in needed), default=0)
-    return block * (sum(sizes) + t.spec.dtype.itemsize) + max(arrays + drawn, folded)
+    return reading + block * (sum(sizes) + t.spec.dtype.itemsize) + max(arrays + drawn, folded)
 
 
 def _passed_twice(

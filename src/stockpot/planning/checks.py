@@ -20,9 +20,17 @@ _ADAPTER_KEYS = (
 
 
 def check_kinds(
-    inputs: Sequence[ModelInput], problems: list[StockpotError], notes: list[str], *, said: bool = False
+    inputs: Sequence[ModelInput],
+    problems: list[StockpotError],
+    notes: list[str],
+    *,
+    said: bool = False,
+    factors: bool = False,
 ) -> None:
-    """Adapters merge with adapters, and only where one LoRA setting holds for all. said: the user chose the factors."""
+    """Adapters merge with adapters, and where A and B are combined apart only where one LoRA setting holds for all.
+
+    said: the user chose the factors; factors: they are combined module by module, whatever their settings.
+    """
     kinds = {m.checkpoint.kind for m in inputs}
     if len(kinds) > 1:
         adapters = [m.ref for m in inputs if m.checkpoint.kind == "adapter"]
@@ -34,7 +42,11 @@ def check_kinds(
             ).within(*inputs[1].places)
         )
         return
-    if kinds == {"adapter"}:
+    if factors and kinds != {"adapter"}:
+        for model in inputs:
+            why = f"{model.ref}: a full model; expected a LoRA adapter, whose factors the method combines"
+            problems.append(MismatchError(why).within(*model.places))
+    elif kinds == {"adapter"} and not factors:
         first = inputs[0]
         for other in inputs[1:]:
             for key in _ADAPTER_KEYS:

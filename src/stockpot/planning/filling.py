@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stockpot.checkpoints.roles import role_of
@@ -15,6 +15,7 @@ from stockpot.planning.companions import companion_operands
 from stockpot.planning.matching import Match
 from stockpot.planning.parameters import Levels, ParameterResolver, Place
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
+from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe, Rule
 from stockpot.specs import BY_LABEL, DType, TensorSpec
 
@@ -51,10 +52,7 @@ class Filler:
 
     def fill(self, matches: Sequence[Match]) -> list[TensorPlan]:
         """The tensors of the output, without their places in its files."""
-        for match in matches:
-            if match.slot.layer is not None:
-                stack, number = match.slot.layer
-                self._layers[stack] = max(self._layers.get(stack, 0), number + 1)
+        self.know_layers(match.slot for match in matches)
         out = [planned for planned in map(self.tensor, matches) if planned is not None]
         self.resolver.note_unmatched()
         if self._outside:
@@ -65,10 +63,17 @@ class Filler:
             )
         return out
 
+    def know_layers(self, slots: Iterable[Slot]) -> None:
+        """Count the layers of the output: what vectors with an entry for each are held to."""
+        for stack, number in (slot.layer for slot in slots if slot.layer is not None):
+            self._layers[stack] = max(self._layers.get(stack, 0), number + 1)
+
     def tensor(self, match: Match) -> TensorPlan | None:
         """One of them; None after a problem."""
         rule = self.rule_for(match.name)
         method = self.main if rule < 0 else self.rules[rule]
+        if method.space is Space.FACTORS:
+            method = linear  # what lies beside factors: the mean, by the same weights
         leaves = method.applies is not None and role_of(match.name, match.slot.spec.shape) not in method.applies
         if leaves and match.slot.spec.dtype.is_float:
             instead = self.instead(match, rule, method)
@@ -169,7 +174,7 @@ class Filler:
         chosen: Sequence[int],
         operands: Sequence[Operand],
         *,
-        plain: bool,
+        plain: bool = False,
     ) -> MergeGroup | None:
         """The method with the tensor's parameters. plain: a mean that takes weights only. None after a problem."""
         part = match.part

@@ -79,6 +79,8 @@ class Matcher:
     inputs: Sequence[ModelInput]
     problems: list[StockpotError]
     notes: list[str]
+    #: names that are filled otherwise
+    apart: frozenset[str] = frozenset()
     untied: set[str] = field(default_factory=set)
     #: under `absent: zero`, what counts as zeros: model -> name -> shape and dtype
     zeros: dict[int, dict[str, TensorSpec]] = field(default_factory=dict)
@@ -102,8 +104,8 @@ class Matcher:
         """
         checkpoint = self.checkpoint(donor)
         duplicates = checkpoint.tied()
-        names = [n for n in checkpoint.names() if n not in duplicates]
-        seen = set(names)
+        names = [n for n in checkpoint.names() if n not in duplicates and n not in self.apart]
+        seen = {*names, *self.apart}
         for other in others:
             theirs = self.checkpoint(other)
             tied = theirs.tied()
@@ -129,6 +131,7 @@ class Matcher:
         """Tensors that only another model has would be dropped: an error unless they are excluded."""
         theirs = self.checkpoint(model)
         tied = theirs.tied()
+        names = names | self.apart
         extra = [n for n in theirs.names() if n not in names and n not in tied and self.included(n)]
         if extra:
             self.problems.append(

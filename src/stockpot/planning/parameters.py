@@ -140,7 +140,11 @@ class ParameterResolver:
             params[parameter.keyword] = value
             if parameter.name == "dialect":
                 dialect = value
-        key = (method.name, len(sources), tuple(sorted(params.items())))
+        return self.fixed(method, params, len(sources))
+
+    def fixed(self, method: Method, params: Mapping[str, Any], models: int = 1) -> MergeGroup:
+        """The group of a method with these parameters, made once."""
+        key = (method.name, models, tuple(sorted(params.items())))
         group = self._keys.get(key)
         if group is None:
             group = self._keys[key] = MergeGroup(len(self.groups), method, params)

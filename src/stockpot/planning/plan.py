@@ -48,7 +48,7 @@ class ModelInput:
     """One distinct checkpoint that is read.
 
     where  the place in the recipe that names it first, as in `recipe.yml:3`
-    role   "model", or the name of the companion that it is to a model
+    role   "model", "factors" for the adapter that is computed from the models, or the name of a companion
     """
 
     index: int
@@ -127,6 +127,8 @@ def spans_by_tensor(stats: Sequence[StatPlan]) -> dict[int, dict[int, int]]:
 class TensorPlan:
     """One output tensor: where it comes from, what happens to it, where it goes.
 
+    group       its method and parameters; -1 for what is copied as it is. Factors are copied from the adapter that their group's
+                method computes
     operands    the models' tensors, in the order of the recipe, without the base
     base        the base's tensor where the method works on deltas
     companions  those of the models, all of the first kind that the method declares, then all of the second
@@ -291,7 +293,7 @@ class Plan:
             key = (t.action.value, t.group)
             row = rows.get(key)
             if row is None:
-                group = self.groups[t.group] if t.action is Action.MERGE else None
+                group = self.groups[t.group] if t.group >= 0 else None
                 row = rows[key] = {
                     "action": t.action.value,
                     "method": group.method.name if group else t.action.value,

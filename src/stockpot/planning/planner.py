@@ -15,12 +15,13 @@ from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
 from stockpot.planning.config import output_config
+from stockpot.planning.factoring import Factoring, check_space, open_adapters
 from stockpot.planning.filling import Filler, replacement
 from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
 from stockpot.planning.matching import Entry, Matcher, Part, match_models, match_slices, primary_stack
 from stockpot.planning.parameters import ParameterResolver, all_settings
-from stockpot.planning.plan import Plan, TensorPlan
+from stockpot.planning.plan import ModelInput, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
@@ -121,8 +122,11 @@ class _Planner(Inputs):
         self.stop_if_bad()
         assert main is not None
         models = [m for m in self.inputs if m.role == "model"]
-        check_kinds(models, self.problems, self.notes, said=self.says_how_adapters(recipe))
         methods = {i: m for i, m in rule_methods.items() if m is not None}
+        check_space(main, [(recipe.rules[i].line, m) for i, m in methods.items()], recipe, self.problems)
+        self.stop_if_bad()
+        factors = main.space is Space.FACTORS
+        check_kinds(models, self.problems, self.notes, said=self.says_how_adapters(recipe), factors=factors)
         for part in parts:
             self.check_count(main, part)
         check_companions(
@@ -132,17 +136,22 @@ class _Planner(Inputs):
 
         vocabulary = crop_vocabularies(self.inputs, self.problems, self.notes) if recipe.crops_vocabulary else None
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
-        donor = base if base is not None else parts[0].entries[0].model
+        filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
+        donor = base if base is not None else parts[0].entries[-1 if factors else 0].model
+        factoring = self.factoring(parts[0], filler, matcher) if factors else None
         self.note_batch_norm(donor)
         matches = match_slices(matcher, parts)[0] if recipe.slices else match_models(matcher, parts[0], donor)
         self.stop_if_bad()
-        resolver.check_filters(all_settings(recipe), [m.name for m in matches])
-        check_patterns(recipe, [m.name for m in matches], self.inputs, self.problems)
-        filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
+        names = [*sorted(matcher.apart), *(m.name for m in matches)]
+        resolver.check_filters(all_settings(recipe), names)
+        check_patterns(recipe, names, self.inputs, self.problems)
         for model, zeros in matcher.zeros.items():
             held = self.inputs[model]
             self.inputs[model] = replace(held, checkpoint=with_zeros(held.checkpoint, zeros))
-        tensors = filler.fill(matches)
+        made = factoring.plan(len(self.inputs)) if factoring is not None else None
+        tensors = [*(made[1] if made else ()), *filler.fill(matches)]
+        if made is not None:
+            self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
         check_vocabularies(models, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
         placed, shards = lay_out(tensors, self.inputs[donor].checkpoint.kind, shard_size)
@@ -152,7 +161,7 @@ class _Planner(Inputs):
         return Plan(
             recipe=asked,
             inputs=tuple(self.inputs),
-            template=self.template(donor, placed, parts, matcher, vocabulary),
+            template=self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None),
             groups=groups,
             stats=stats,
             tensors=placed,
@@ -162,6 +171,14 @@ class _Planner(Inputs):
             notes=tuple(self.notes),
             soup=self.soup,
         )
+
+    def factoring(self, part: Part, filler: Filler, matcher: Matcher) -> Factoring:
+        """How adapters are combined module by module; what they hold beside the factors is matched like any other tensor."""
+        adapters = open_adapters(part, self.inputs, self.recipe, self.problems)
+        self.stop_if_bad()
+        found = Factoring(self.recipe, part, adapters, filler, matcher, self.problems)
+        matcher.apart = found.names
+        return found
 
     def parts(self, base: int | None) -> list[Part]:
         recipe = self.recipe
@@ -260,13 +277,19 @@ class _Planner(Inputs):
     # config and files
 
     def template(
-        self, donor: int, tensors: Sequence[TensorPlan], parts: Sequence[Part], matcher: Matcher, vocabulary: int | None
+        self,
+        donor: int,
+        tensors: Sequence[TensorPlan],
+        parts: Sequence[Part],
+        matcher: Matcher,
+        vocabulary: int | None,
+        factors: Checkpoint | None,
     ) -> Template:
-        """The output without its bytes: the donor's, as the recipe changes it."""
+        """The output without its bytes: the donor's, as the recipe changes it. factors: the adapter that is computed."""
         checkpoint = self.inputs[donor].checkpoint
         written = {t.spec.dtype for t in tensors if t.spec.dtype.is_float}
         dtype = written.pop() if len(written) == 1 else None
-        config = dict(checkpoint.config)
+        config = dict(checkpoint.config if factors is None else factors.config)
         if checkpoint.kind == "model":
             layers, old = self.layers(checkpoint, parts) if self.recipe.slices else (None, 0)
             config = output_config(

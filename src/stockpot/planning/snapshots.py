@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stockpot.adapters import fuse, product_adapter, read_adapter
+from stockpot.adapters import fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import ArgumentError, RecipeError, StockpotError
@@ -106,22 +106,26 @@ def compute_adapters(recipe: Recipe, locate: Callable[[str], str]) -> tuple[Reci
 def _computed(
     recipe: Recipe, choice: AdapterChoice, locate: Callable[[str], str]
 ) -> tuple[Recipe, dict[str, Checkpoint]]:
+    average = get_method(recipe.merge_method).average
+    if choice.mode == "product":
+        if not average:
+            raise RecipeError("adapter: product is an average, so it goes with linear; fused goes with every method")
+        parameters = dict(recipe.parameters)
+        if choice.rank is not None:
+            parameters["rank"] = Setting(choice.rank, choice.line)
+        method = "product" if choice.rank is None else "product_svd"
+        return replace(recipe, merge_method=method, parameters=parameters), {}
     adapters = [read_adapter(open_checkpoint(locate(e.ref))) for e in recipe.models]
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_LABEL[wanted] if wanted else None
     one: dict[str, Any] = {"merge_method": "passthrough", "parameters": {}, "base_model": None}
-    if get_method(recipe.merge_method).average:
+    if average:
         if recipe.base_model is not None:
             raise RecipeError(f"adapter: {recipe.merge_method} over adapters takes no base_model (fused: adapter.base)")
         weights = _scalar_weights(recipe)
-        if choice.mode == "product":
-            product = product_adapter(adapters, weights, rank=choice.rank, dtype=dtype)
-            return _single(recipe, product, one), {product.ref: product}
         base = _base(choice, adapters[-1].checkpoint, locate)
         fused = fuse(base, adapters, weights, dtype=dtype, ref=f"{base.ref} with {len(adapters)} adapters")
         return _single(recipe, fused, one), {fused.ref: fused}
-    if choice.mode == "product":
-        raise RecipeError("adapter: product is an average, so it goes with linear; fused goes with every method")
     base = _base(choice, adapters[-1].checkpoint, locate)
     made: dict[str, Checkpoint] = {}
     models = []

@@ -18,6 +18,7 @@ from stockpot.engine.native import load_kernels, numpy_only
 from stockpot.methods.declaration import Example, Method, Scope, Space, get_method
 from stockpot.methods.parameters import REQUIRED, Real
 from stockpot.testing.checks import Check
+from stockpot.testing.factors import factor_examples, factor_tests
 from stockpot.testing.models import CUT, DEGENERATE, WHOLE, read_model, state, write_model
 
 __all__ = ["method_checks"]
@@ -28,15 +29,18 @@ Oracle = Callable[..., Any]
 
 
 def method_checks(method: Method | str, *, oracle: Oracle | None = None, within: float = 1e-6) -> list[Check]:
-    """Everything that must hold of a method.
+    """Everything that must hold of a method. Of those on factors: their products are what examples expect, ranks as announced.
 
     oracle  the definition in float64: `oracle(models, base, **parameters)` for one tensor, arrays `[m, *shape]` and `[*shape]`;
             compared over several shapes and settings, in float64, to `within` times the largest magnitude
     """
     found = get_method(method) if isinstance(method, str) else method
-    checks: list[tuple[str, Callable[[Method, str], None]]] = [
-        ("docstring", _docstring),
-        ("pickles", _pickles),
+    checks: list[tuple[str, Callable[[Method, str], None]]] = [("docstring", _docstring), ("pickles", _pickles)]
+    if found.space is Space.FACTORS:
+        checks += factor_tests(found)
+        checks += [(f"example {i + 1}", factor_examples(e)) for i, e in enumerate(found.examples)]
+        return [Check(name, _bound(run, found)) for name, run in checks]
+    checks += [
         ("identity", _identity),
         ("degenerate sizes", _degenerate),
         ("blocks, threads and memory", _invariance),

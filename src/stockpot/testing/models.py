@@ -43,8 +43,13 @@ def state(shapes: Mapping[str, tuple[int, ...]], seed: int, scale: float = 0.02)
     return {name: rng.standard_normal(shape) * scale for name, shape in shapes.items()}
 
 
-def write_model(folder: str, tensors: Mapping[str, Any], dtype: str = "BF16") -> str:
-    """A safetensors model of numpy arrays, each rounded to dtype. Returns the folder."""
+def write_model(
+    folder: str, tensors: Mapping[str, Any], dtype: str = "BF16", *, adapter: Mapping[str, Any] | None = None
+) -> str:
+    """A safetensors model of numpy arrays, each rounded to dtype; with `adapter`, its adapter_config.json, an adapter of PEFT's.
+
+    Returns the folder.
+    """
     os.makedirs(folder, exist_ok=True)
     kind = BY_LABEL[dtype]
     entries: dict[str, tuple[TensorSpec, int]] = {}
@@ -58,13 +63,15 @@ def write_model(folder: str, tensors: Mapping[str, Any], dtype: str = "BF16") ->
         entries[name] = (spec, at)
         at += spec.nbytes
         blobs.append(bytes(raw))
-    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+    stem = "model" if adapter is None else "adapter_model"
+    with open(os.path.join(folder, f"{stem}.safetensors"), "wb") as f:
         f.write(encode_header(entries, {"format": "pt"}))
         f.writelines(blobs)
     layers = {int(n.split(".")[2]) for n in tensors if n.startswith("model.layers.")}
     config = {"model_type": "llama", "num_hidden_layers": len(layers), "tie_word_embeddings": False}
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
-        json.dump(config, f)
+    name = "config.json" if adapter is None else "adapter_config.json"
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(config if adapter is None else dict(adapter), f)
     return folder
 
 
