@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -478,3 +479,33 @@ def test_trl_run(tiny_llama: Path, tmp_path: Path) -> None:
     merged = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
     assert torch.isfinite(logits(merged)).all()
     assert (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_a_run_is_opened_once(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller has opened is not looked through again for the plan; another run than the recipe's is."""
+    from stockpot.planning import snapshots
+
+    opened = stockpot.open_run(lora_run)
+    recipe = stockpot.soup_recipe(opened, stockpot.SoupSpec(last=2))
+    shutil.copytree(lora_run, tmp_path / "other")
+    wanted = [m.checkpoint.path for m in stockpot.plan(recipe).inputs]
+    elsewhere = stockpot.plan(recipe, run=stockpot.open_run(tmp_path / "other"))
+    assert [m.checkpoint.path for m in elsewhere.inputs] == wanted
+    monkeypatch.setattr(snapshots, "open_run", None)
+    stockpot.soup(opened, tmp_path / "out", stockpot.SoupSpec(last=2))
+    assert [m.checkpoint.path for m in stockpot.plan(recipe, run=opened).inputs] == wanted
+
+
+def test_errors_of_mappings_name_no_lines(tmp_path: Path) -> None:
+    """A recipe written in Python has keys, not lines of a text that nobody wrote."""
+    with pytest.raises(RecipeError) as caught:
+        stockpot.plan({"merge_method": "linear", "models": ["a"], "parameters": {"weigth": 1}, "dtype": "bf17"})
+    assert "<recipe>" not in str(caught.value)
+    assert str(caught.value).startswith("dtype: ")
+    with pytest.raises(RecipeError, match="must hold text, numbers, lists and mappings only"):
+        stockpot.plan({"merge_method": "linear", "models": [object()]})
+    deep: Any = []
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        stockpot.plan({"merge_method": "linear", "models": deep})

@@ -15,8 +15,6 @@ from stockpot.errors import (
     ArgumentError,
     CheckpointError,
     MismatchError,
-    ProblemsError,
-    StockpotError,
     VerificationError,
 )
 from stockpot.methods.declaration import Scope
@@ -114,12 +112,17 @@ class MergeResult:
 
 
 def plan(
-    recipe: RecipeLike, options: Options | None = None, *, sources: Mapping[str, Checkpoint] | None = None
+    recipe: RecipeLike,
+    options: Options | None = None,
+    *,
+    sources: Mapping[str, Checkpoint] | None = None,
+    run: Run | None = None,
 ) -> Plan:
     """Resolve a recipe against the headers of its models; reads no tensor data and writes nothing.
 
     recipe   a path, YAML text (with a line break), a mapping, or a Recipe
     sources  opened checkpoints, views of them above all (stockpot.views), by the names that the recipe has for them
+    run      that of its `run:`, where it is open already
 
     Raises StockpotError with every problem found.
     """
@@ -131,6 +134,7 @@ def plan(
         threads=chosen.threads,
         seed=chosen.seed,
         sources=sources,
+        run=run,
     )
 
 
@@ -339,19 +343,10 @@ def soup(
 
     Returns a MergeResult with `soup` and `adapter`. Raises StockpotError; nothing is then left at `out`.
     """
-    recipe = soup_recipe(run, spec, adapter=adapter, rank=rank, base=base)
-    planned = plan_soup(recipe, options)
+    opened = run if isinstance(run, Run) else open_run(run)
+    recipe = soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
+    planned = plan(recipe, options, run=opened)
     return merge_planned(planned, out, options or Options(), overwrite=overwrite, progress=progress)
-
-
-def plan_soup(recipe: Mapping[str, Any], options: Options | None = None) -> Plan:
-    """The plan of a recipe that soup_recipe made: its errors don't speak of lines that the user never wrote."""
-    try:
-        return plan(recipe, options)
-    except StockpotError as e:
-        for problem in e.problems if isinstance(e, ProblemsError) else (e,):
-            problem.places = ()
-        raise
 
 
 def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class StockpotError(Exception):
 
     def within(self, *places: str) -> Self:
         """The same error, said to stand in these places; for `raise` and for lists of problems."""
-        self.places = (*places, *self.places)
+        self.places = (*filter(None, places), *self.places)
         return self
 
     def about(self, path: str, name: str) -> Self:

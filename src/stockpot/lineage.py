@@ -163,7 +163,7 @@ def make_lineage(
         "format": 1,
         "stockpot": __version__,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "recipe": {"file": plan.recipe.origin, "sha256": plan.recipe.digest, "text": plan.recipe.text},
+        "recipe": {"file": plan.recipe.origin or "<recipe>", "sha256": plan.recipe.digest, "text": plan.recipe.text},
         "seed": plan.seed,
         **({"steps": steps} if (steps := _steps(plan)) else {}),
         **({"soup": plan.soup.to_dict()} if plan.soup else {}),

@@ -151,7 +151,15 @@ def soup(
     if windows:
         _windows(opened, spec, adapters, out or "", engine, shown, dry_run=dry_run)
         return
-    _one(api.soup_recipe(opened, spec, **asdict(adapters)), out or "", engine, shown, dry_run=dry_run, release=release)
+    _one(
+        opened,
+        api.soup_recipe(opened, spec, **asdict(adapters)),
+        out or "",
+        engine,
+        shown,
+        dry_run=dry_run,
+        release=release,
+    )
 
 
 def _spec(which: Which, how: How) -> SoupSpec:
@@ -171,14 +179,16 @@ def _spec(which: Which, how: How) -> SoupSpec:
     return parse_name(how.name)
 
 
-def _one(recipe: dict[str, Any], out: str, engine: Engine, shown: Shown, *, dry_run: bool, release: Any) -> None:
+def _one(
+    run: Any, recipe: dict[str, Any], out: str, engine: Engine, shown: Shown, *, dry_run: bool, release: Any
+) -> None:
     from stockpot import api
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import print_json, show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
 
     options = engine.options()
-    planned = api.plan_soup(recipe, options)
+    planned = api.plan(recipe, options, run=run)
     assert planned.soup is not None
     show_notes(planned.notes, quiet=shown.quiet or (shown.as_json and not dry_run))
     if dry_run:
@@ -223,7 +233,7 @@ def _windows(
         if shown.talks:
             show_soup(made)
         if not dry_run and any(step == other for other, _ in todo):
-            planned = api.plan_soup(api.window_recipe(run, made, **asdict(adapters)), options)
+            planned = api.plan(api.window_recipe(run, made, **asdict(adapters)), options, run=run)
             result = api.merge_planned(planned, folder, options, overwrite=overwrite)
             if not shown.as_json:
                 show_soup_result(result, as_json=False, quiet=shown.quiet)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.api import Options, merge_planned, plan, plan_soup
+from stockpot.api import Options, merge_planned, plan
 from stockpot.errors import ArgumentError, GateError, OutputError
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.suite import Suite
@@ -96,7 +96,7 @@ def _publish_winner(
     """Merge the winner into OUT/best, unless the very same merge is there and has no gates to pass."""
     target = os.path.join(folder, BEST)
     assert result.winner is not None
-    planned = plan_soup(dict(result.row(result.winner).tried.recipe), Options())
+    planned = plan(dict(result.row(result.winner).tried.recipe), Options())
     if not suite.gates and published_lineage(folder, result) and remembered(folder, "published") == planned.identity:
         return target
     if os.path.isdir(target) and os.listdir(target) and not lineage_of(target):

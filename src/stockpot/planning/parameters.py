@@ -92,9 +92,9 @@ class ParameterResolver:
         label = " and ".join(sorted({m.name for m in used})) or "this recipe"
         for name, setting in settings.items():
             if name in NO_EFFECT:
-                self.note(f"{self.recipe.at(setting.line)}: {name} is accepted but has no effect: {NO_EFFECT[name]}")
+                self.note(self.recipe.told(setting.line, f"{name} is accepted but has no effect: {NO_EFFECT[name]}"))
             elif name not in known and self.recipe.mergekit_compat and name in MERGEKIT_KNOWS:
-                self.note(f"{self.recipe.at(setting.line)}: {name} has no effect in {label} {where}")
+                self.note(self.recipe.told(setting.line, f"{name} has no effect in {label} {where}"))
             elif name not in known:
                 shared = own and any(name in m.parameters for m in used)
                 why = (
@@ -112,7 +112,7 @@ class ParameterResolver:
                 for pattern in filters(setting.value):
                     if not any(pattern in name for name in names):
                         self.note(
-                            f"{self.recipe.at(setting.line)}: {key}: the filter {pattern!r} matches no tensor name"
+                            self.recipe.told(setting.line, f"{key}: the filter {pattern!r} matches no tensor name")
                         )
 
     # the value for one tensor

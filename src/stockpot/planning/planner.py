@@ -27,7 +27,7 @@ from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
 from stockpot.planning.vocabulary import check_vocabularies, crop_vocabularies
 from stockpot.recipes.schema import ModelEntry, Recipe, Source
-from stockpot.runs import Soup
+from stockpot.runs import Run, Soup
 
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
@@ -42,10 +42,11 @@ def build_plan(
     threads: int | None = None,
     seed: int = 0,
     sources: Mapping[str, Checkpoint] | None = None,
+    run: Run | None = None,
 ) -> Plan:
     """Plan a merge. Reads headers and configs only; imports neither torch nor numpy.
 
-    sources: opened checkpoints by the names that the recipe has for them.
+    sources: opened checkpoints by the names that the recipe has for them; run: that of its `run:`, if it is open already.
 
     Raises the one problem, or ProblemsError with all of them.
     """
@@ -53,18 +54,20 @@ def build_plan(
     known = {ref for step in (*recipe.steps, recipe) for ref in step.references()}
     for name in set(given) - known:
         raise ArgumentError(f"sources: the recipe names no model {name!r}{nearest(name, known)}")
-    return _Planner(recipe, computed=given).plan(
+    return _Planner(recipe, computed=given, run=run).plan(
         shard_size, max_memory or DEFAULT_LIMIT, threads or available_threads(), seed
     )
 
 
 @dataclass
 class _Planner(Inputs):
-    """soup: what the recipe's run comes to; main: the recipe's method; given: the caller's own checkpoints, by name."""
+    """soup: what the recipe's run comes to; main: the recipe's method; given, run: what the
+    caller has opened."""
 
     soup: Soup | None = None
     main: Method | None = None
     given: dict[str, Checkpoint] = field(default_factory=dict)
+    run: Run | None = None
 
     def plan_step(self, step: Recipe) -> Plan:
         return _Planner(step, made=self.made, computed=self.given).plan(DEFAULT_SHARD_SIZE, *self.settings)
@@ -101,7 +104,7 @@ class _Planner(Inputs):
     def expand(self) -> None:
         """Replace `run:` and `adapter:` by the models that they stand for."""
         if self.recipe.run is not None:
-            expansion = expand_run(self.recipe, self.locate)
+            expansion = expand_run(self.recipe, self.locate, self.run)
             self.recipe, self.soup = expansion.recipe, expansion.soup
             self.notes += [*expansion.warnings, *expansion.soup.notes]
         self.given = dict(self.computed)
@@ -234,7 +237,7 @@ class _Planner(Inputs):
                     line = min(s.line for s in entry.parameters.values())
                     why = f"parameters of the base model have no effect in {main.name}"
                     if self.recipe.mergekit_compat:
-                        resolver.note(f"{self.recipe.at(line)}: {why}")
+                        resolver.note(self.recipe.told(line, f"{why}"))
                     else:
                         resolver.report(line, f"{why}: remove them (or set 'compat: mergekit' to have them ignored)")
                 else:

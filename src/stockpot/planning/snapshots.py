@@ -15,7 +15,7 @@ from stockpot.errors import ArgumentError, RecipeError, StockpotError
 from stockpot.methods.declaration import Space, get_method
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, RunChoice
 from stockpot.recipes.values import Setting
-from stockpot.runs import Soup, SoupSpec, open_run, parse_name, resolve_soup
+from stockpot.runs import Run, Soup, SoupSpec, open_run, parse_name, resolve_soup
 from stockpot.specs import BY_LABEL
 
 __all__ = ["Expansion", "compute_adapters", "expand_run"]
@@ -30,12 +30,15 @@ class Expansion:
     warnings: tuple[str, ...]
 
 
-def expand_run(recipe: Recipe, locate: Callable[[str], str]) -> Expansion:
-    """Snapshots as `models`, with their weights where any weighting was asked for. Raises StockpotError."""
+def expand_run(recipe: Recipe, locate: Callable[[str], str], opened: Run | None = None) -> Expansion:
+    """Snapshots as `models`, with their weights where any weighting was asked for. opened: the run, if it is already.
+
+    Raises StockpotError.
+    """
     choice = recipe.run
     assert choice is not None
     with _said_of(recipe.at(choice.line), "run"):
-        return _expanded(recipe, choice, locate)
+        return _expanded(recipe, choice, locate, opened)
 
 
 @contextlib.contextmanager
@@ -50,10 +53,15 @@ def _said_of(*places: str) -> Iterator[None]:
         raise
 
 
-def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str]) -> Expansion:
-    run = open_run(
-        locate(choice.path), snapshots=choice.snapshots, metrics=locate(choice.metrics) if choice.metrics else None
-    )
+def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str], opened: Run | None) -> Expansion:
+    path, metrics = locate(choice.path), locate(choice.metrics) if choice.metrics else None
+    run = opened
+    if run is None or (os.path.realpath(run.path), run.pattern, run.metrics_file) != (
+        path,
+        choice.snapshots,
+        choice.metrics,
+    ):
+        run = open_run(path, snapshots=choice.snapshots, metrics=metrics)
     spec = _spec(choice)
     soup = resolve_soup(run, spec)
     method = get_method(recipe.merge_method)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from stockpot.errors import RecipeError, StockpotError, UserError
 from stockpot.textfiles import read_text
 
-__all__ = ["Node", "parse_documents", "read_yaml_text"]
+__all__ = ["Node", "parse_documents", "plain_nodes", "read_yaml_text"]
 
 _MAX_BYTES = 2 * 2**20
 _MAX_NODES = 200_000
@@ -68,6 +70,30 @@ def parse_documents(
         raise error(f"{origin}: empty; {what} needs at least {needs}")
     converter = _Converter(origin, what, error)
     return [converter.convert(d, 0) for d in documents]
+
+
+def plain_nodes(value: Any, error: type[UserError] = RecipeError) -> list[Node]:
+    """Plain data, as YAML would give it -> one document. Its nodes lie on no line. Raises `error` for anything else."""
+    count = 0
+
+    def convert(value: Any, depth: int) -> Node:
+        nonlocal count
+        count += 1
+        if count > _MAX_NODES or depth > _MAX_DEPTH:
+            raise error("nested too deeply, or too long")
+        if isinstance(value, Mapping):
+            return Node("map", [(str(key), 0, convert(v, depth + 1)) for key, v in value.items()], 0)
+        if isinstance(value, (list, tuple)):
+            return Node("list", [convert(v, depth + 1) for v in value], 0)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise error(
+                f"a recipe as a mapping must hold text, numbers, lists and mappings only: {value!r} is {type(value).__name__}"
+            )
+        return Node("scalar", value, 0, str(value))
+
+    return [convert(value, 0)]
 
 
 class _Converter:

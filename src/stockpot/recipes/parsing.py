@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stockpot.errors import ArgumentError, RecipeError, nearest, raise_problems
-from stockpot.recipes.nodes import Node, parse_documents, read_yaml_text
+from stockpot.recipes.nodes import Node, parse_documents, plain_nodes, read_yaml_text
 from stockpot.recipes.reading import Reader, plain_value
 from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Slice, Source
 from stockpot.specs import parse_dtype
@@ -40,12 +40,7 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        import yaml
-
-        try:
-            return parse_recipe(yaml.safe_dump(_plain(recipe), sort_keys=False), "<recipe>")
-        except yaml.YAMLError as e:
-            raise RecipeError(f"a recipe as a mapping must hold text, numbers, lists and mappings only: {e}") from e
+        return _from_nodes(plain_nodes(recipe), _text_of(recipe), "")
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_recipe(recipe, "<recipe>")
     if not isinstance(recipe, (str, os.PathLike)):
@@ -55,19 +50,32 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     return parse_recipe(text, path)
 
 
-def _plain(value: Any) -> Any:
-    """Paths as text, for recipes written in Python."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def _text_of(recipe: Mapping[str, Any]) -> str:
+    """A mapping as YAML: what a merge records of it."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    try:
+        text: str = yaml.safe_dump(plain(recipe), sort_keys=False)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"a recipe as a mapping must hold text, numbers, lists and mappings only: {e}") from e
+    return text
 
 
 def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
     """Parse YAML text. Raises RecipeError, or ProblemsError when there are several problems."""
+    return _from_nodes(parse_documents(text, origin), text, origin)
+
+
+def _from_nodes(documents: list[Node], text: str, origin: str) -> Recipe:
     parser = _Parser(text, origin)
-    recipe = parser.file(parse_documents(text, origin))
+    recipe = parser.file(documents)
     raise_problems(parser.problems)
     return recipe
 

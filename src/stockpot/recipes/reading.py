@@ -28,7 +28,7 @@ class Reader:
     # small things
 
     def bad(self, line: int, why: str) -> None:
-        self.problems.append(RecipeError(why).within(f"{self.origin}:{line}"))
+        self.problems.append(RecipeError(why).within(*([f"{self.origin}:{line}"] if self.origin else [])))
 
     def mapping(
         self, node: Node, where: str, known: list[str], misplaced: frozenset[str] = frozenset()

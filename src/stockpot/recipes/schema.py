@@ -83,7 +83,9 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. `text` is verbatim; `origin` is its file, or `<recipe>`; `lines` are those of top-level keys.
+    """A parsed recipe. `text` is verbatim, or a mapping written as YAML; `lines` are those of top-level keys.
+
+    origin its file, `<recipe>` for text, nothing for a mapping, which has no lines
 
     name   of a step
     steps  the recipes that come before it in the same file, which it may name as models
@@ -124,6 +126,10 @@ class Recipe:
         found |= {b for b in bases if b}
         return found | {half for ref in found if "+" in ref for half in ref.split("+")}
 
+    def told(self, line: int, text: str) -> str:
+        """A note, after the place that it is about."""
+        return ": ".join(filter(None, (self.at(line), text)))
+
     def at(self, line: int) -> str:
-        """`recipe.yml:12`, for error messages."""
-        return f"{self.origin}:{line}"
+        """`recipe.yml:12`, for error messages; nothing for a recipe that is no text."""
+        return f"{self.origin}:{line}" if self.origin else ""
