@@ -171,7 +171,7 @@ def test_a_file_cut_short_while_merging(family: Path, tmp_path: Path) -> None:
     planned = stockpot.plan(f"merge_method: linear\nmodels: [{tmp_path}/a, {family}/b]\n")
     path = tmp_path / "a/model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
-    from stockpot.api import merge_planned
+    from stockpot.api.merging import merge_planned
 
     with pytest.raises(stockpot.StockpotError, match="was changed after its header was read") as caught:
         merge_planned(planned, tmp_path / "out", stockpot.Options())

@@ -298,7 +298,7 @@ BUDGET = """
 import sys
 sys.path.insert(0, {tests!r})
 import numpy as np
-import stockpot, stockpot.api, stockpot.engine.run, stockpot.lineage
+import stockpot, stockpot.api.merging, stockpot.engine.run, stockpot.lineage
 from test_declarations import TRUNCATED, _REGISTRY
 _REGISTRY["truncated"] = TRUNCATED
 np.linalg.svd(np.ones((50, 50)))

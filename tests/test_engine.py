@@ -508,7 +508,7 @@ def test_memory_budget_is_checked_and_kept(wide_family: Path, tmp_path: Path, re
         assert stockpot.plan(text, Options(max_memory=limit, threads=2)).budget.peak <= stockpot.specs.parse_size(limit)
     path = recipe(text)
     script = (
-        "import resource, sys, numpy, blake3, stockpot, stockpot.api, stockpot.engine.run, stockpot.lineage\n"
+        "import resource, sys, numpy, blake3, stockpot, stockpot.api.merging, stockpot.engine.run, stockpot.lineage\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "stockpot.merge(sys.argv[1], sys.argv[2], stockpot.Options(max_memory='100MiB', threads=2))\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import stockpot
 from scoring import held_out
-from stockpot import evidence
 from stockpot.engine.candidates import CheckpointCache, make_candidate
 from stockpot.errors import EvaluationError, SuiteError
 from stockpot.evaluation.loaded import LoadedModel
-from stockpot.evaluation.pool import Pool, Task, score_all
+from stockpot.evaluation.pool import Task, WorkerPool, score_all
 from stockpot.evaluation.suite import load_suite, parse_suite
 from stockpot.planning.planner import build_plan
 from stockpot.recipes.parsing import load_recipe
@@ -260,7 +260,7 @@ def test_loss_is_what_transformers_computes(room: Path, lora_run: Path, tiny_lla
     from transformers import LlamaForCausalLM
 
     path = suite_at(room, "batch_size: 7\nslices: [{name: text, kind: loss, data: text.jsonl, split: report}]")
-    found = evidence.evaluate(lora_run, path)
+    found = stockpot.evaluate(lora_run, path)
     scores = found.scores["text", "report"]
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama), lora_run).eval()
     tokenizer = tiny_tokenizer()
@@ -285,7 +285,7 @@ def test_long_documents_are_cut_into_windows(room: Path, tiny_llama: Path) -> No
     words = " ".join(f"w{i % 64}" for i in range(100))
     (room / "long.jsonl").write_text(json.dumps({"text": words}))
     path = suite_at(room, "slices: [{name: text, kind: perplexity, data: long.jsonl, split: report, max_length: 30}]")
-    found = evidence.evaluate(tiny_llama, path).scores["text", "report"]
+    found = stockpot.evaluate(tiny_llama, path).scores["text", "report"]
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     ids = torch.tensor(tiny_tokenizer()(words)["input_ids"])
     total, count = 0.0, 0
@@ -305,7 +305,7 @@ def test_generation_is_greedy_and_stops(room: Path, lora_run: Path, tiny_llama: 
 
     one = "{name: sums, kind: exact_match, data: sums.jsonl, split: report, max_new_tokens: 1, stop: ['zzz']}"
     body = f"batch_size: 5\nslices: [{one}]"
-    found = evidence.evaluate(lora_run, suite_at(room, body)).scores["sums", "report"]
+    found = stockpot.evaluate(lora_run, suite_at(room, body)).scores["sums", "report"]
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama), lora_run).eval()
     tokenizer = tiny_tokenizer()
     right = []
@@ -322,7 +322,7 @@ def test_generation_is_greedy_and_stops(room: Path, lora_run: Path, tiny_llama: 
     more = (
         "slices: [{name: sums, kind: exact_match, data: sums.jsonl, split: report, max_new_tokens: 12, stop: [' w']}]"
     )
-    stopped = evidence.evaluate(lora_run, suite_at(room, more, "stops.yml")).scores["sums", "report"]
+    stopped = stockpot.evaluate(lora_run, suite_at(room, more, "stops.yml")).scores["sums", "report"]
     assert stopped.examples["exact_match"].tolist() == right
     assert stopped["truncated"] == 0.0
     assert 2.0 <= stopped["length"] < 4.0  # tokens that are not shown are counted
@@ -365,7 +365,7 @@ def test_harness_gives_the_numbers_of_its_own_command_line(
     suite = load_suite(suite_at(room, body))
     run = open_run(full_run)
     first, last = run.snapshots[0].path, run.snapshots[-1].path
-    with Pool(suite) as pool:
+    with WorkerPool(suite) as pool:
         found = score_all(pool, [Task("first", as_it_is(first)), Task("last", as_it_is(last))], pool.infos)
     for name, path in (("first", first), ("last", last)):
         out = tmp_path / name
@@ -417,7 +417,7 @@ def test_harness_tasks_are_divided_and_keep_the_random_state(room: Path, task_fo
 )
 def test_unknown_tasks(room: Path, task_folder: Path, line: str, message: str, full_run: Path) -> None:
     with pytest.raises(SuiteError, match=message):
-        evidence.evaluate(full_run, suite_at(room, f"slices: [{{name: h, kind: harness, {line}, split: report}}]"))
+        stockpot.evaluate(full_run, suite_at(room, f"slices: [{{name: h, kind: harness, {line}, split: report}}]"))
 
 
 # the user's own
@@ -443,7 +443,7 @@ def test_commands_and_functions(room: Path, lora_run: Path) -> None:
      direction: min, split: report}}
   - {{name: python, kind: python, function: 'mine:Probe', options: {{power: 2}}, metric: norm, direction: min}}
 """
-    found = evidence.evaluate(lora_run, suite_at(room, body)).scores
+    found = stockpot.evaluate(lora_run, suite_at(room, body)).scores
     assert found["python", "report"]["words"] == 64
     assert found["shell", "report"]["norm"] == pytest.approx(found["python", "report"]["norm"], rel=1e-5)
 
@@ -471,7 +471,7 @@ def test_faults_of_functions_are_told(tmp_path: Path, lora_run: Path, fault: str
     )
     began = time.monotonic()
     with pytest.raises(EvaluationError, match=message):
-        evidence.evaluate(lora_run, tmp_path / "suite.yml")
+        stockpot.evaluate(lora_run, tmp_path / "suite.yml")
     assert time.monotonic() - began < 60
 
 
@@ -540,7 +540,7 @@ def test_functions_that_meddle_with_the_model_spoil_no_other_score(
     found = []
     for name in ("with.yml", "without.yml"):
         suite = load_suite(tmp_path / name)
-        with Pool(suite) as pool:
+        with WorkerPool(suite) as pool:
             scored = score_all(pool, tasks, pool.infos)
         found.append({n: s["text", "report"]["loss"] for n, s in scored.items()})
     assert found[0] == found[1]
@@ -555,7 +555,7 @@ def test_what_a_command_leaves_in_the_background(tmp_path: Path, lora_run: Path)
     )
     (tmp_path / "suite.yml").write_text(suite)
     began = time.monotonic()
-    assert evidence.evaluate(lora_run, tmp_path / "suite.yml").scores["a", "report"] == {"acc": 1.0}
+    assert stockpot.evaluate(lora_run, tmp_path / "suite.yml").scores["a", "report"] == {"acc": 1.0}
     assert time.monotonic() - began < 40
     assert b"985" not in b"".join(_command_lines())
 
@@ -571,7 +571,7 @@ def test_a_worker_whose_end_is_held_open(tmp_path: Path, lora_run: Path) -> None
     )
     began = time.monotonic()
     with pytest.raises(EvaluationError, match=r"died \(signal 9, out of memory\?\)"):
-        evidence.evaluate(lora_run, tmp_path / "suite.yml")
+        stockpot.evaluate(lora_run, tmp_path / "suite.yml")
     assert time.monotonic() - began < 60
 
 
@@ -582,7 +582,7 @@ def test_a_function_that_hangs_in_a_command_leaves_nothing_behind(tmp_path: Path
     suite = "slices: [{name: a, kind: python, function: 'waiting:f', metric: acc, split: report, timeout: 1}]"
     (tmp_path / "suite.yml").write_text(suite)
     with pytest.raises(EvaluationError, match="did not end within 1 s"):
-        evidence.evaluate(lora_run, tmp_path / "suite.yml")
+        stockpot.evaluate(lora_run, tmp_path / "suite.yml")
     time.sleep(0.5)
     assert b"sleep\x00986" not in b"".join(_command_lines())
 
@@ -592,7 +592,7 @@ def test_the_current_directory_shadows_no_module(
 ) -> None:
     (tmp_path / "random.py").write_text("raise RuntimeError('not this one')\n")
     monkeypatch.chdir(tmp_path)
-    assert evidence.evaluate(
+    assert stockpot.evaluate(
         lora_run, suite_at(room, "slices: [{name: t, kind: loss, data: text.jsonl}]", "shadow.yml")
     ).score
 
@@ -605,14 +605,14 @@ def test_generation_settings_of_a_model_change_nothing(room: Path, tiny_llama: P
         "slices: [{name: sums, kind: exact_match, data: sums.jsonl, split: report, max_new_tokens: 20, stop: ['zzz']}]"
     )
     suite = suite_at(room, body, "settings.yml")
-    plain = evidence.evaluate(tiny_llama, suite).scores["sums", "report"]
+    plain = stockpot.evaluate(tiny_llama, suite).scores["sums", "report"]
     shutil.copytree(tiny_llama, tmp_path / "odd")
     settings = {"repetition_penalty": 5.0, "suppress_tokens": list(range(3, 40)), "do_sample": True, "temperature": 3.0}
     (tmp_path / "odd/generation_config.json").write_text(json.dumps(settings))
-    odd = evidence.evaluate(tmp_path / "odd", suite).scores["sums", "report"]
+    odd = stockpot.evaluate(tmp_path / "odd", suite).scores["sums", "report"]
     assert odd == plain
     (tmp_path / "odd/generation_config.json").write_text(json.dumps({"eos_token_id": list(range(64))}))
-    assert evidence.evaluate(tmp_path / "odd", suite).scores["sums", "report"]["length"] == 0.0
+    assert stockpot.evaluate(tmp_path / "odd", suite).scores["sums", "report"]["length"] == 0.0
 
 
 def test_slices_of_the_same_data_are_scored_once(room: Path, lora_run: Path) -> None:
@@ -620,7 +620,7 @@ def test_slices_of_the_same_data_are_scored_once(room: Path, lora_run: Path) -> 
   - {name: right, kind: choice, data: quiz.jsonl, split: report}
   - {name: sure, kind: choice, data: quiz.jsonl, split: report, metric: loss}
 """
-    found = evidence.evaluate(lora_run, suite_at(room, body, "twice.yml")).scores
+    found = stockpot.evaluate(lora_run, suite_at(room, body, "twice.yml")).scores
     assert found["right", "report"] == found["sure", "report"]
     assert found["right", "report"].seconds == found["sure", "report"].seconds
 
@@ -650,6 +650,6 @@ def test_no_tokenizer_no_base_are_told(tmp_path: Path, lora_run: Path, tiny_llam
     held_out(tmp_path / "text.jsonl")
     (tmp_path / "suite.yml").write_text("slices: [{name: text, kind: loss, data: text.jsonl}]")
     with pytest.raises(EvaluationError, match="no tokenizer"):
-        evidence.evaluate(tiny_llama, tmp_path / "suite.yml")
+        stockpot.evaluate(tiny_llama, tmp_path / "suite.yml")
     with pytest.raises(EvaluationError, match=r"nowhere.*no such file|can't be loaded"):
-        evidence.evaluate(lora_run, tmp_path / "suite.yml", base="nowhere")
+        stockpot.evaluate(lora_run, tmp_path / "suite.yml", base="nowhere")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import stockpot
-from stockpot.api import Options, merge_planned
+from stockpot.api.merging import Options, merge_planned
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.engine import measures, run
 from stockpot.engine.native import Kernels, load_kernels

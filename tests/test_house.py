@@ -19,7 +19,7 @@ SOURCE = Path(stockpot.__file__).parent
 #: a package may import those on lower levels; packages of one level do not import each other
 LEVELS = [
     {"errors", "version", "installed"},
-    {"specs", "textfiles", "machine"},
+    {"specs", "files", "machine"},
     {"grid"},
     {"statistics"},
     {"checkpoints", "methods", "recipes"},
@@ -31,7 +31,6 @@ LEVELS = [
     {"search"},
     {"reports"},
     {"api"},
-    {"evidence"},
     {"cli", "testing"},
 ]
 #: the one exception: a method that is called on dicts runs the engine, which it imports when called
@@ -128,9 +127,9 @@ def test_top_level_names() -> None:
         stockpot.nothing  # noqa: B018
     for command in ("merge", "plan", "inspect", "verify", "soup", "evaluate", "sweep", "gate", "path", "report"):
         assert callable(getattr(stockpot, command)), f"a command that Python does not have: {command}"
-    for module in (stockpot.api, stockpot.evidence):
-        for name in set(module.__all__) & set(stockpot.__all__):
-            assert getattr(module, name) is getattr(stockpot, name)
+    assert set(stockpot.__all__) == {*stockpot.api.__all__, "__version__"}
+    for name in stockpot.api.__all__:
+        assert getattr(stockpot.api, name) is getattr(stockpot, name)
 
 
 def test_methods_are_described() -> None:

@@ -231,8 +231,8 @@ def test_parts_of_a_sum_are_added_in_their_order() -> None:
 
 def test_equal_candidates_are_scored_once(tmp_path: Path) -> None:
     """Two workers that make the same candidate at the same time don't both score it."""
+    import stockpot
     from scoring import distance_suite
-    from stockpot import evidence
     from stockpot.testing.models import state
 
     write_model(tmp_path / "a", {n: torch.from_numpy(v).float() for n, v in state({"w": (40, 40)}, 0).items()})
@@ -241,7 +241,7 @@ def test_equal_candidates_are_scored_once(tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "a"), "parameters": {"weight": 1.0}}]}
     # a normalised weight of one model is 1 whatever it was: eight names for the same bytes
     grid = {"models[0].weight": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}
-    found = evidence.sweep(None, tmp_path / "out", suite, recipe=recipe, grid=grid, jobs=4, publish=False)
+    found = stockpot.sweep(None, tmp_path / "out", suite, recipe=recipe, grid=grid, jobs=4, publish=False)
     assert len(found.result.rows) >= 8
     scored = [line for line in log.read_text().splitlines() if line.startswith("selection")]
     assert len(scored) == len({line.split()[1] for line in scored}) == 1

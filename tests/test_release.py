@@ -15,7 +15,6 @@ import pytest
 
 import stockpot
 from scoring import distance_suite
-from stockpot import evidence
 from stockpot.errors import ArgumentError, GateError, SuiteError
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.statistics import Interval
@@ -60,7 +59,7 @@ def test_a_failing_gate_ends_with_5_and_names_the_slice(soup: Path, tmp_path: Pa
     assert "slice 'near': fail: near: at most 0" in done.stderr
     assert "publishes" not in done.stderr  # nothing would be
     with pytest.raises(GateError) as raised:
-        evidence.gate(soup, suite)
+        stockpot.gate(soup, suite)
     assert "publishes" not in str(raised.value)
     assert stockpot.verify(soup)["gates"]["passed"] is False
     assert "not passed" in (soup / "README.md").read_text()
@@ -81,19 +80,19 @@ def test_parents_and_experts(soup: Path, lora_run: Path, tmp_path: Path) -> None
   - {{slice: near, reference: best_parent, max_drop: 0.5, min_examples: 1}}
   - {{slice: near, expert: {lora_run}, max_drop_percent: 200, min_examples: 1}}
 """
-    verdict = evidence.gate(soup, distance_suite(tmp_path, extra=gates))
+    verdict = stockpot.gate(soup, distance_suite(tmp_path, extra=gates))
     assert [o.status for o in verdict.outcomes] == ["pass", "pass"]
     assert "best_parent has" in verdict.outcomes[0].why
     shutil.copytree(lora_run / "checkpoint-4", tmp_path / "stranger")
     with pytest.raises(SuiteError, match="names no parents"):
-        evidence.gate(tmp_path / "stranger", distance_suite(tmp_path, extra=gates))
+        stockpot.gate(tmp_path / "stranger", distance_suite(tmp_path, extra=gates))
     lineage = json.loads((soup / "stockpot.json").read_text())
     lineage["inputs"][0]["path"] = "/gone/away"
     (soup / "stockpot.json").write_text(json.dumps(lineage))
     with pytest.raises(SuiteError, match="/gone/away is not there any more"):
-        evidence.gate(soup, distance_suite(tmp_path, extra=gates))
+        stockpot.gate(soup, distance_suite(tmp_path, extra=gates))
     with pytest.raises(SuiteError, match="has no gates"):
-        evidence.gate(soup, distance_suite(tmp_path))
+        stockpot.gate(soup, distance_suite(tmp_path))
 
 
 def test_merge_and_soup_refuse_to_publish(lora_run: Path, family32: Path, tmp_path: Path) -> None:
@@ -132,12 +131,12 @@ def test_merge_and_soup_refuse_to_publish(lora_run: Path, family32: Path, tmp_pa
 def test_a_sweep_publishes_through_the_gates(lora_run: Path, tmp_path: Path) -> None:
     suite = distance_suite(tmp_path, extra=FAILING)
     with pytest.raises(GateError, match="near"):
-        evidence.sweep(lora_run, tmp_path / "out", suite, SMALL)
+        stockpot.sweep(lora_run, tmp_path / "out", suite, SMALL)
     assert not (tmp_path / "out/best").exists()
     assert (tmp_path / "out/report.html").exists()
-    evidence.report(tmp_path / "out")
+    stockpot.report(tmp_path / "out")
     assert "Release gates: not passed" in (tmp_path / "out/report.html").read_text()
-    found = evidence.sweep(lora_run, tmp_path / "out", suite, SMALL, force=True)
+    found = stockpot.sweep(lora_run, tmp_path / "out", suite, SMALL, force=True)
     assert found.result.evaluations == 0
     assert stockpot.verify(tmp_path / "out/best")["gates"]["forced"] is True
 
@@ -194,7 +193,7 @@ def test_path_on_the_command_line(lora_run: Path, tmp_path: Path) -> None:
     assert cli("path", a, b, "--suite", suite, "--points", "2").returncode == 2
     assert cli("path", a, lora_run / "nothing", "--suite", suite).returncode == 3
     with pytest.raises(ArgumentError, match="no sweep here"):
-        evidence.report(tmp_path / "line")
+        stockpot.report(tmp_path / "line")
 
 
 # the report
@@ -207,8 +206,8 @@ def page(lora_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     suite = distance_suite(folder, extra=PASSING)
     options = SweepOptions(stages=("uniform", "interval", "weights", "schedules", "comparison", "greedy", "lcsc"), k=(2, 3, 5),
                            intervals=(2,), penalties=(1.0, 0.7), comparison_k=(3,), lcsc_evaluations=12)  # fmt: skip
-    evidence.sweep(lora_run, folder / "out", suite, options)
-    evidence.path(lora_run / "checkpoint-4", lora_run / "checkpoint-24", suite, points=3, out=folder / "out")
+    stockpot.sweep(lora_run, folder / "out", suite, options)
+    stockpot.path(lora_run / "checkpoint-4", lora_run / "checkpoint-24", suite, points=3, out=folder / "out")
     return folder / "out/report.html"
 
 
@@ -341,7 +340,7 @@ def test_markup_in_names_and_errors_is_text(page: Path, lora_run: Path, tmp_path
     suite.write_text(
         "slices: [{name: near, kind: python, function: 'tests_evil:f', metric: distance, direction: min}]\n"
     )
-    evidence.sweep(lora_run, tmp_path / "out", suite, SMALL)
+    stockpot.sweep(lora_run, tmp_path / "out", suite, SMALL)
     text = (tmp_path / "out/report.html").read_text()
     assert "&lt;img src=x" in text
     assert "<img src=x" not in text

@@ -16,7 +16,7 @@ import torch
 import stockpot
 from servers import serving
 from stockpot.checkpoints import ReadRequest, open_checkpoint
-from stockpot.checkpoints.remote import Store
+from stockpot.checkpoints.remote import RemoteStore
 from stockpot.errors import CheckpointError, OutputError, ReadError
 
 from fp8 import write_fp8
@@ -331,7 +331,7 @@ def test_long_ranges_come_in_parts(monkeypatch):
     fs = fsspec.filesystem("memory")
     data = os.urandom(12_345)
     fs.pipe_file("/parts/x", data)
-    assert Store(fs, "memory://").read("/parts/x", 17, 12_000) == data[17:12_000]
+    assert RemoteStore(fs, "memory://").read("/parts/x", 17, 12_000) == data[17:12_000]
 
 
 # the Hub

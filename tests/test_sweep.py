@@ -21,7 +21,6 @@ import pytest
 
 import stockpot
 from scoring import distance_suite
-from stockpot import evidence
 from stockpot.errors import ArgumentError, OutputError
 from stockpot.evaluation.suite import load_suite
 from stockpot.runs import Run, Snapshot, open_run
@@ -137,11 +136,11 @@ def test_what_is_published_is_what_was_scored_last(lora_run: Path, tmp_path: Pat
 
     run = Path(shutil.copytree(lora_run, tmp_path / "run"))
     suite, options = distance_suite(tmp_path), replace(SMALL, stages=("uniform",), k=(2,))
-    evidence.sweep(run, tmp_path / "out", suite, options)
+    stockpot.sweep(run, tmp_path / "out", suite, options)
     first = (tmp_path / "out/best/adapter_model.safetensors").read_bytes()
     file = run / "checkpoint-24/adapter_model.safetensors"
     save_file({k: v * 2 for k, v in load_file(file).items()}, file, {"format": "pt"})
-    again = evidence.sweep(run, tmp_path / "out", suite, options)
+    again = stockpot.sweep(run, tmp_path / "out", suite, options)
     assert again.result.evaluations > 0
     assert (tmp_path / "out/best/adapter_model.safetensors").read_bytes() != first
 
@@ -163,7 +162,7 @@ def test_a_tokenizer_that_changed_scores_again(lora_run: Path, tiny_llama: Path,
 
 def test_a_sweep_that_was_stopped_is_no_result(lora_run: Path, tmp_path: Path) -> None:
     suite = distance_suite(tmp_path)
-    evidence.sweep(lora_run, tmp_path / "out", suite, SMALL, publish=False)
+    stockpot.sweep(lora_run, tmp_path / "out", suite, SMALL, publish=False)
     with sqlite3.connect(tmp_path / "out/sweep.sqlite") as db:
         db.execute("DELETE FROM meta WHERE key = 'keys'")
     db.close()
@@ -177,11 +176,11 @@ def test_what_is_not_ours_stays_where_it_is(lora_run: Path, tmp_path: Path) -> N
     (tmp_path / "out/best").mkdir(parents=True)
     (tmp_path / "out/best/thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="was not written by stockpot"):
-        evidence.sweep(lora_run, tmp_path / "out", suite, replace(SMALL, stages=("uniform",)))
+        stockpot.sweep(lora_run, tmp_path / "out", suite, replace(SMALL, stages=("uniform",)))
     assert (tmp_path / "out/best/thesis.txt").exists()
     (tmp_path / "other/candidates.tmp").mkdir(parents=True)
     with pytest.raises(OutputError, match="in the way"):
-        evidence.sweep(lora_run, tmp_path / "other", suite, SMALL)
+        stockpot.sweep(lora_run, tmp_path / "other", suite, SMALL)
 
 
 def test_a_sweep_of_failures_alone(lora_run: Path, tmp_path: Path) -> None:
@@ -195,10 +194,10 @@ def test_a_sweep_of_failures_alone(lora_run: Path, tmp_path: Path) -> None:
 
 
 def test_two_sweeps_in_one_place(lora_run: Path, tmp_path: Path) -> None:
-    from stockpot.search.store import Store
+    from stockpot.search.store import ScoreStore
 
     (tmp_path / "out").mkdir()
-    held = Store(str(tmp_path / "out"), exclusive=True)
+    held = ScoreStore(str(tmp_path / "out"), exclusive=True)
     done = cli("sweep", lora_run, tmp_path / "out", "--suite", distance_suite(tmp_path))
     assert done.returncode == 2
     assert "another sweep is running there" in done.stderr
@@ -574,7 +573,7 @@ def test_references_of_a_swept_recipe_are_relative_to_it(family32: Path, tmp_pat
     """Wherever a recipe may name a model: what the workers get does not depend on where it lies."""
     import shutil
 
-    from stockpot.evidence.sweeping import _plain_recipe
+    from stockpot.api.searching import _plain_recipe
 
     deep = tmp_path / "deep"
     deep.mkdir()
@@ -616,7 +615,7 @@ parameters: {weight: 1.0}
 
 def test_python(done: tuple[Path, Path, Any], lora_run: Path, tmp_path: Path) -> None:
     """As the documentation shows it; winners alone are published."""
-    found = evidence.sweep(lora_run, tmp_path / "out", distance_suite(tmp_path), SMALL)
+    found = stockpot.sweep(lora_run, tmp_path / "out", distance_suite(tmp_path), SMALL)
     assert found.best == str(tmp_path / "out/best")
     assert stockpot.verify(found.best)["soup"]["name"] == found.result.winner
     names = {p.name for p in (tmp_path / "out").iterdir()}
@@ -632,4 +631,4 @@ def test_python(done: tuple[Path, Path, Any], lora_run: Path, tmp_path: Path) ->
     rows = (tmp_path / "out/leaderboard.csv").read_text().splitlines()
     assert len(rows) == 1 + len(found.result.rows)
     with pytest.raises(ArgumentError, match="one of the two"):
-        evidence.sweep(None, tmp_path / "x", distance_suite(tmp_path))
+        stockpot.sweep(None, tmp_path / "x", distance_suite(tmp_path))

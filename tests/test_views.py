@@ -22,7 +22,7 @@ from stockpot.testing import run_checks, source_checks
 
 from helpers import load, perturbed, write_model
 
-Part = views.Part
+Span = views.Span
 CONFIG = {"architectures": ["X"], "model_type": "x", "vocab_size": 50}
 
 
@@ -124,7 +124,7 @@ VIEWS: dict[str, tuple[Callable[[Checkpoint], Checkpoint], Callable[[dict[str, t
     ),
     "ranges": (
         lambda c: views.unstacked(
-            c, {"q2": Part(c, "qkv", 0, 0, 24), "k2": Part(c, "qkv", 0, 24, 32), "side": Part(c, "large", 1, 1990)}
+            c, {"q2": Span(c, "qkv", 0, 0, 24), "k2": Span(c, "qkv", 0, 24, 32), "side": Span(c, "large", 1, 1990)}
         ),
         lambda t: {
             "q2": t["qkv"][:24], "k2": t["qkv"][24:32], "side": t["large"][:, 1990:],
@@ -185,7 +185,7 @@ def test_chunks_of_several_files(tmp_path: Path, folder: Path) -> None:
         ranks = [stockpot.open_checkpoint(f) for f in files]
         return views.chunked(
             ranks[0],
-            {"large": [Part(r, "large") for r in ranks], "part": [Part(ranks[1], "large", 0, 5, 9)]},
+            {"large": [Span(r, "large") for r in ranks], "part": [Span(ranks[1], "large", 0, 5, 9)]},
             ref="ranks",
         )
 
@@ -219,7 +219,7 @@ def test_chunks_of_several_files(tmp_path: Path, folder: Path) -> None:
          "different shapes"),
         (lambda c: views.unstacked(c, {"x": ("experts", 5)}), "it has no entries 5 to 6"),
         (lambda c: views.unstacked(c, {"x": ("scalar", 0)}), "it has no axis 0"),
-        (lambda c: views.unstacked(c, {"x": Part(c, "q", 0, 3, 3)}), "no entries 3 to 3"),
+        (lambda c: views.unstacked(c, {"x": Span(c, "q", 0, 3, 3)}), "no entries 3 to 3"),
         (lambda c: views.with_zeros(c, {"q": c.spec("q")}), "there is a tensor 'q' already"),
     ],
 )  # fmt: skip

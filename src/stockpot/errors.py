@@ -139,7 +139,7 @@ class VerificationError(StockpotError):
 class GateError(StockpotError):
     """A critical release gate failed or could not be decided; nothing is published.
 
-    found  of a sweep: what it found all the same (evidence.Sweep)
+    found  of a sweep: what it found all the same (api.searching.Sweep)
     """
 
     exit_code = 5

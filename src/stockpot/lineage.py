@@ -12,32 +12,24 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
+from stockpot.checkpoints.beside import copied_files, module_files
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.files import check_link
-from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json
+from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.digests import ALGORITHM, file_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.measures import nonfinite_report
 from stockpot.engine.publish import LINEAGE as NAME
-from stockpot.engine.publish import replace_file, write_file
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
+from stockpot.files import is_url, read_json, replace_file, write_file
 from stockpot.planning.plan import MergeGroup, ModelInput, Plan
 from stockpot.planning.steps import steps_in, why_written
 from stockpot.version import __version__
 
-__all__ = ["NAME", "check_side_files", "copied_files", "read_lineage", "record_verdict", "write_side_files"]
+__all__ = ["NAME", "check_side_files", "read_lineage", "record_verdict", "write_side_files"]
 
 _PACKAGES = ("stockpot", "numpy", "blake3", "torch")
-_NOT_COPIED = re.compile(
-    r"(.*\.index\.json|config\.json|adapter_config\.json|stockpot\.json|trainer_state\.json|optimizer.*|scheduler.*|"
-    r"rng_state.*|training_args.*|all_results\.json|train_results\.json|eval_results\.json)$"
-)
-_COPIED = re.compile(
-    r".*\.(json|jinja|txt|model|spm|bpe|tiktoken|vocab)$|(LICENSE|NOTICE|COPYING)(\..*)?$", re.IGNORECASE
-)
 
 
 def check_side_files(plan: Plan) -> None:
@@ -98,44 +90,6 @@ def side_sources(plan: Plan) -> Iterator[tuple[str, str]]:
     """(path, name in the output) of every file that is copied."""
     yield from copied_files(plan.inputs[plan.template.tokenizer].checkpoint)
     yield from module_files(plan.inputs[plan.template.donor].checkpoint)
-
-
-def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Tokenizer, processor, generation and chat template files, licences included."""
-    directory = checkpoint.directory
-    if os.path.isfile(checkpoint.path) and not checkpoint.config:
-        return  # a lone weights file: what lies beside it need not belong to it
-    code = isinstance(checkpoint.config.get("auto_map"), dict)
-    for name in sorted(os.listdir(directory)):
-        path = os.path.join(directory, name)
-        if os.path.isdir(path) and name in TEMPLATE_FOLDERS:
-            check_link(directory, path)
-            yield from files_below(directory, path, name)
-        elif not os.path.isfile(path) or _NOT_COPIED.fullmatch(name):
-            continue
-        elif _COPIED.fullmatch(name) or (code and name.endswith(".py")):
-            check_link(directory, path)
-            yield path, name
-
-
-def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
-    """Every file in a folder and its folders; links must not lead out of `top`."""
-    for entry in sorted(os.listdir(folder)):
-        path, relative = os.path.join(folder, entry), os.path.join(name, entry)
-        if os.path.isdir(path) and not os.path.islink(path):
-            yield from files_below(top, path, relative)
-        elif os.path.exists(path):
-            check_link(top, path)
-            yield path, relative
-
-
-def module_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The folders that a sentence encoder's modules.json names (1_Pooling and the like), as they are."""
-    for name in module_folders(checkpoint.directory) if checkpoint.kind == "model" else ():
-        folder = os.path.join(checkpoint.directory, name)
-        if os.path.isdir(folder):
-            check_link(checkpoint.directory, folder)
-            yield from files_below(checkpoint.directory, folder, name)
 
 
 def make_lineage(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,13 @@ from stockpot.checkpoints.formats import FORMATS, endings, format_of, formats, r
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.quantised import loadable
 from stockpot.errors import CheckpointError
+from stockpot.files import is_url, read_json, without_file_scheme
 
 __all__ = [
     "Folder",
-    "is_url",
     "looks_like_hub_id",
     "open_checkpoint",
-    "read_json",
-    "without_file_scheme",
 ]
-
-_MAX_JSON = 64 * 2**20
 
 
 class Folder(Protocol):
@@ -199,16 +194,6 @@ def _close_name(text: str, path: str) -> str:
     return ""
 
 
-def without_file_scheme(text: str) -> str:
-    """`file:///a/b` and `local:///a/b` -> `/a/b`; anything else as it is."""
-    return re.sub(r"^(file|local)://(?=/)", "", text)
-
-
-def is_url(text: str) -> bool:
-    """Whether a reference is a URL rather than a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
-
-
 def looks_like_hub_id(text: str) -> bool:
     """Whether a reference that is no path could be a Hub id: `org/name`, `org/name@revision`."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", text) is not None
@@ -252,19 +237,3 @@ def _config(path: str) -> dict[str, Any]:
         return {}
     check_link(os.path.dirname(path), path)
     return read_json(path)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError for anything else."""
-    try:
-        if os.path.getsize(path) > _MAX_JSON:
-            raise CheckpointError(f"{path}: {os.path.getsize(path)} bytes is too large for a JSON file of a checkpoint")
-        with open(path, encoding="utf-8") as f:
-            doc = json.load(f)
-    except OSError as e:
-        raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}") from e
-    if not isinstance(doc, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(doc).__name__}")
-    return doc

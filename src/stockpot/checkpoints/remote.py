@@ -30,7 +30,7 @@ from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.errors import ArgumentError, CheckpointError, ReadError
 
-__all__ = ["RemoteCheckpoint", "Store", "open_remote_folder", "open_store", "remote_folder"]
+__all__ = ["RemoteCheckpoint", "RemoteStore", "open_remote_folder", "open_store", "remote_folder"]
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Found:
     stamp: int
 
 
-class Store:
+class RemoteStore:
     """One fsspec file system; every call is tried again. Raises OSError for what does not get better."""
 
     def __init__(self, fs: Any, url: str) -> None:
@@ -130,7 +130,7 @@ def _found(row: Mapping[str, Any]) -> Found:
     return Found(str(row["name"]), -1 if size is None else int(size), zlib.crc32(str(stamp).encode()))
 
 
-def open_store(url: str) -> tuple[Store, str]:
+def open_store(url: str) -> tuple[RemoteStore, str]:
     """(the file system of a URL, the path in it). Raises CheckpointError where a package is missing."""
     try:
         import fsspec
@@ -144,14 +144,14 @@ def open_store(url: str) -> tuple[Store, str]:
         raise ArgumentError(f"{url}: {e}") from e
     except Exception as e:
         raise CheckpointError(f"{url}: can't be reached: {type(e).__name__}: {e}") from e
-    return Store(fs, url), path
+    return RemoteStore(fs, url), path
 
 
 @dataclass
 class RemoteFile:
     """A ByteFile of a store. Small reads are kept by blocks: zip files are read in many."""
 
-    store: Store
+    store: RemoteStore
     found: Found
     label: str
     _blocks: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
@@ -188,7 +188,9 @@ class RemoteFile:
 class RemoteFolder:
     """A directory behind a URL, or one file in it; see opening.Folder."""
 
-    def __init__(self, text: str, store: Store, root: str, only: str | None = None, found: Found | None = None) -> None:
+    def __init__(
+        self, text: str, store: RemoteStore, root: str, only: str | None = None, found: Found | None = None
+    ) -> None:
         self.text = text
         self.store = store
         self.only = only

@@ -30,11 +30,11 @@ from stockpot.checkpoints.source import ReadRequest
 from stockpot.errors import ArgumentError, nearest
 from stockpot.specs import DType, Shape, TensorSpec
 
-__all__ = ["Part", "chunked", "first_rows", "permuted", "renamed", "rows", "stacked", "unstacked", "with_zeros"]
+__all__ = ["Span", "chunked", "first_rows", "permuted", "renamed", "rows", "stacked", "unstacked", "with_zeros"]
 
 
 @dataclass(frozen=True)
-class Part:
+class Span:
     """Entries start..stop (exclusive; None: all) along `axis` of a tensor of a checkpoint."""
 
     source: Checkpoint
@@ -329,33 +329,33 @@ def stacked(
     layout: dict[str, _Joined] = {}
     specs: dict[str, TensorSpec] = {}
     for new, parts in tensors.items():
-        found = [Part(source, old, axis) for old in parts]
+        found = [Span(source, old, axis) for old in parts]
         specs[new], layout[new] = _put_together(new, found, [source], axis, new_axis=new_axis)
     _take_rest(source, used, specs, layout)
     return _joined_checkpoint(source, (source,), specs, layout, ref)
 
 
 def unstacked(
-    source: Checkpoint, tensors: Mapping[str, Part | tuple[str, int]], *, axis: int = 0, ref: str = ""
+    source: Checkpoint, tensors: Mapping[str, Span | tuple[str, int]], *, axis: int = 0, ref: str = ""
 ) -> Checkpoint:
     """Entries of tensors as tensors of their own.
 
-    tensors  new name -> (stored name, entry of `axis`), which then is no axis any more; or -> Part, a range of an axis
+    tensors  new name -> (stored name, entry of `axis`), which then is no axis any more; or -> Span, a range of an axis
     """
     layout: dict[str, _Joined] = {}
     specs: dict[str, TensorSpec] = {}
     used = set()
     for new, which in tensors.items():
-        part = which if isinstance(which, Part) else Part(source, which[0], axis, which[1], which[1] + 1)
+        part = which if isinstance(which, Span) else Span(source, which[0], axis, which[1], which[1] + 1)
         used.add(part.name)
         spec, layout[new] = _put_together(new, [part], [part.source], part.axis, new_axis=False)
-        shape = spec.shape if isinstance(which, Part) else (*spec.shape[:axis], *spec.shape[axis + 1 :])
+        shape = spec.shape if isinstance(which, Span) else (*spec.shape[:axis], *spec.shape[axis + 1 :])
         specs[new] = TensorSpec(spec.dtype, shape)
     _take_rest(source, used, specs, layout)
     return _joined_checkpoint(source, (source,), specs, layout, ref)
 
 
-def chunked(like: Checkpoint, tensors: Mapping[str, Sequence[Part]], *, axis: int = 0, ref: str = "") -> Checkpoint:
+def chunked(like: Checkpoint, tensors: Mapping[str, Sequence[Span]], *, axis: int = 0, ref: str = "") -> Checkpoint:
     """Tensors whose parts lie in several checkpoints, one after the other along `axis`; config and files are those of `like`.
 
     Floats of different dtypes are read in one that holds all of them. Raises ArgumentError where shapes don't fit.
@@ -404,7 +404,7 @@ def _take_rest(source: Checkpoint, used: set[str], specs: dict[str, TensorSpec],
 
 
 def _put_together(
-    new: str, parts: Sequence[Part], sources: Sequence[Checkpoint], axis: int, *, new_axis: bool
+    new: str, parts: Sequence[Span], sources: Sequence[Checkpoint], axis: int, *, new_axis: bool
 ) -> tuple[TensorSpec, _Joined]:
     """Shape, dtype and runs of a tensor of parts. Raises ArgumentError."""
     if not parts:

@@ -71,16 +71,16 @@ def merge(
 
     A merge that was killed goes on from where it stopped when the same command is given again.
     """
-    from stockpot import api
+    from stockpot.api.merging import merge_planned, plan
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
 
     release = release_of(publishing, shown)
     options = engine.options(seed)
-    planned = api.plan(recipe, options)
+    planned = plan(recipe, options)
     show_notes(planned.notes, quiet=not shown.talks)
     with progress_bar(enabled=shown.talks) as progress:
-        result = api.merge_planned(
+        result = merge_planned(
             planned, out, options, overwrite=engine.overwrite, resume=not no_resume, progress=progress, release=release
         )
     show_merge(result, as_json=shown.as_json, quiet=shown.quiet)
@@ -96,11 +96,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what RECIPE would read, write and hold in memory, or every problem that headers can show."""
-    from stockpot import api
+    from stockpot.api.merging import Options, plan
     from stockpot.cli.show import show_plan
 
-    options = api.Options(threads=threads, max_memory=max_memory, shard_size=shard_size)
-    show_plan(api.plan(recipe, options), as_json=as_json)
+    options = Options(threads=threads, max_memory=max_memory, shard_size=shard_size)
+    show_plan(plan(recipe, options), as_json=as_json)
 
 
 @app.command()
@@ -115,10 +115,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show tensors, dtypes, layers and tied weights of CHECKPOINT, from its headers alone."""
-    from stockpot import api
+    from stockpot.api.looking import inspect
     from stockpot.cli.show import show_checkpoint
 
-    show_checkpoint(api.inspect(checkpoint), as_json=as_json)
+    show_checkpoint(inspect(checkpoint), as_json=as_json)
 
 
 @app.command()
@@ -129,10 +129,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every tensor of OUT again and compare it with its lineage (stockpot.json)."""
-    from stockpot import api
+    from stockpot.api.looking import verify
     from stockpot.cli.show import show_verified
 
-    show_verified(out, api.verify(out, threads=threads), as_json=as_json)
+    show_verified(out, verify(out, threads=threads), as_json=as_json)
 
 
 @app.command()

@@ -75,9 +75,9 @@ class Engine:
     allow_nonfinite: AllowNonfinite = False
 
     def options(self, seed: int = 0) -> Options:
-        from stockpot import api
+        from stockpot.api.merging import Options
 
-        return api.Options(
+        return Options(
             self.device, self.threads, self.max_memory, self.shard_size, seed, allow_nonfinite=self.allow_nonfinite
         )
 

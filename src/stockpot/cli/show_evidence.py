@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from stockpot.api import Evaluation, Sweep
 from stockpot.cli.show import print_json
 from stockpot.evaluation.aggregate import Aggregate
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.statistics import Interval
-from stockpot.evidence import Evaluation, Sweep
 from stockpot.search.path import PathResult
 from stockpot.search.result import Row
 

@@ -133,7 +133,7 @@ def soup(
 
     stockpot soup output_dir soup --last 10 --by loss --penalty 0.7
     """
-    from stockpot import api
+    from stockpot.api.soups import soup_recipe
     from stockpot.errors import ArgumentError
     from stockpot.runs import open_run
     from stockpot.runs.schemes import SCHEMES
@@ -153,7 +153,7 @@ def soup(
         return
     _one(
         opened,
-        api.soup_recipe(opened, spec, **asdict(adapters)),
+        soup_recipe(opened, spec, **asdict(adapters)),
         out or "",
         engine,
         shown,
@@ -182,13 +182,13 @@ def _spec(which: Which, how: How) -> SoupSpec:
 def _one(
     run: Any, recipe: dict[str, Any], out: str, engine: Engine, shown: Shown, *, dry_run: bool, release: Any
 ) -> None:
-    from stockpot import api
+    from stockpot.api.merging import check_target, merge_planned, plan
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import print_json, show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
 
     options = engine.options()
-    planned = api.plan(recipe, options, run=run)
+    planned = plan(recipe, options, run=run)
     assert planned.soup is not None
     show_notes(planned.notes, quiet=shown.quiet or (shown.as_json and not dry_run))
     if dry_run:
@@ -197,13 +197,11 @@ def _one(
         else:
             show_soup(planned.soup)
         return
-    api.check_target(planned, out, overwrite=engine.overwrite)
+    check_target(planned, out, overwrite=engine.overwrite)
     if shown.talks:
         show_soup(planned.soup)
     with progress_bar(enabled=shown.talks) as progress:
-        result = api.merge_planned(
-            planned, out, options, overwrite=engine.overwrite, progress=progress, release=release
-        )
+        result = merge_planned(planned, out, options, overwrite=engine.overwrite, progress=progress, release=release)
     show_soup_result(result, as_json=shown.as_json, quiet=shown.quiet)
 
 
@@ -216,16 +214,17 @@ def _windows(
     """
     import os
 
-    from stockpot import api
+    from stockpot.api.merging import merge_planned, plan
+    from stockpot.api.soups import check_windows, window_done, window_recipe
     from stockpot.cli.show import print_json, show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
-    from stockpot.runs import soup_name
+    from stockpot.runs import resolve_windows, soup_name
 
     overwrite, options = engine.overwrite, engine.options()
-    windows = api.resolve_windows(run, spec)
-    todo = windows if overwrite or dry_run else [w for w in windows if not api.window_done(out, *w)]
+    windows = resolve_windows(run, spec)
+    todo = windows if overwrite or dry_run else [w for w in windows if not window_done(out, *w)]
     if not dry_run:
-        api.check_windows(run, todo, out, overwrite=overwrite)
+        check_windows(run, todo, out, overwrite=overwrite)
     show_notes(run.warnings, quiet=shown.quiet or (shown.as_json and not dry_run))
     documents = []
     for step, made in windows:
@@ -233,8 +232,8 @@ def _windows(
         if shown.talks:
             show_soup(made)
         if not dry_run and any(step == other for other, _ in todo):
-            planned = api.plan(api.window_recipe(run, made, **asdict(adapters)), options, run=run)
-            result = api.merge_planned(planned, folder, options, overwrite=overwrite)
+            planned = plan(window_recipe(run, made, **asdict(adapters)), options, run=run)
+            result = merge_planned(planned, folder, options, overwrite=overwrite)
             if not shown.as_json:
                 show_soup_result(result, as_json=False, quiet=shown.quiet)
         documents.append(made.to_dict() | ({} if dry_run else {"path": os.path.abspath(folder)}))

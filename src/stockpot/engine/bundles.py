@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.engine.blocks import BlockPool
 from stockpot.engine.devices import byte_buffer
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.kernel import Kernel
@@ -20,7 +21,6 @@ from stockpot.engine.ledger import Ledger
 from stockpot.engine.masks import mask_key
 from stockpot.engine.native import CODES, load_kernels
 from stockpot.engine.native.bundles import Bundle, address, run_bundle
-from stockpot.engine.pool import Pool
 from stockpot.engine.sink import ShardSink
 from stockpot.engine.units import aligned
 from stockpot.grid import PIECE
@@ -228,7 +228,7 @@ class Bundles:
 
     def fold(
         self, gathering: Gathering, rows: Any, known: Mapping[int, Any], slot: dict[Any, Any],
-        held: dict[int, Kept] | None, pool: Pool,
+        held: dict[int, Kept] | None, pool: BlockPool,
     ) -> int:  # fmt: skip
         """One pass of a statistic over some pieces; how many were done. What is read is kept while there is room."""
         plan = gathering.current

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from stockpot.errors import OutputError
 #: the record of a merge, written last: a directory that has it is complete
 LINEAGE = "stockpot.json"
 
-__all__ = ["LINEAGE", "check_out", "partial_path", "publish", "replace_file", "write_file"]
+__all__ = ["LINEAGE", "check_out", "partial_path", "publish"]
 
 
 def check_out(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
@@ -66,29 +65,6 @@ def _check_free(out: str, path: str, *, overwrite: bool) -> None:
 def partial_path(out: str) -> str:
     """Where a merge into `out` keeps its unfinished work."""
     return os.path.abspath(out).rstrip(os.sep) + ".partial"
-
-
-def write_file(path: str, text: str) -> None:
-    """Write and flush one file."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def replace_file(path: str, content: str | bytes) -> None:
-    """Write a file whole, flushed, in place of what was there; or leave that."""
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    try:
-        with open(path + ".tmp", "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(path + ".tmp")
-        raise
 
 
 def publish(partial: str, out: str, *, overwrite: bool) -> None:

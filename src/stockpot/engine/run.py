@@ -19,6 +19,7 @@ import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.allocator import keep_pages
+from stockpot.engine.blocks import BlockPool
 from stockpot.engine.bundles import Bundles
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.digest_book import DigestBook, observer
@@ -29,7 +30,6 @@ from stockpot.engine.ledger import Ledger
 from stockpot.engine.limits import allow_open_files
 from stockpot.engine.measures import Sizes, far_out
 from stockpot.engine.pieces import Pieces
-from stockpot.engine.pool import Pool
 from stockpot.engine.publish import partial_path
 from stockpot.engine.resume import take_over
 from stockpot.engine.scheduler import Job, Scheduler, Work
@@ -98,7 +98,7 @@ class _Runner:
         self.lock = threading.Lock()
         self.errors: list[BaseException] = []
         self.bytes_done = 0
-        self.pool = Pool(plan.budget.hold, most_of_a_unit(plan), byte_buffer)
+        self.pool = BlockPool(plan.budget.hold, most_of_a_unit(plan), byte_buffer)
         budget = plan.budget
         self.kernels = [Kernel(device, g, plan.stats, plan.seed, budget.chunk) for g in plan.groups]
         self.bundles = Bundles(plan, self.ledger, self.kernels)

@@ -112,7 +112,7 @@ def batch_key(plan: Plan, t: TensorPlan) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Batch:
     """Neighbouring tensors that are worked on together. bundles: by compiled calls; joint: whole, as they come of one
     computation.
     """
@@ -136,7 +136,7 @@ class Cutter:
                 known[key] = takes(t)
             self.native[t.index] = known[key]
 
-    def runs(self, tensors: Sequence[TensorPlan], alone: Callable[[TensorPlan], bool]) -> Iterator[Run]:
+    def runs(self, tensors: Sequence[TensorPlan], alone: Callable[[TensorPlan], bool]) -> Iterator[Batch]:
         """Tensors in order: those for bundles as far as they are alike, small neighbours of one kind, others one by one.
 
         alone: those that must be by themselves.
@@ -148,7 +148,7 @@ class Cutter:
             joint = _joint(self.plan, t)
             if joint:
                 if batch and key != joint:
-                    yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
+                    yield Batch(tuple(batch), key[1] is True, joint=key[1] is None)
                     batch, filled = [], 0
                 batch.append(t)
                 key = joint
@@ -160,18 +160,18 @@ class Cutter:
             own = (self.keys[t.index], bundles) if joins else None
             full = not bundles and (filled + numel > PIECE or len(batch) >= _BATCH_TENSORS)
             if batch and (own is None or own != key or full):
-                yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
+                yield Batch(tuple(batch), key[1] is True, joint=key[1] is None)
                 batch, filled = [], 0
             if own is not None:
                 batch.append(t)
                 key = own
                 filled += numel
             else:
-                yield Run((t,), False)
+                yield Batch((t,), False)
         if batch:
-            yield Run(tuple(batch), key[1] is True, joint=key[1] is None)
+            yield Batch(tuple(batch), key[1] is True, joint=key[1] is None)
 
-    def cut(self, run: Run, done: Any, elements: Callable[[], int]) -> Iterator[Any]:
+    def cut(self, run: Batch, done: Any, elements: Callable[[], int]) -> Iterator[Any]:
         """Rows to do together. done: whether pieces are done already, or None; elements: of a bundle, at most."""
         spans = [self.pieces.of(t.index) for t in run.tensors]
         rows = spans[0] if len(spans) == 1 else np.concatenate(spans)

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from stockpot.checkpoints.opening import is_url
-from stockpot.checkpoints.remote import Store, open_store
+from stockpot.checkpoints.remote import RemoteStore, open_store
 from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.publish import LINEAGE, partial_path
 from stockpot.errors import OutputError, StockpotError
+from stockpot.files import is_url
 
 __all__ = ["check_url", "scratch_for", "upload"]
 
@@ -43,7 +43,7 @@ def scratch_for(url: str) -> str:
     )
 
 
-def _open(url: str) -> tuple[Store, str]:
+def _open(url: str) -> tuple[RemoteStore, str]:
     try:
         store, path = open_store(url)
     except StockpotError as e:
@@ -51,7 +51,7 @@ def _open(url: str) -> tuple[Store, str]:
     return store, path.rstrip("/")
 
 
-def _listing(store: Store, path: str, url: str) -> set[str]:
+def _listing(store: RemoteStore, path: str, url: str) -> set[str]:
     try:
         files, folders = store.list(path)
     except FileNotFoundError:
@@ -83,18 +83,18 @@ def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
     _check_writable(store, path, url)
 
 
-def _protocols(store: Store) -> set[str]:
+def _protocols(store: RemoteStore) -> set[str]:
     found = store.fs.protocol
     return {found} if isinstance(found, str) else set(found)
 
 
-def _make_folder(store: Store, path: str) -> None:
+def _make_folder(store: RemoteStore, path: str) -> None:
     """Stores of objects have no folders, and would take a misspelt name for a bucket to create."""
     if not _protocols(store) & _BUCKETS:
         store.fs.makedirs(path, exist_ok=True)
 
 
-def _check_writable(store: Store, path: str, url: str) -> None:
+def _check_writable(store: RemoteStore, path: str, url: str) -> None:
     """A merge of hours should not end with finding out that its result can't be put where it belongs."""
     if _protocols(store) & _KEEPS_HISTORY:
         return
@@ -109,7 +109,7 @@ def _check_writable(store: Store, path: str, url: str) -> None:
         store.fs.rm_file(probe)
 
 
-def _of_older_merge(store: Store, root: str, there: Iterable[str]) -> set[str]:
+def _of_older_merge(store: RemoteStore, root: str, there: Iterable[str]) -> set[str]:
     """What an older lineage there lists, and weights that a reader would take for the new model's."""
     found = {n for n in there if n.endswith((".safetensors", ".safetensors.index.json"))}
     if LINEAGE in there:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stockpot.errors import ArgumentError, nearest
-from stockpot.textfiles import read_table, read_text
+from stockpot.files import read_table, read_text
 
 __all__ = ["Aggregate", "aggregate_scores", "parse_weights"]
 

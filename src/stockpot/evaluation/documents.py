@@ -12,7 +12,7 @@ from typing import Any
 
 from stockpot.errors import SuiteError, nearest, nearest_file
 from stockpot.evaluation.suite import Slice, Suite
-from stockpot.textfiles import read_text
+from stockpot.files import read_text
 
 __all__ = ["Document", "document_id", "filled", "in_selection", "read_documents"]
 

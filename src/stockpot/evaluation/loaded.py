@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stockpot.adapters import changes_the_base
-from stockpot.checkpoints.opening import open_checkpoint, read_json
+from stockpot.checkpoints.beside import copied_files
+from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.candidates import Candidate
 from stockpot.errors import EvaluationError, SuiteError
 from stockpot.evaluation.suite import Suite
-from stockpot.lineage import copied_files
+from stockpot.files import read_json
 
 __all__ = ["LoadedModel"]
 

@@ -28,7 +28,7 @@ from stockpot.evaluation.suite import Suite
 from stockpot.machine import available_threads, memory
 from stockpot.specs import format_size
 
-__all__ = ["Pool", "Recorder", "Task", "as_it_is", "memory_for_snapshots", "score_all"]
+__all__ = ["Recorder", "Task", "WorkerPool", "as_it_is", "memory_for_snapshots", "score_all"]
 
 _START_SECONDS = 300.0
 #: what the parent allows over an evaluator's own limit, which a command keeps by itself
@@ -46,7 +46,7 @@ class Task:
 
 
 class Recorder(Protocol):
-    """What is told as it happens, from the thread that called `Pool.run`. Exceptions end the run."""
+    """What is told as it happens, from the thread that called `WorkerPool.run`. Exceptions end the run."""
 
     def made(self, task: Task, digest: str, seconds: float) -> Sequence[str]:
         """A candidate is there: the keys of the parts that it must be scored on (none: it is known)."""
@@ -91,7 +91,7 @@ class _Worker:
         return "".join(f"\n    {line}" for line in lines)
 
 
-class Pool:
+class WorkerPool:
     """Use as a context. `infos` are the parts of the suite, known once the first worker has opened it.
 
     memory   bytes of snapshots that each worker keeps
@@ -108,7 +108,7 @@ class Pool:
         self._scratch = scratch
         self.notes: list[str] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         if self._scratch is None:
             self._scratch = tempfile.mkdtemp(
                 prefix="stockpot-candidates-", dir=os.environ.get("STOCKPOT_SCRATCH") or None
@@ -339,7 +339,7 @@ def as_it_is(ref: str) -> dict[str, Any]:
 
 
 def score_all(
-    pool: Pool, tasks: Sequence[Task], wanted: Sequence[PartInfo], shown: Any = None
+    pool: WorkerPool, tasks: Sequence[Task], wanted: Sequence[PartInfo], shown: Any = None
 ) -> dict[str, dict[tuple[str, str], Scores]]:
     """Scores of every task on the wanted parts, by (slice, split). Raises EvaluationError for the first that fails."""
     collected = _Collector(pool, wanted, shown)
@@ -349,7 +349,7 @@ def score_all(
 
 @dataclass
 class _Collector:
-    pool: Pool
+    pool: WorkerPool
     wanted: Sequence[PartInfo]
     shown: Any = None
     found: dict[str, dict[tuple[str, str], Scores]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stockpot.errors import SuiteError, nearest, raise_problems
 from stockpot.recipes.nodes import Node, parse_documents, read_yaml_text
-from stockpot.recipes.reading import Reader, plain_value
+from stockpot.recipes.reading import NodeReader, plain_value
 from stockpot.runs.metrics import known_objective
 
 __all__ = ["KINDS", "SPLITS", "Gate", "Kind", "Slice", "Suite", "is_device", "load_suite"]
@@ -182,7 +182,7 @@ def is_device(text: str) -> bool:
     return re.fullmatch(r"cpu|mps|cuda(:\d+)?", text) is not None
 
 
-class _SuiteReader(Reader):
+class _SuiteReader(NodeReader):
     def bad(self, line: int, why: str) -> None:
         self.problems.append(SuiteError(f"{self.origin}:{line}: {why}"))
 
@@ -369,7 +369,7 @@ NORMALIZERS = ("strip", "lower", "spaces", "punctuation", "articles", "numbers")
 class _Values:
     """Single values of a mapping, checked."""
 
-    def __init__(self, reader: Reader, parts: Mapping[str, Node], where: str) -> None:
+    def __init__(self, reader: NodeReader, parts: Mapping[str, Node], where: str) -> None:
         self.reader, self.parts, self.where = reader, parts, where
 
     def text(self, key: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.methods.declaration import Method
-from stockpot.planning.matching import Part
+from stockpot.planning.matching import Section
 from stockpot.planning.plan import ModelInput, Operand
 from stockpot.recipes.schema import ModelEntry, Recipe, Source
 
@@ -14,8 +14,8 @@ __all__ = ["check_companions", "companion_operands"]
 
 
 def check_companions(
-    recipe: Recipe, used: Sequence[Method], parts: Sequence[Part], inputs: Sequence[ModelInput],
-    participants: Callable[[Method, Part], Sequence[int]], problems: list[StockpotError],
+    recipe: Recipe, used: Sequence[Method], parts: Sequence[Section], inputs: Sequence[ModelInput],
+    participants: Callable[[Method, Section], Sequence[int]], problems: list[StockpotError],
 ) -> None:  # fmt: skip
     """Every model needs those of its methods, and none that no method asks for. participants: entries, -1 for no entry."""
     wanted = {c.name: c for m in used for c in m.companions}
@@ -47,7 +47,7 @@ def check_companions(
 
 
 def companion_operands(
-    method: Method, part: Part, chosen: Sequence[int], operands: Sequence[Operand], inputs: Sequence[ModelInput],
+    method: Method, part: Section, chosen: Sequence[int], operands: Sequence[Operand], inputs: Sequence[ModelInput],
     problems: list[StockpotError],
 ) -> tuple[Operand, ...] | None:  # fmt: skip
     """The companions of an output tensor's operands, as TensorPlan orders them; None after a problem.

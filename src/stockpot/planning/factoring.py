@@ -9,7 +9,7 @@ from stockpot.adapters import Adapter, Combination, FactoredAdapter, check_produ
 from stockpot.errors import RecipeError, StockpotError
 from stockpot.methods.declaration import Method, Space, get_method, wrong_count
 from stockpot.planning.filling import Filler
-from stockpot.planning.matching import Match, Matcher, Part
+from stockpot.planning.matching import Match, Matcher, Section
 from stockpot.planning.plan import Action, MergeGroup, ModelInput, Operand, TensorPlan
 from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe
@@ -36,7 +36,7 @@ def check_space(
 
 
 def open_adapters(
-    part: Part, inputs: Sequence[ModelInput], recipe: Recipe, problems: list[StockpotError]
+    part: Section, inputs: Sequence[ModelInput], recipe: Recipe, problems: list[StockpotError]
 ) -> list[Adapter]:
     """The adapters of a recipe's entries, checked for fitting each other. Problems are added."""
     adapters = []
@@ -60,7 +60,7 @@ class Factoring:
     """Plans the factors of every module that any adapter adapts. adapters: of the part's entries, in order."""
 
     recipe: Recipe
-    part: Part
+    part: Section
     adapters: Sequence[Adapter]
     filler: Filler
     matcher: Matcher

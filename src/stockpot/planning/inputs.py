@@ -8,8 +8,9 @@ from typing import Any
 
 from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import is_url, looks_like_hub_id, open_checkpoint, without_file_scheme
+from stockpot.checkpoints.opening import looks_like_hub_id, open_checkpoint
 from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError
+from stockpot.files import is_url, without_file_scheme
 from stockpot.planning.budget import DEFAULT_LIMIT
 from stockpot.planning.plan import ModelInput, Plan
 from stockpot.planning.steps import MergedCheckpoint, merged_checkpoint, why_written

@@ -16,13 +16,13 @@ from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe, Settings
 from stockpot.specs import Shape, TensorSpec
 
-__all__ = ["Entry", "Match", "Part", "match_models", "match_slices", "primary_stack"]
+__all__ = ["Match", "Member", "Section", "match_models", "match_slices", "primary_stack"]
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Entry:
+class Member:
     """One model of `models` or one source of a slice, resolved. companions: models by the names of what they are to it."""
 
     model: int
@@ -33,10 +33,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """Entries that merge together (all `models`, or the sources of one slice), and the base they refer to."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Member, ...]
     base: int | None
     parameters: Settings
     line: int
@@ -61,7 +61,7 @@ class Match:
     """
 
     slot: Slot
-    part: Part
+    part: Section
     operands: tuple[Operand | None, ...]
     base: Operand | None
     merged: bool = True
@@ -184,7 +184,7 @@ class Matcher:
         return Slot(name, self.checkpoint(origin.model).spec(origin.name), origin, depth, layer)
 
     def make(
-        self, slot: Slot, source: Mapping[int, str], part: Part, base_name: str, missing: dict[int, list[str]]
+        self, slot: Slot, source: Mapping[int, str], part: Section, base_name: str, missing: dict[int, list[str]]
     ) -> Match:
         """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
         if not self.included(slot.name):
@@ -196,7 +196,7 @@ class Matcher:
         return Match(slot, part, tuple(operands), base)
 
 
-def match_models(m: Matcher, part: Part, donor: int) -> list[Match]:
+def match_models(m: Matcher, part: Section, donor: int) -> list[Match]:
     """`models:` every tensor by its name."""
     others = list(dict.fromkeys([e.model for e in part.entries] + ([part.base] if part.base is not None else [])))
     names = m.wanted(donor, others)
@@ -236,7 +236,7 @@ def primary_stack(checkpoint: Checkpoint) -> tuple[str, int, list[str]]:
     return ordered[0], layers.stacks[ordered[0]], rivals
 
 
-def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
+def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int]:
     """`slices:` output layers one after the other. Returns the matches and the number of output layers.
 
     What comes before the layers follows the first slice, what comes after them the last one.
@@ -283,7 +283,7 @@ def match_slices(m: Matcher, parts: Sequence[Part]) -> tuple[list[Match], int]:
 
 
 def _check_slices(
-    m: Matcher, parts: Sequence[Part], prefix: str, known: dict[tuple[int, int], tuple[int, int]]
+    m: Matcher, parts: Sequence[Section], prefix: str, known: dict[tuple[int, int], tuple[int, int]]
 ) -> None:
     """Every source's layers must have the tensors of the first slice's, of the same shape but for experts' numbers."""
     reference: dict[str, Shape] | None = None
@@ -328,17 +328,17 @@ def _shape(shapes: dict[str, Shape], suffix: str) -> str:
     return str(list(shapes[suffix])) if suffix in shapes else "absent"
 
 
-def _donor(part: Part) -> int:
+def _donor(part: Section) -> int:
     return part.entries[_lead(part)].model
 
 
-def _lead(part: Part) -> int:
+def _lead(part: Section) -> int:
     """Index of the entry whose names count: the base if it is a source, else the first."""
     return next((i for i, e in enumerate(part.entries) if e.model == part.base), 0)
 
 
 def _outside(
-    m: Matcher, first: Part, last: Part, donor: int, prefix: str, missing: dict[int, list[str]]
+    m: Matcher, first: Section, last: Section, donor: int, prefix: str, missing: dict[int, list[str]]
 ) -> tuple[list[Match], list[Match]]:
     """Tensors outside the sliced stack: before the layers by the first slice, after them by the last."""
     before: list[Match] = []
@@ -371,7 +371,7 @@ def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]
     return out
 
 
-def _check_ranges(m: Matcher, parts: Sequence[Part], prefix: str) -> dict[tuple[int, int], tuple[int, int]]:
+def _check_ranges(m: Matcher, parts: Sequence[Section], prefix: str) -> dict[tuple[int, int], tuple[int, int]]:
     """The layer range of every source, {} after a problem."""
     out: dict[tuple[int, int], tuple[int, int]] = {}
     bad = len(m.problems)

@@ -19,7 +19,7 @@ from stockpot.planning.factoring import Factoring, check_space, open_adapters
 from stockpot.planning.filling import Filler, replacement
 from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
-from stockpot.planning.matching import Entry, Matcher, Part, match_models, match_slices, primary_stack
+from stockpot.planning.matching import Matcher, Member, Section, match_models, match_slices, primary_stack
 from stockpot.planning.parameters import ParameterResolver, all_settings
 from stockpot.planning.plan import ModelInput, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
@@ -175,7 +175,7 @@ class _Planner(Inputs):
             soup=self.soup,
         )
 
-    def factoring(self, part: Part, filler: Filler, matcher: Matcher) -> Factoring:
+    def factoring(self, part: Section, filler: Filler, matcher: Matcher) -> Factoring:
         """How adapters are combined module by module; what they hold beside the factors is matched like any other tensor."""
         adapters = open_adapters(part, self.inputs, self.recipe, self.problems)
         self.stop_if_bad()
@@ -183,32 +183,32 @@ class _Planner(Inputs):
         matcher.apart = found.names
         return found
 
-    def parts(self, base: int | None) -> list[Part]:
+    def parts(self, base: int | None) -> list[Section]:
         recipe = self.recipe
         if recipe.models:
             entries = [
-                Entry(self.open(e.ref, e.line), i, e.parameters, None, self.companions(e))
+                Member(self.open(e.ref, e.line), i, e.parameters, None, self.companions(e))
                 for i, e in enumerate(recipe.models)
             ]
             if self.adds_base(entries, base):
                 assert base is not None
-                entries.append(Entry(base, len(entries), {}))
-            return [Part(tuple(entries), base, {}, recipe.models[0].line)]
+                entries.append(Member(base, len(entries), {}))
+            return [Section(tuple(entries), base, {}, recipe.models[0].line)]
         out = []
         for piece in recipe.slices:
             own = self.open(piece.base_model, piece.line) if piece.base_model else base
             sources = [
-                Entry(self.open(s.ref, s.line), i, s.parameters, s.layer_range, self.companions(s))
+                Member(self.open(s.ref, s.line), i, s.parameters, s.layer_range, self.companions(s))
                 for i, s in enumerate(piece.sources)
             ]
-            out.append(Part(tuple(sources), own, piece.parameters, piece.line))
+            out.append(Section(tuple(sources), own, piece.parameters, piece.line))
         return out
 
     def companions(self, entry: ModelEntry | Source) -> dict[str, int]:
         """What lies beside a model, opened."""
         return {name: self.open(str(c.value), c.line, role=name) for name, c in entry.companions.items()}
 
-    def adds_base(self, entries: Sequence[Entry], base: int | None) -> bool:
+    def adds_base(self, entries: Sequence[Member], base: int | None) -> bool:
         """mergekit averages the base too when it is not listed and a weight holds for all models."""
         return (
             self.recipe.mergekit_compat
@@ -222,7 +222,7 @@ class _Planner(Inputs):
     # checks
 
     def check_parameters(
-        self, resolver: ParameterResolver, main: Method, rules: Mapping[int, Method], parts: Sequence[Part]
+        self, resolver: ParameterResolver, main: Method, rules: Mapping[int, Method], parts: Sequence[Section]
     ) -> None:
         used = [main, *rules.values()]
         for rest in [replacement(m) for m in used if m.applies is not None]:
@@ -245,7 +245,7 @@ class _Planner(Inputs):
         for i, method in rules.items():
             resolver.check_names(self.recipe.rules[i].parameters, [method], "rules.parameters", own=False)
 
-    def check_count(self, method: Method, part: Part) -> None:
+    def check_count(self, method: Method, part: Section) -> None:
         n = len(part.participants(method))
         low, high = method.models
         where = self.recipe.at(part.line)
@@ -283,7 +283,7 @@ class _Planner(Inputs):
         self,
         donor: int,
         tensors: Sequence[TensorPlan],
-        parts: Sequence[Part],
+        parts: Sequence[Section],
         matcher: Matcher,
         vocabulary: int | None,
         factors: Checkpoint | None,
@@ -301,7 +301,7 @@ class _Planner(Inputs):
         specs = {t.name: t.spec for t in tensors}
         return Template(checkpoint.kind, specs, config, donor, self.tokenizer_donor(donor), dtype)
 
-    def layers(self, donor: Checkpoint, parts: Sequence[Part]) -> tuple[list[int], int]:
+    def layers(self, donor: Checkpoint, parts: Sequence[Section]) -> tuple[list[int], int]:
         """(for each layer of the output the donor's that it is described by, how many the donor has)."""
         _, old, _ = primary_stack(donor)
         layers: list[int] = []

@@ -16,10 +16,10 @@ from stockpot.checkpoints.derived import DerivedCheckpoint
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
 
-__all__ = ["MergedCheckpoint", "Reader", "leaves", "merged_checkpoint", "steps_in", "why_written"]
+__all__ = ["MergedCheckpoint", "StepReader", "leaves", "merged_checkpoint", "steps_in", "why_written"]
 
 
-class Reader(Protocol):
+class StepReader(Protocol):
     """What the engine puts into a step: reads elements start..stop of a tensor into `out`; close lets go of files."""
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None: ...
@@ -32,7 +32,7 @@ class MergedCheckpoint(DerivedCheckpoint):
     """The output of `plan`, before it exists. `sources` are the checkpoints on disk at its bottom."""
 
     plan: Plan | None = field(default=None, repr=False, compare=False)
-    reader: list[Reader] = field(default_factory=list, repr=False, compare=False)
+    reader: list[StepReader] = field(default_factory=list, repr=False, compare=False)
     held: ClassVar[Mapping[str, Callable[[], Any]]] = {**DerivedCheckpoint.held, "reader": list}
 
     @property

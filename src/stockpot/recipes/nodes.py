@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stockpot.errors import RecipeError, StockpotError, UserError
-from stockpot.textfiles import read_text
+from stockpot.files import read_text
 
 __all__ = ["Node", "parse_documents", "plain_nodes", "read_yaml_text"]
 

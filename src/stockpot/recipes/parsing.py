@@ -9,8 +9,8 @@ from typing import Any
 
 from stockpot.errors import ArgumentError, RecipeError, nearest, raise_problems
 from stockpot.recipes.nodes import Node, parse_documents, plain_nodes, read_yaml_text
-from stockpot.recipes.reading import Reader, plain_value
-from stockpot.recipes.schema import AdapterChoice, ModelEntry, Recipe, Rule, RunChoice, Slice, Source
+from stockpot.recipes.reading import NodeReader, plain_value
+from stockpot.recipes.schema import AdapterChoice, LayerSlice, ModelEntry, Recipe, Rule, RunChoice, Source
 from stockpot.specs import parse_dtype
 
 __all__ = ["RUN_OPTIONS", "load_recipe", "located_mapping", "parse_recipe"]
@@ -89,7 +89,7 @@ def located_mapping(recipe: Recipe, place: Callable[[str], str]) -> dict[str, An
     return found
 
 
-class _Parser(Reader):
+class _Parser(NodeReader):
     # several recipes in one file
 
     def file(self, documents: list[Node]) -> Recipe:
@@ -197,7 +197,7 @@ class _Parser(Reader):
         settings = self.settings(parts.get("parameters"), "models.parameters")
         return ModelEntry(ref, settings, node.line, self.companions(parts.get("companions"), "models.companions"))
 
-    def slice(self, node: Node) -> Slice:
+    def slice(self, node: Node) -> LayerSlice:
         parts = self.mapping(node, "slices", ["sources", "base_model", "parameters"])
         sources: tuple[Source, ...] = ()
         if "sources" in parts:
@@ -205,7 +205,7 @@ class _Parser(Reader):
         else:
             self.bad(node.line, "slices: an entry needs 'sources'")
         base = self.model(parts["base_model"], "slices.base_model") if "base_model" in parts else None
-        return Slice(sources, base, self.settings(parts.get("parameters"), "slices.parameters"), node.line)
+        return LayerSlice(sources, base, self.settings(parts.get("parameters"), "slices.parameters"), node.line)
 
     def source(self, node: Node) -> Source:
         parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters", "companions"])

@@ -10,10 +10,10 @@ from stockpot.recipes.nodes import Node
 from stockpot.recipes.schema import Settings
 from stockpot.recipes.values import Condition, Setting, Value
 
-__all__ = ["Reader", "plain_value"]
+__all__ = ["NodeReader", "plain_value"]
 
 
-class Reader:
+class NodeReader:
     """Reads nodes and gathers problems; what can't be read is reported and left out.
 
     references  the nodes that name a model or another place, wherever in the text they stand

@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.recipes.values import Setting
 
-__all__ = ["AdapterChoice", "ModelEntry", "Recipe", "Rule", "RunChoice", "Settings", "Slice", "Source"]
+__all__ = ["AdapterChoice", "LayerSlice", "ModelEntry", "Recipe", "Rule", "RunChoice", "Settings", "Source"]
 
 Settings = Mapping[str, Setting]
 
@@ -36,7 +36,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Slice:
+class LayerSlice:
     """A run of output layers, made from as many layers of each source."""
 
     sources: tuple[Source, ...]
@@ -95,7 +95,7 @@ class Recipe:
     origin: str
     merge_method: str
     models: tuple[ModelEntry, ...] = ()
-    slices: tuple[Slice, ...] = ()
+    slices: tuple[LayerSlice, ...] = ()
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None

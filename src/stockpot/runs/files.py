@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from stockpot.errors import ArgumentError
-from stockpot.textfiles import read_table, read_text
+from stockpot.files import read_table, read_text
 
 __all__ = ["read_weights"]
 

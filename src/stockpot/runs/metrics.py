@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.errors import ArgumentError, CheckpointError, nearest
-from stockpot.textfiles import read_table, read_text
+from stockpot.files import read_table, read_text
 
 __all__ = ["MetricLog", "MetricValue", "known_objective", "log_from_rows", "read_metrics_file"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from stockpot.adapters import changes_the_base
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import ArgumentError, SuiteError
-from stockpot.evaluation.pool import Pool, Task, as_it_is, score_all
+from stockpot.evaluation.pool import Task, WorkerPool, as_it_is, score_all
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.statistics import Difference, Interval, bootstrap_score, paired_difference
 from stockpot.evaluation.suite import Suite
@@ -82,7 +82,7 @@ def interpolation_path(
     tasks = [Task(f"t = {t:.4g}", _at(a, b, t, exact)) for t in steps]
     if base is not None:
         tasks.append(Task("base", as_it_is(base)))
-    with Pool(suite) as pool:
+    with WorkerPool(suite) as pool:
         wanted = [i for i in pool.infos if i.split == split]
         missing = {s.name for s in suite.slices if s.weight} - {i.slice for i in wanted}
         if missing:

@@ -21,7 +21,7 @@ from stockpot.errors import ArgumentError, OutputError
 from stockpot.evaluation.scores import Scores
 from stockpot.search.candidates import Tried
 
-__all__ = ["NAME", "Store"]
+__all__ = ["NAME", "ScoreStore"]
 
 NAME = "sweep.sqlite"
 _FORMAT = 1
@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS failures (
 """
 
 
-class Store:
+class ScoreStore:
     """The database of one sweep. Raises OutputError when it can't be written, with what is in it kept.
 
     exclusive  refuse where another process has it open so: two sweeps would undo each other's work

@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.errors import ArgumentError, EvaluationError, OutputError
 from stockpot.evaluation.parts import open_parts
-from stockpot.evaluation.pool import Pool, Task, as_it_is
+from stockpot.evaluation.pool import Task, WorkerPool, as_it_is
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
 from stockpot.runs import Run
@@ -18,7 +18,7 @@ from stockpot.search.grid import grid_candidates
 from stockpot.search.options import SweepOptions
 from stockpot.search.result import REFERENCE_STAGES, SweepResult, goodness, make_result, references_of
 from stockpot.search.stages import STAGE_FUNCTIONS, Stage
-from stockpot.search.store import Store
+from stockpot.search.store import ScoreStore
 
 __all__ = ["Shown", "SweepJob", "read_sweep", "run_sweep"]
 
@@ -57,7 +57,7 @@ def run_sweep(job: SweepJob, shown: Shown | None = None) -> SweepResult:
         os.makedirs(job.out, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{job.out}: can't be created: {e.strerror or e}") from e
-    store = Store(job.out, exclusive=True)
+    store = ScoreStore(job.out, exclusive=True)
     try:
         before = store.meta("what")
         if before is not None and before != job.what:
@@ -68,7 +68,7 @@ def run_sweep(job: SweepJob, shown: Shown | None = None) -> SweepResult:
         store.set_meta("options", job.options.to_dict())
         if job.retry_failed:
             store.forget_failures()
-        with Pool(job.suite, job.jobs, job.memory, os.path.join(os.path.abspath(job.out), SCRATCH)) as pool:
+        with WorkerPool(job.suite, job.jobs, job.memory, os.path.join(os.path.abspath(job.out), SCRATCH)) as pool:
             return _Sweep(job, store, pool, shown).run()
     finally:
         store.close()
@@ -77,7 +77,7 @@ def run_sweep(job: SweepJob, shown: Shown | None = None) -> SweepResult:
 class _Sweep:
     """The state of one run of a sweep, and the recorder of its pool."""
 
-    def __init__(self, job: SweepJob, store: Store, pool: Pool, shown: Shown | None) -> None:
+    def __init__(self, job: SweepJob, store: ScoreStore, pool: WorkerPool, shown: Shown | None) -> None:
         self.job, self.store, self.pool, self.shown = job, store, pool, shown
         self.tried: list[Tried] = []
         self.notes: list[str] = []
@@ -240,7 +240,7 @@ def metrics_of(suite: Suite) -> dict[str, str]:
     return {s.name: s.metric for s in suite.slices}
 
 
-def read_result(suite: Suite, store: Store, run: Run | None, **facts: Any) -> SweepResult:
+def read_result(suite: Suite, store: ScoreStore, run: Run | None, **facts: Any) -> SweepResult:
     """The result from what the store holds."""
     keys = store.meta("keys")
     if keys is None:
@@ -273,7 +273,7 @@ def read_sweep(out: str, suite: Suite, run: Run | None) -> SweepResult:
 
     if not os.path.isfile(os.path.join(out, NAME)):
         raise ArgumentError(f"{out}: no sweep here ({NAME} is missing)")
-    store = Store(out)
+    store = ScoreStore(out)
     try:
         return read_result(suite, store, run)
     finally:

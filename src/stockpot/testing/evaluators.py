@@ -20,7 +20,7 @@ def evaluator_checks(suite: Any, checkpoint: Any) -> list[Check]:
     seen: list[Any] = []
 
     def scores() -> dict[str, Any]:
-        from stockpot.evidence import evaluate
+        from stockpot.api import evaluate
 
         found = evaluate(checkpoint, suite)
         return {f"{slice_} ({split})": s for (slice_, split), s in found.scores.items()}

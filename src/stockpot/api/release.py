@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from stockpot.api.measuring import ScoringShown, SuiteLike, opened_suite
 from stockpot.errors import CheckpointError, GateError, SuiteError, VerificationError
 from stockpot.evaluation.gates import BEST_PARENT, GateOutcome, Verdict, judge, needed_references
 from stockpot.evaluation.parts import open_parts
-from stockpot.evaluation.pool import Pool, Task, as_it_is, score_all
+from stockpot.evaluation.pool import Task, WorkerPool, as_it_is, score_all
 from stockpot.evaluation.suite import Suite
-from stockpot.evidence.scoring import ScoringShown, SuiteLike, opened_suite
 from stockpot.lineage import NAME, read_lineage, record_verdict
 from stockpot.recipes.parsing import load_recipe
 
@@ -76,7 +76,7 @@ def decide(out: str, suite: Suite, shown: ScoringShown | None = None, *, force: 
         found = _reference_tasks(reference, out, suite)
         names[reference] = [t.name for t in found]
         tasks |= {t.name: t for t in found if t.name not in tasks}
-    with Pool(suite) as pool:
+    with WorkerPool(suite) as pool:
         # report data, and selection data for a slice that has nothing else
         reported = {i.slice for i in pool.infos if i.split == "report"}
         wanted = [i for i in pool.infos if i.split == "report" or i.slice not in reported]

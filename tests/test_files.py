@@ -6,9 +6,9 @@ import pytest
 
 from stockpot.errors import ArgumentError, CheckpointError
 from stockpot.evaluation.aggregate import aggregate_scores
+from stockpot.files import read_table, read_text
 from stockpot.runs.files import read_weights
 from stockpot.runs.metrics import read_metrics_file
-from stockpot.textfiles import read_table, read_text
 
 
 def test_tables_as_a_spreadsheet_saves_them(tmp_path):

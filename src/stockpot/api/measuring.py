@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.errors import ArgumentError, SuiteError
 from stockpot.evaluation.parts import open_parts
-from stockpot.evaluation.pool import Pool, Task, as_it_is, score_all
+from stockpot.evaluation.pool import Task, WorkerPool, as_it_is, score_all
 from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.statistics import Interval, bootstrap_score, suite_score
 from stockpot.evaluation.suite import SPLITS, Suite, is_device, load_suite
@@ -71,7 +71,7 @@ def evaluate(
     opened = opened_suite(suite, base=base, device=device)
     open_parts(opened, light=True)
     ref = os.fspath(checkpoint)
-    with Pool(opened) as pool:
+    with WorkerPool(opened) as pool:
         there = {i.split for i in pool.infos}
         wanted = list(SPLITS) if split == "all" else [split or ("report" if "report" in there else "selection")]
         if not there & set(wanted):

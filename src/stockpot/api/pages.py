@@ -8,18 +8,18 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stockpot.engine.publish import replace_file
+from stockpot.api.measuring import ScoringShown, SuiteLike, opened_suite
+from stockpot.api.release import lineage_of
 from stockpot.errors import ArgumentError, CheckpointError, OutputError
 from stockpot.evaluation.parts import open_parts
 from stockpot.evaluation.suite import parse_suite
-from stockpot.evidence.release import lineage_of
-from stockpot.evidence.scoring import ScoringShown, SuiteLike, opened_suite
+from stockpot.files import replace_file
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import open_run
 from stockpot.search import PathResult, SweepResult, interpolation_path
 from stockpot.search.path import path_from_dict
 from stockpot.search.store import NAME as STORE
-from stockpot.search.store import Store
+from stockpot.search.store import ScoreStore
 from stockpot.search.sweep import read_sweep
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def report(out: str | os.PathLike[str]) -> str:
     folder = os.fspath(out)
     if not os.path.isfile(os.path.join(folder, STORE)):
         raise ArgumentError(f"{folder}: no sweep here ({STORE} is missing)")
-    store = Store(folder)
+    store = ScoreStore(folder)
     try:
         kept, place, gates = store.meta("suite"), store.meta("run"), store.meta("gates")
     finally:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stockpot.api import Options, merge_planned, plan
+from stockpot.api.measuring import SuiteLike, opened_suite
+from stockpot.api.merging import Options, merge_planned, plan
+from stockpot.api.pages import BEST, published_lineage, write_report
+from stockpot.api.release import lineage_of, release_check
 from stockpot.errors import ArgumentError, GateError, OutputError
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.suite import Suite
-from stockpot.evidence.pages import BEST, published_lineage, write_report
-from stockpot.evidence.release import lineage_of, release_check
-from stockpot.evidence.scoring import SuiteLike, opened_suite
 from stockpot.planning.inputs import located
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import Run, open_run
 from stockpot.search import SweepOptions, SweepResult
-from stockpot.search.store import Store
+from stockpot.search.store import ScoreStore
 from stockpot.search.sweep import Shown, SweepJob, run_sweep
 
 __all__ = ["Sweep", "sweep"]
@@ -111,7 +111,7 @@ def _publish_winner(
 
 def remember(folder: str, **facts: Any) -> None:
     """Put facts beside the scores of a sweep."""
-    store = Store(folder)
+    store = ScoreStore(folder)
     try:
         for key, value in facts.items():
             store.set_meta(key, value)
@@ -121,7 +121,7 @@ def remember(folder: str, **facts: Any) -> None:
 
 def remembered(folder: str, key: str) -> Any:
     """A fact from there; None where it was never put."""
-    store = Store(folder)
+    store = ScoreStore(folder)
     try:
         return store.meta(key)
     finally:

@@ -1,53 +1,30 @@
-"""What the command line calls, and Python users too: plan, merge, verify, inspect."""
+"""Planning and running a merge: plan, merge, and what the command line does before and after."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.opening import is_url, open_checkpoint, read_json, without_file_scheme
-from stockpot.errors import (
-    ArgumentError,
-    CheckpointError,
-    MismatchError,
-    VerificationError,
-)
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError
+from stockpot.files import is_url, read_json, without_file_scheme
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from stockpot.planning.steps import steps_in
 from stockpot.recipes.parsing import load_recipe
 from stockpot.recipes.schema import Recipe
-from stockpot.runs import Run, Soup, SoupSpec, open_run, recipe_of, resolve_soup, resolve_windows
+from stockpot.runs import Run
 from stockpot.specs import format_size, parse_size
 
 if TYPE_CHECKING:
     from stockpot.engine.run import Outcome, Progress
 
-__all__ = [
-    "Checkpoint",
-    "MergeResult",
-    "Options",
-    "Run",
-    "Soup",
-    "SoupSpec",
-    "inspect",
-    "merge",
-    "merge_planned",
-    "open_checkpoint",
-    "open_run",
-    "plan",
-    "resolve_soup",
-    "resolve_windows",
-    "soup",
-    "soup_recipe",
-    "verify",
-]
+__all__ = ["MergeResult", "Options", "RecipeLike", "check_target", "check_threads", "merge", "merge_planned", "plan"]
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
@@ -309,71 +286,6 @@ def _factors_report(planned: Plan) -> dict[str, Any] | None:
     return factors_report(adapters, [w / total for w in weights] if total else weights, threads=workers)
 
 
-def soup_recipe(
-    run: Run | str | os.PathLike[str],
-    spec: SoupSpec | None = None,
-    *,
-    adapter: str | None = None,
-    rank: int | None = None,
-    base: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
-    """The recipe of a soup, as a mapping: what `soup` merges, and a start for one of another method."""
-    opened = run if isinstance(run, Run) else open_run(run)
-    return recipe_of(opened, spec or SoupSpec(), adapter=adapter, rank=rank, base=base)
-
-
-def soup(
-    run: Run | str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    spec: SoupSpec | None = None,
-    *,
-    adapter: str | None = None,
-    rank: int | None = None,
-    base: str | os.PathLike[str] | None = None,
-    options: Options | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> MergeResult:
-    """Average snapshots of a training run into the directory `out`; spec says which and how (runs.SoupSpec).
-
-    run      a directory, or what open_run gave
-    adapter  how LoRA adapters are averaged: "factors" (A and B apart, the default, as in arXiv 2504.18580), "product"
-             (exactly: stacked factors, or recompressed to `rank`), "fused" (written into `base`, by default the model
-             that adapter_config.json names)
-
-    Returns a MergeResult with `soup` and `adapter`. Raises StockpotError; nothing is then left at `out`.
-    """
-    opened = run if isinstance(run, Run) else open_run(run)
-    recipe = soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
-    planned = plan(recipe, options, run=opened)
-    return merge_planned(planned, out, options or Options(), overwrite=overwrite, progress=progress)
-
-
-def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
-    """The recipe of one window of LAWA: its snapshots by step, equally weighted. adapter: as for soup_recipe."""
-    steps = tuple(i.snapshot.step for i in made.ingredients)
-    return soup_recipe(run, SoupSpec(steps=steps), **adapter)
-
-
-def window_done(out: str, step: int, made: Soup) -> bool:
-    """Whether the soup of a window stands complete where it belongs."""
-    from stockpot.engine.publish import LINEAGE
-
-    path = os.path.join(out, f"checkpoint-{step}", LINEAGE)
-    return os.path.isfile(path) and read_json(path).get("soup") == made.to_dict()
-
-
-def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, overwrite: bool) -> None:
-    """Whether every window's directory can be made, before the first is. Raises OutputError."""
-    from stockpot.engine.publish import check_out
-
-    if is_url(out):
-        raise ArgumentError(f"{out}: the windows of LAWA go to a directory on this machine; upload them from there")
-    paths = [s.path for s in run.snapshots]
-    for step, _ in windows:
-        check_out(os.path.join(out, f"checkpoint-{step}"), overwrite=overwrite, inputs=paths)
-
-
 def check_space(planned: Plan, out: str) -> None:
     """Refuse when the disk has less room than the output needs."""
     from stockpot.engine.publish import partial_path
@@ -391,52 +303,3 @@ def check_space(planned: Plan, out: str) -> None:
         raise OutputError(
             f"{out}: the output needs {format_size(planned.bytes_out)}, {folder} has {format_size(free)} free"
         )
-
-
-def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint holds, from its headers alone, as plain data."""
-    checkpoint = open_checkpoint(ref)
-    layers = checkpoint.layers()
-    tied = checkpoint.tied()
-    architecture = checkpoint.config.get("architectures")
-    dtypes: dict[str, dict[str, int]] = {}
-    for name in checkpoint.names():
-        spec = checkpoint.spec(name)
-        row = dtypes.setdefault(spec.dtype.label, {"tensors": 0, "parameters": 0, "bytes": 0})
-        row["tensors"] += 1
-        row["parameters"] += spec.numel
-        row["bytes"] += spec.nbytes
-    return {
-        "path": checkpoint.path,
-        "kind": checkpoint.kind,
-        "architecture": architecture[0] if isinstance(architecture, list) and architecture else None,
-        "files": [{"name": os.path.basename(h.path), "bytes": h.size} for h in checkpoint.files],
-        "parameters": checkpoint.parameters,
-        "bytes": checkpoint.nbytes,
-        "dtypes": dtypes,
-        "layers": layers.stacks,
-        "tied": tied,
-        "tensors": {
-            name: {"dtype": checkpoint.spec(name).dtype.label, "shape": list(checkpoint.spec(name).shape)}
-            for name in checkpoint.names()
-        },
-    }
-
-
-def verify(directory: str | os.PathLike[str], *, threads: int | None = None) -> dict[str, Any]:
-    """Read an output again and compare it with its lineage. Returns the lineage; raises VerificationError."""
-    from stockpot.engine.verify import compare
-    from stockpot.lineage import read_lineage
-
-    workers = min(check_threads(threads), 256) if threads is not None else os.cpu_count() or 1
-    lineage, checkpoint = read_lineage(os.fspath(directory))
-    try:
-        wrong = compare(lineage, checkpoint, workers)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise VerificationError(f"{directory}: the lineage is not one that stockpot writes: {e!r}") from e
-    finally:
-        checkpoint.close()
-    if wrong:
-        listed = "\n".join(f"  - {w}" for w in wrong)
-        raise VerificationError(f"{os.fspath(directory)}: differs from its lineage:\n{listed}")
-    return lineage

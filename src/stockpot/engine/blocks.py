@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Pool"]
+__all__ = ["BlockPool"]
 
 
-class Pool:
+class BlockPool:
     """`size` bytes from `memory` in places of `each` bytes. Thread-safe."""
 
     def __init__(self, size: int, each: int, memory: Callable[[int], memoryview[Any]]) -> None:
