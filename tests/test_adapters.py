@@ -505,7 +505,7 @@ def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
     nothing was left to read."""
     import shutil
 
-    from stockpot.engine import devices, run
+    from stockpot.engine import devices, loop, run
 
     factors = stockpot.soup(lora_run, tmp_path / "factors")
     expected = [i["files"][0]["digest"] for i in factors.lineage["inputs"]]
@@ -514,7 +514,7 @@ def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
     assert [i["files"][0]["digest"] for i in whole.lineage["inputs"] if i.get("role") != "factors"] == expected
     assert len(whole.lineage["adapter"]["modules"]) == 4
     planned = stockpot.plan(stockpot.soup_recipe(lora_run, **rank))  # type: ignore[arg-type]
-    real = run._Runner._settle
+    real = loop.Loop._settle
     settled: list[int] = []
 
     def stops(self: Any, rows: Any, *args: Any) -> None:
@@ -525,13 +525,13 @@ def test_lineage_of_parts_after_resume(lora_run: Path, tmp_path: Path) -> None:
 
     for most, name in ((1, "half"), (10**6, "all")):  # noqa: B007
         settled.clear()
-        run._Runner._settle = stops  # type: ignore[method-assign]
+        loop.Loop._settle = stops  # type: ignore[method-assign]
         try:
             run.run_plan(planned, str(tmp_path / name), devices.NumpyDevice()).release()
         except KeyboardInterrupt:
             pass
         finally:
-            run._Runner._settle = real  # type: ignore[method-assign]
+            loop.Loop._settle = real  # type: ignore[method-assign]
         resumed = stockpot.soup(lora_run, tmp_path / name, **rank)  # type: ignore[arg-type]
         assert resumed.lineage["bytes_resumed"] > 0
         own = [i for i in resumed.lineage["inputs"] if i.get("role") != "factors"]

@@ -203,13 +203,13 @@ def partial_of(wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path])
     path = recipe(text_of("linear", wide_family))
     stockpot.merge(path, tmp_path / "reference")
     planned = stockpot.plan(path, Options(threads=1))
-    from stockpot.engine import devices, run
+    from stockpot.engine import devices, loop, run
 
     class Stop(Exception):
         pass
 
     seen = 0
-    original = run._Runner._do
+    original = loop.Loop._do
 
     def failing(self: Any, *args: Any) -> None:
         nonlocal seen
@@ -218,12 +218,12 @@ def partial_of(wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path])
             raise Stop
         original(self, *args)
 
-    run._Runner._do = failing  # type: ignore[method-assign]
+    loop.Loop._do = failing  # type: ignore[method-assign]
     try:
         with pytest.raises(Stop):
             run.run_plan(planned, str(tmp_path / "out"), devices.NumpyDevice())
     finally:
-        run._Runner._do = original  # type: ignore[method-assign]
+        loop.Loop._do = original  # type: ignore[method-assign]
     return path, tmp_path / "out", weights_of(tmp_path / "reference")
 
 
@@ -575,7 +575,7 @@ def test_all_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_sample_for_a_cutoff_over_the_whole_model_is_of_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stockpot.engine import run
+    from stockpot.engine import loop
     from stockpot.engine.gathering import Gathering
 
     sizes = []
@@ -586,7 +586,7 @@ def test_the_sample_for_a_cutoff_over_the_whole_model_is_of_one_size(
         real(self, deltas)
 
     monkeypatch.setattr(Gathering, "suggest", noted)
-    monkeypatch.setattr(run, "_JOB_SAMPLES", 2**14)
+    monkeypatch.setattr(loop, "_JOB_SAMPLES", 2**14)
     torch.manual_seed(0)
     for name in ("base", "a", "b"):
         write_model(tmp_path / name, {f"layers.{i}.w": torch.randn(256, 300).to(torch.bfloat16) for i in range(100)})

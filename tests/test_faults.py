@@ -19,7 +19,7 @@ import torch
 import stockpot
 from stockpot.api.merging import Options, merge_planned
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.engine import measures, run
+from stockpot.engine import loop, measures, run
 from stockpot.engine.native import Kernels, load_kernels
 from stockpot.engine.sink import ShardSink
 from stockpot.errors import NonfiniteError, OutputError, ReadError
@@ -207,7 +207,7 @@ def failing(real, number: int, after: int):
 
 def test_no_thread_outlives_a_merge_whose_caller_fails(family, tmp_path, monkeypatch):
     """Files opened afterwards may have the descriptors that a thread still had in hand."""
-    real = run._Runner._do
+    real = loop.Loop._do
 
     def slow(self, *args):
         time.sleep(0.2)
@@ -217,7 +217,7 @@ def test_no_thread_outlives_a_merge_whose_caller_fails(family, tmp_path, monkeyp
         raise KeyError("a caller's own mistake")
 
     with monkeypatch.context() as m:
-        m.setattr(run._Runner, "_do", slow)
+        m.setattr(loop.Loop, "_do", slow)
         with pytest.raises(KeyError, match="own mistake"):
             stockpot.merge(linear(family / "a", family / "b"), tmp_path / "out", progress=progress)
     assert not [t for t in threading.enumerate() if t.name.startswith("stockpot-")]

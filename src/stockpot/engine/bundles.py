@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.blocks import BlockPool
 from stockpot.engine.devices import byte_buffer
 from stockpot.engine.gathering import Gathering
@@ -21,7 +22,7 @@ from stockpot.engine.ledger import Ledger
 from stockpot.engine.masks import mask_key
 from stockpot.engine.native import CODES, load_kernels
 from stockpot.engine.native.bundles import Bundle, address, run_bundle
-from stockpot.engine.sink import ShardSink
+from stockpot.engine.sink import Sink
 from stockpot.engine.units import aligned
 from stockpot.grid import PIECE
 from stockpot.methods.declaration import Scope
@@ -59,12 +60,13 @@ class _Kind:
 
 @dataclass
 class Bundles:
-    """Does bundles of a plan. kernels: those of its groups; sink: None until there is one."""
+    """Does bundles of a plan. kernels: those of its groups."""
 
     plan: Plan
+    sources: Sequence[TensorSource]
     ledger: Ledger
     kernels: Sequence[Kernel]
-    sink: ShardSink | None = None
+    sink: Sink
     _fds: Any = None
     _offsets: Any = None
     _kinds: dict[Any, _Kind] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Bundles:
         native = load_kernels()
         if native is None or not native.transfers:
             return False
-        sources = [self.plan.inputs[o.model].checkpoint for o in t.inputs]
+        sources = [self.sources[o.model] for o in t.inputs]
         if any(s.place(o.name) is None for s, o in zip(sources, t.inputs, strict=True)):
             return False
         dtypes = [s.spec(o.name).dtype for s, o in zip(sources, t.inputs, strict=True)]
@@ -109,7 +111,7 @@ class Bundles:
         self._shards = np.array([t.shard for t in tensors], np.int64)
 
     def _place(self, operand: Operand) -> tuple[int, int]:
-        found = self.plan.inputs[operand.model].checkpoint.place(operand.name)
+        found = self.sources[operand.model].place(operand.name)
         assert found is not None
         return found
 
@@ -119,7 +121,7 @@ class Bundles:
         return self.plan.tensors[int(self.ledger.pieces.tensor[rows[0]])]
 
     def _kind(self, t: TensorPlan) -> _Kind:
-        dtypes = tuple(self.plan.inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs)
+        dtypes = tuple(self.sources[o.model].spec(o.name).dtype for o in t.inputs)
         key = (dtypes, len(t.operands), t.base is None, t.spec.dtype, t.action)
         if key not in self._kinds:
             wide = t.action is Action.MERGE and work_itemsize(t.spec.dtype) == 8
@@ -198,7 +200,6 @@ class Bundles:
     ) -> tuple[int, list[str]]:
         """(how many pieces were merged or copied and written, warnings)."""
         lead = self._lead(rows)
-        assert self.sink is not None
         native = load_kernels()
         assert native is not None
         b = self._whole("merge" if lead.action is Action.MERGE else "copy", rows, slot)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,21 @@ from stockpot.checkpoints.names import LayerMap, map_layers
 from stockpot.checkpoints.roles import role_of
 from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.devices import NumpyDevice
-from stockpot.engine.gathering import Gathering, WideValues
-from stockpot.engine.kernel import Kernel, UnitData, read_segment
-from stockpot.engine.units import Segment
+from stockpot.engine.executors import executor_of
+from stockpot.engine.ledger import Ledger
+from stockpot.engine.loop import Loop
+from stockpot.engine.pieces import Pieces
+from stockpot.engine.sink import MemorySink
 from stockpot.errors import ArgumentError, MismatchError, nearest
-from stockpot.grid import REDUCE, grid_of
+from stockpot.grid import REDUCE
 from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, cannot_replace, get_method, wrong_count
 from stockpot.methods.parameters import REQUIRED
-from stockpot.planning.plan import Action, MergeGroup, Operand, Plan, StatPlan, TensorPlan
+from stockpot.planning.layout import lay_out
+from stockpot.planning.plan import Action, Budget, MergeGroup, Operand, Plan, TensorPlan
 from stockpot.planning.statistics import plan_statistics
+from stockpot.planning.template import Template
+from stockpot.recipes.schema import Recipe
 
 __all__ = ["merge_dicts", "merge_plan"]
 
@@ -68,9 +72,22 @@ def merge_dicts(
         _check_kinds(sources[: len(models) + len(subtracted)], name)
     made = _InMemory(method, given, len(models), map_layers(template))
     tensors = [made.tensor(i, name, sources) for i, name in enumerate(template)]
-    groups, stats = plan_statistics(tensors, made.groups)
-    merged = merged_tensors(tensors, groups, stats, sources, seed, 4 * REDUCE)
-    return {t.name: _like(template[t.name], raw) for t, raw in merged}
+    placed, shards = lay_out(tensors, "adapter", 0)
+    groups, stats = plan_statistics(placed, made.groups)
+    plan = Plan(
+        recipe=Recipe("", "", method.name),
+        inputs=(),
+        template=Template("model", {t.name: t.spec for t in placed}, {}, 0, 0),
+        groups=groups,
+        stats=stats,
+        tensors=placed,
+        shards=shards,
+        seed=seed,
+        budget=Budget(limit=0, workers=1, block_pieces=1, chunk=4 * REDUCE, hold=0, peak=0),
+    )
+    merged = dict(merge_plan(plan, sources))
+    by_name = {t.name: _like(template[t.name], raw) for t, raw in merged.items()}
+    return {name: by_name[name] for name in template}
 
 
 @dataclass
@@ -143,34 +160,16 @@ def _companions(method: Method, models: int, given: Mapping[str, Any]) -> dict[s
 
 
 def merge_plan(plan: Plan, sources: Sequence[TensorSource], threads: int = 1) -> Iterator[tuple[TensorPlan, Array]]:
-    """The output of a plan, tensor by tensor, without a file: the bytes that running it would publish.
+    """The output of a plan, tensor by tensor, without a file: (tensor, its bytes as uint8), those that running it would
+    publish.
 
     sources: what is read for each input of the plan, by its index.
     """
-    yield from merged_tensors(plan.tensors, plan.groups, plan.stats, sources, plan.seed, plan.budget.chunk, threads)
-
-
-def merged_tensors(
-    tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], stats: Sequence[StatPlan], sources: Sequence[TensorSource],
-    seed: int, chunk: int, threads: int = 1,
-) -> Iterator[tuple[TensorPlan, Array]]:  # fmt: skip
-    """(tensor, its bytes as uint8) in order. What spans tensors is gathered first."""
-    kernels = [Kernel(NumpyDevice(), g, stats, seed, chunk) for g in groups]
-    values = _gathered(kernels, tensors, groups, stats, sources)
-
-    def one(t: TensorPlan) -> tuple[TensorPlan, Array]:
-        data = _data(t, sources)
-        if t.action is not Action.MERGE or t.spec.numel == 0:
-            return t, np.frombuffer(data.raws[0], np.uint8)
-        raw = np.empty(t.spec.nbytes, np.uint8)
-        kernels[t.group].combine(data, values.of(t.index, t.group), raw.data)
-        return t, raw
-
-    if threads == 1:
-        yield from map(one, tensors)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(one, tensors)
+    plan = replace(plan, budget=replace(plan.budget, workers=threads))
+    sink = MemorySink(plan.shards)
+    Loop(plan, sources, NumpyDevice(), sink, Ledger(Pieces(plan.tensors), 0), look=False).run(executor_of(threads))
+    for t in plan.tensors:
+        yield t, sink.tensor(t)
 
 
 def _parameters(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,31 +218,6 @@ def _check_kinds(sources: Sequence[MemorySource], name: str) -> None:
     dtypes = [source.spec(name).dtype for source in sources]
     if any(d.is_float for d in dtypes) and not all(d.is_float for d in dtypes):
         raise MismatchError(f"{name!r}: float in one model, not in another: {', '.join(map(str, dtypes))}")
-
-
-def _data(t: TensorPlan, sources: Sequence[TensorSource]) -> UnitData:
-    n = t.spec.numel
-    return read_segment(Segment(t, 0, grid_of(t.spec.shape).pieces, 0, n), sources)
-
-
-def _gathered(
-    kernels: Sequence[Kernel], tensors: Sequence[TensorPlan], groups: Sequence[MergeGroup], stats: Sequence[StatPlan],
-    sources: Sequence[TensorSource],
-) -> WideValues:  # fmt: skip
-    """The statistics that span tensors, one after the other."""
-    values = WideValues(groups, stats)
-    for stat in stats:
-        for number, span in enumerate(stat.spans):
-            lead = tensors[span[0]]
-            names = {stats[i].stat.name: v for i, v in values.of(lead.index, lead.group).items()}
-            gathering = Gathering([stat], sum(tensors[t].spec.numel for t in span), names)
-            while gathering.current is not None:
-                for t in (tensors[i] for i in span):
-                    if t.spec.numel:
-                        kernels[t.group].fold(gathering, _data(t, sources), values.of(t.index, t.group))
-                gathering.finish_pass()
-            values.put(stat.index, number, gathering.results[stat.index])
-    return values
 
 
 def _like(template: Any, raw: np.ndarray[Any, Any]) -> Any:

@@ -1,20 +1,65 @@
-"""The output's shard files: preallocated, header first, every tensor written at its planned offset."""
+"""Where a merge's output goes: shard files, preallocated, header first, every tensor at its planned offset; or memory."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from stockpot.errors import OutputError
-from stockpot.planning.plan import Shard
+from stockpot.planning.plan import Shard, TensorPlan
 
-__all__ = ["ShardSink"]
+__all__ = ["MemorySink", "ShardSink", "Sink"]
+
+
+class Sink(Protocol):
+    """Takes bytes at offsets of the plan's shards, from any thread. direct: has files, for callers that write themselves."""
+
+    direct: bool
+
+    def fd(self, shard: int) -> int:
+        """The open file of a shard, where `direct`; what was written to it is told by `wrote`."""
+        ...
+
+    def wrote(self, shards: Iterable[int]) -> None: ...
+
+    def write(self, shard: int, buffer: memoryview[Any], offset: int) -> None:
+        """Write at `offset`. Raises OutputError."""
+        ...
+
+
+class MemorySink:
+    """Shards in memory, without their headers."""
+
+    direct = False
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        import numpy as np
+
+        self._skipped = [len(s.header) for s in shards]
+        self._memory = [np.empty(s.size - len(s.header), np.uint8) for s in shards]
+
+    def fd(self, shard: int) -> int:
+        raise OutputError("memory has no files")
+
+    def wrote(self, shards: Iterable[int]) -> None:
+        return None
+
+    def write(self, shard: int, buffer: memoryview[Any], offset: int) -> None:
+        at = offset - self._skipped[shard]
+        self._memory[shard][at : at + len(buffer)] = buffer
+
+    def tensor(self, t: TensorPlan) -> Any:
+        """A tensor's bytes, uint8 `[nbytes]`: a view of its shard's."""
+        at = t.offset - self._skipped[t.shard]
+        return self._memory[t.shard][at : at + t.spec.nbytes]
 
 
 class ShardSink:
     """Writes at offsets from any thread; `flush` makes what was written so far survive a power cut."""
+
+    direct = True
 
     def __init__(self, directory: str, shards: Sequence[Shard], *, fresh: bool) -> None:
         self.paths = [os.path.join(directory, s.name) for s in shards]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.header import read_header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import Device
-from stockpot.engine.kernel import Kernel, read_segment
+from stockpot.engine.loop import Arithmetic
 from stockpot.engine.run import Outcome, Progress, run_plan
-from stockpot.engine.units import Segment
 from stockpot.errors import OutputError
-from stockpot.planning.plan import Action, Plan
+from stockpot.planning.plan import Plan
 from stockpot.planning.steps import MergedCheckpoint, steps_in, why_written
 
 __all__ = ["prepare_steps", "scratch_path", "stream_step", "stream_steps"]
@@ -78,32 +76,18 @@ def stream_step(step: MergedCheckpoint, device: Device) -> None:
     step.reader[:] = [_Streamed(step.step, device)]
 
 
-@dataclass
 class _Streamed:
     """Merges a range when it is asked for, with the engine's own arithmetic."""
 
-    plan: Plan
-    device: Device
-    _local: threading.local = field(default_factory=threading.local)
-
-    def __post_init__(self) -> None:
-        self._sources = [m.checkpoint for m in self.plan.inputs]
-        self._tensors = {t.name: t for t in self.plan.tensors}
-        of_plan = self.plan.stats, self.plan.seed, self.plan.budget.chunk
-        self._kernels = [Kernel(self.device, g, *of_plan) for g in self.plan.groups]
+    def __init__(self, plan: Plan, device: Device) -> None:
+        self._arithmetic = Arithmetic(plan, [m.checkpoint for m in plan.inputs], device)
+        self._local = threading.local()
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
-        t = self._tensors[name]
-        if t.action is not Action.MERGE:
-            first = t.inputs[0]
-            self._sources[first.model].read([ReadRequest(first.name, start, stop)], out)
-            return
-        slots: dict[int, dict[Any, Any]] = self._local.__dict__.setdefault("slots", {})
-        data = read_segment(Segment(t, 0, 0, start, stop), self._sources, slots.setdefault(t.group, {}))
-        self._kernels[t.group].combine(data, {}, out)
+        self._arithmetic.range(name, start, stop, out, self._local.__dict__.setdefault("slots", {}))
 
     def close(self) -> None:
-        for source in self._sources:
+        for source in self._arithmetic.sources:
             source.close()
 
 

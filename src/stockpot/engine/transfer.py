@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.engine.digests import piece_digest
 from stockpot.engine.measures import Measure, measure
 from stockpot.engine.native import Stream, load_kernels
-from stockpot.engine.sink import ShardSink
+from stockpot.engine.sink import Sink
 from stockpot.engine.units import Unit
 from stockpot.grid import grid_of
-from stockpot.planning.plan import ModelInput
 from stockpot.specs import DType
 
 __all__ = ["Seen", "read_unit", "write_unit"]
@@ -33,10 +32,10 @@ class Seen:
 
 
 def read_unit(
-    unit: Unit, inputs: Sequence[ModelInput], raws: Sequence[memoryview[Any]], dtypes: Sequence[DType], *, look: bool
+    unit: Unit, inputs: Sequence[TensorSource], raws: Sequence[memoryview[Any]], dtypes: Sequence[DType], *, look: bool
 ) -> list[Seen]:
     """Fill `raws` with the unit's bytes of every input. What was seen of each, if asked to look. Raises ReadError."""
-    sources = [inputs[operand.model].checkpoint for operand in unit.lead.inputs]
+    sources = [inputs[operand.model] for operand in unit.lead.inputs]
     wanted = [
         [ReadRequest(s.tensor.inputs[i].name, s.start, s.stop) for s in unit.segments] for i in range(len(sources))
     ]
@@ -55,11 +54,11 @@ def read_unit(
     return seen
 
 
-def write_unit(unit: Unit, out: memoryview[Any], sink: ShardSink, *, look: bool) -> list[Seen]:
+def write_unit(unit: Unit, out: memoryview[Any], sink: Sink, *, look: bool) -> list[Seen]:
     """Write a unit's output to its places. What was seen of it, if asked to look. Raises OutputError."""
     dtype = unit.lead.spec.dtype
     runs = list(_runs(unit))
-    if _compiled():
+    if sink.direct and _compiled():
         extents = [(sink.fd(shard), offset, stop - start) for shard, offset, start, stop in runs]
         seen = _at_once(unit, [Stream(out, dtype, extents)], look=look, write=True)
         if seen is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.pieces import Pieces
 from stockpot.grid import PIECE, SMALL, grid_of
 from stockpot.methods.declaration import Scope
@@ -78,29 +79,29 @@ def aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _joint(plan: Plan, t: TensorPlan) -> tuple[Any, None] | None:
+def _joint(sources: Sequence[TensorSource], t: TensorPlan) -> tuple[Any, None] | None:
     """What tensors have in common that come of one computation, for one that is not alone in that. Ends with None, as no key
     of other batches does.
     """
     if t.action is Action.MERGE or not t.spec.numel:
         return None
-    names = plan.inputs[t.inputs[0].model].checkpoint.together(t.inputs[0].name)
+    names = sources[t.inputs[0].model].together(t.inputs[0].name)
     return ((t.inputs[0].model, names), None) if len(names) > 1 else None
 
 
-def most_of_a_unit(plan: Plan) -> int:
+def most_of_a_unit(plan: Plan, sources: Sequence[TensorSource]) -> int:
     """Bytes of a buffer for the inputs of the largest unit."""
     most = 0
     for t in plan.tensors:
         numel = min(cut_pieces(plan, t) * PIECE, t.spec.numel)
-        sizes = (numel * plan.inputs[o.model].checkpoint.spec(o.name).dtype.itemsize for o in t.inputs)
+        sizes = (numel * sources[o.model].spec(o.name).dtype.itemsize for o in t.inputs)
         most = max(most, sum(map(aligned, sizes)))
     return most
 
 
-def batch_key(plan: Plan, t: TensorPlan) -> Any:
+def batch_key(plan: Plan, inputs: Sequence[TensorSource], t: TensorPlan) -> Any:
     """Tensors that may be worked on together have equal ones."""
-    sources = [plan.inputs[o.model].checkpoint for o in t.inputs]
+    sources = [inputs[o.model] for o in t.inputs]
     return (
         tuple(not s.parts or s.place(o.name) is not None for s, o in zip(sources, t.inputs, strict=True)),
         t.action,
@@ -125,11 +126,14 @@ class Batch:
 class Cutter:
     """Cuts tensors into work. takes: whether compiled calls can do tensors of this kind, asked once for each key."""
 
-    def __init__(self, plan: Plan, pieces: Pieces, takes: Callable[[TensorPlan], bool]) -> None:
+    def __init__(
+        self, plan: Plan, sources: Sequence[TensorSource], pieces: Pieces, takes: Callable[[TensorPlan], bool]
+    ) -> None:
         self.plan = plan
+        self.sources = sources
         self.pieces = pieces
         known: dict[Any, bool] = {}
-        self.keys: list[Any] = [batch_key(plan, t) for t in plan.tensors]
+        self.keys: list[Any] = [batch_key(plan, sources, t) for t in plan.tensors]
         self.native = np.zeros(len(plan.tensors), np.bool_)
         for t, key in zip(plan.tensors, self.keys, strict=True):
             if key not in known:
@@ -145,7 +149,7 @@ class Cutter:
         key: Any = None
         filled = 0
         for t in tensors:
-            joint = _joint(self.plan, t)
+            joint = _joint(self.sources, t)
             if joint:
                 if batch and key != joint:
                     yield Batch(tuple(batch), key[1] is True, joint=key[1] is None)
