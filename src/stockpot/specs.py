@@ -15,28 +15,31 @@ Shape = tuple[int, ...]
 
 
 class DType(enum.Enum):
-    """A dtype of the safetensors format: its name there, bytes per element, and whether it can be averaged."""
+    """A dtype of the safetensors format: its name there, bytes per element, whether it can be averaged, and the name that
+    torch, numpy and configs have for it.
+    """
 
-    F64 = ("F64", 8, True)
-    F32 = ("F32", 4, True)
-    F16 = ("F16", 2, True)
-    BF16 = ("BF16", 2, True)
-    F8_E4M3 = ("F8_E4M3", 1, True)
-    F8_E5M2 = ("F8_E5M2", 1, True)
-    I64 = ("I64", 8, False)
-    I32 = ("I32", 4, False)
-    I16 = ("I16", 2, False)
-    I8 = ("I8", 1, False)
-    U64 = ("U64", 8, False)
-    U32 = ("U32", 4, False)
-    U16 = ("U16", 2, False)
-    U8 = ("U8", 1, False)
-    BOOL = ("BOOL", 1, False)
+    F64 = ("F64", 8, True, "float64")
+    F32 = ("F32", 4, True, "float32")
+    F16 = ("F16", 2, True, "float16")
+    BF16 = ("BF16", 2, True, "bfloat16")
+    F8_E4M3 = ("F8_E4M3", 1, True, "float8_e4m3fn")
+    F8_E5M2 = ("F8_E5M2", 1, True, "float8_e5m2")
+    I64 = ("I64", 8, False, "int64")
+    I32 = ("I32", 4, False, "int32")
+    I16 = ("I16", 2, False, "int16")
+    I8 = ("I8", 1, False, "int8")
+    U64 = ("U64", 8, False, "uint64")
+    U32 = ("U32", 4, False, "uint32")
+    U16 = ("U16", 2, False, "uint16")
+    U8 = ("U8", 1, False, "uint8")
+    BOOL = ("BOOL", 1, False, "bool")
 
-    def __init__(self, label: str, itemsize: int, is_float: bool) -> None:
+    def __init__(self, label: str, itemsize: int, is_float: bool, array: str) -> None:
         self.label = label
         self.itemsize = itemsize
         self.is_float = is_float
+        self.array = array
 
     def __str__(self) -> str:
         return self.label
@@ -49,30 +52,12 @@ def work_itemsize(out: DType) -> int:
 
 BY_LABEL = {d.label: d for d in DType}
 
-_ALIASES = {
-    "float64": DType.F64,
-    "double": DType.F64,
-    "float32": DType.F32,
-    "float": DType.F32,
-    "float16": DType.F16,
-    "half": DType.F16,
-    "bfloat16": DType.BF16,
-    "float8_e4m3fn": DType.F8_E4M3,
-    "float8_e5m2": DType.F8_E5M2,
-    "fp32": DType.F32,
-    "fp16": DType.F16,
-    "bf16": DType.BF16,
-}
+#: by the names that torch and numpy have for them
+BY_ARRAY = {d.array: d for d in DType}
 
-#: the names that transformers writes into `config.json`
-CONFIG_NAMES = {
-    DType.F64: "float64",
-    DType.F32: "float32",
-    DType.F16: "float16",
-    DType.BF16: "bfloat16",
-    DType.F8_E4M3: "float8_e4m3fn",
-    DType.F8_E5M2: "float8_e5m2",
-}
+_ALIASES = {d.array: d for d in DType if d.is_float} | {
+    "double": DType.F64, "float": DType.F32, "half": DType.F16, "fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16,
+}  # fmt: skip
 
 
 def parse_dtype(text: str) -> DType:
@@ -81,7 +66,7 @@ def parse_dtype(text: str) -> DType:
     found = _ALIASES.get(key.lower())
     if found is None:
         raise ArgumentError(
-            f"unknown dtype {text!r}: expected one of {', '.join(CONFIG_NAMES.values())}"
+            f"unknown dtype {text!r}: expected one of {', '.join(d.array for d in DType if d.is_float)}"
             + nearest(key.lower(), _ALIASES)
         )
     return found

@@ -5,39 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from stockpot.adapters.peft import Adapter, LowRank
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.codecs import decoded
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.methods.factors import Factors, stacked
-from stockpot.specs import DType, TensorSpec
+from stockpot.specs import TensorSpec
 
-__all__ = ["averaged", "decoded", "encoded", "factors_of", "load_factors", "load_tensor", "stacked_factors"]
-
-_DTYPES: dict[DType, Any] = {
-    DType.F64: np.float64,
-    DType.F32: np.float32,
-    DType.F16: np.float16,
-    DType.BF16: ml_dtypes.bfloat16,
-    DType.F8_E4M3: ml_dtypes.float8_e4m3fn,
-    DType.F8_E5M2: ml_dtypes.float8_e5m2,
-}
+__all__ = ["averaged", "factors_of", "load_factors", "load_tensor", "stacked_factors"]
 
 Array = np.ndarray[Any, Any]
-
-
-def decoded(raw: Any, dtype: DType) -> Array:
-    """Bytes -> float32, or float64 for float64."""
-    array: Array = np.frombuffer(raw, _DTYPES[dtype])
-    return array if dtype is DType.F64 else array.astype(np.float32, copy=False)
-
-
-def encoded(values: Array, dtype: DType) -> Array:
-    """Values -> bytes, rounded once, to nearest even."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.ascontiguousarray(values.astype(_DTYPES[dtype], copy=False)).reshape(-1).view(np.uint8)
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Array:

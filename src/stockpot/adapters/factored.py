@@ -55,7 +55,7 @@ class FactoredAdapter(DerivedCheckpoint):
 
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         """What is asked for together comes of one computation, whatever other threads do to the cache meanwhile."""
-        from stockpot.adapters.arrays import encoded
+        from stockpot.checkpoints.codecs import encoded
 
         held: dict[str, dict[str, Any]] = {}
         position = 0

@@ -52,7 +52,8 @@ class FusedModel(DerivedCheckpoint):
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np
 
-        from stockpot.adapters.arrays import averaged, decoded, encoded
+        from stockpot.adapters.arrays import averaged
+        from stockpot.checkpoints.codecs import decoded, encoded
 
         assert self.base is not None
         spec = self.spec(name)

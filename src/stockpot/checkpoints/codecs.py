@@ -9,7 +9,7 @@ import numpy as np
 
 from stockpot.specs import DType
 
-__all__ = ["decode_into", "encode_into"]
+__all__ = ["decode_into", "decoded", "encode_into", "encoded"]
 
 Array = np.ndarray[Any, Any]
 
@@ -23,7 +23,7 @@ _HALF = np.uint32(0x7FFF)
 def _ml_dtype(dtype: DType) -> Any:
     import ml_dtypes
 
-    return np.dtype({DType.F8_E4M3: ml_dtypes.float8_e4m3fn, DType.F8_E5M2: ml_dtypes.float8_e5m2}[dtype])
+    return np.dtype(getattr(ml_dtypes, dtype.array))
 
 
 @cache
@@ -58,10 +58,27 @@ def _decode(raw: Any, dtype: DType, out: Array) -> None:
         np.copyto(out, np.frombuffer(raw, _ml_dtype(dtype)).astype(np.float32))
 
 
+def decoded(raw: Any, dtype: DType) -> Array:
+    """The same in an array of its own: float32, or float64 for float64. Of these two the bytes themselves."""
+    if dtype in (DType.F64, DType.F32):
+        return np.frombuffer(raw, _PLAIN[dtype])
+    out = np.empty(memoryview(raw).nbytes // dtype.itemsize, np.float32)
+    decode_into(raw, dtype, out)
+    return out
+
+
+def encoded(values: Array, dtype: DType) -> Array:
+    """`values` of any shape -> uint8 `[nbytes]`, rounded once, to nearest even."""
+    raw = np.empty(values.size * dtype.itemsize, np.uint8)
+    encode_into(np.ascontiguousarray(values).reshape(-1), dtype, raw.data)
+    return raw
+
+
 def encode_into(values: Array, dtype: DType, raw: Any) -> None:
     """`values` (float32 or float64) -> little-endian bytes of `dtype` in the writable buffer `raw`."""
     if dtype is DType.BF16:
-        _encode_bf16(values, np.frombuffer(raw, np.uint16))
+        with np.errstate(over="ignore", invalid="ignore"):
+            _encode_bf16(values, np.frombuffer(raw, np.uint16))
         return
     target = np.frombuffer(raw, _PLAIN[dtype] if dtype in _PLAIN else _ml_dtype(dtype))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):

@@ -7,15 +7,9 @@ from typing import Any
 
 from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.errors import CheckpointError
-from stockpot.specs import BY_LABEL, DType, TensorSpec
+from stockpot.specs import BY_ARRAY, DType, TensorSpec
 
 __all__ = ["MemorySource"]
-
-_NUMPY = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 class MemorySource(TensorSource):
@@ -54,10 +48,9 @@ class MemorySource(TensorSource):
 def _raw(name: str, value: Any) -> tuple[DType, memoryview[Any]]:
     import numpy as np
 
-    label = _NUMPY.get(str(getattr(value, "dtype", "")).removeprefix("torch."))
-    if label is None:
+    dtype = BY_ARRAY.get(str(getattr(value, "dtype", "")).removeprefix("torch."))
+    if dtype is None:
         raise CheckpointError(f"{name!r}: expected a torch tensor or numpy array of a known dtype, got {type(value)}")
-    dtype = BY_LABEL[label]
     if hasattr(value, "detach"):  # a torch tensor: reinterpret, since numpy knows no bfloat16
         import torch
 

@@ -20,7 +20,7 @@ from typing import Any
 from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
 from stockpot.checkpoints.header import Entry, Header
 from stockpot.errors import CheckpointError
-from stockpot.specs import DType, TensorSpec
+from stockpot.specs import BY_ARRAY, DType, TensorSpec
 
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
@@ -30,11 +30,6 @@ _STORAGES = {
     "Float8_e4m3fnStorage": DType.F8_E4M3, "Float8_e5m2Storage": DType.F8_E5M2, "LongStorage": DType.I64,
     "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8, "ByteStorage": DType.U8,
     "BoolStorage": DType.BOOL,
-}  # fmt: skip
-_DTYPES = {
-    "float64": DType.F64, "float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16,
-    "float8_e4m3fn": DType.F8_E4M3, "float8_e5m2": DType.F8_E5M2, "uint16": DType.U16, "uint32": DType.U32,
-    "uint64": DType.U64,
 }  # fmt: skip
 #: keys under which trainers keep the model's tensors
 _STATES = ("state_dict", "model_state_dict", "model", "module")
@@ -153,8 +148,8 @@ class _Reader(pickle.Unpickler):
             return _Named(_KNOWN[module, name])
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _Named(value=_STORAGES[name])
-        if module == "torch" and name in _DTYPES:
-            return _Named(value=_DTYPES[name])
+        if module == "torch" and name in BY_ARRAY:
+            return _Named(value=BY_ARRAY[name])
         if module.startswith("torch") and name.startswith("_rebuild"):
             return type("Unreadable", (_Unreadable,), {"how": f"{module}.{name}"})
         return type("Inert", (_Inert,), {})

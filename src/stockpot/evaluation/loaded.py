@@ -378,10 +378,7 @@ def _tensor(spec: Any, raw: Any) -> Any:
     """Bytes as a torch tensor, without a copy where they can be written to."""
     import torch
 
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-             "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-             "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64"}  # fmt: skip
-    dtype = getattr(torch, names[spec.dtype.label])
+    dtype = getattr(torch, spec.dtype.array)
     if not spec.numel:
         return torch.empty(spec.shape, dtype=dtype)
     array = raw if raw.flags.writeable else raw.copy()

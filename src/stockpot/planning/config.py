@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stockpot.specs import CONFIG_NAMES, DType
+from stockpot.specs import DType
 
 __all__ = ["output_config"]
 
@@ -37,9 +37,9 @@ def output_config(
     if dtype is not None and out:
         for key in ("dtype", "torch_dtype"):
             if key in out:
-                out[key] = CONFIG_NAMES[dtype]
+                out[key] = dtype.array
         if "dtype" not in out and "torch_dtype" not in out:
-            out["torch_dtype"] = CONFIG_NAMES[dtype]
+            out["torch_dtype"] = dtype.array
     for part in parts:
         if vocabulary is not None and isinstance(part.get("vocab_size"), int):
             part["vocab_size"] = vocabulary
