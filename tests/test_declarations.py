@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import stockpot
-from stockpot.errors import ArgumentError, CheckpointError, MismatchError, ProblemsError, RecipeError
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError, ProblemsError, RecipeError, StockpotError
 from stockpot.methods import (
     Choice,
     Companion,
@@ -129,7 +129,7 @@ def test_a_result_of_another_shape(models: str, tmp_path: Path) -> None:
         """Forgets to add up."""
         return delta
 
-    with pytest.raises(TypeError, match="returned"):
+    with pytest.raises(StockpotError, match="returned"):
         stockpot.merge("merge_method: two_rows\n" + models, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

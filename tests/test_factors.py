@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import stockpot
-from stockpot.errors import MismatchError, RecipeError, StockpotError
-from stockpot.methods import Example, Extremes, Factors, PerLayer, PerModel, Real, Scope, Space, Whole, method
+from stockpot.errors import MethodError, MismatchError, RecipeError, StockpotError
+from stockpot.methods import Cost, Example, Extremes, Factors, PerLayer, PerModel, Real, Scope, Space, Whole, method
 from stockpot.methods.declaration import _REGISTRY
 from stockpot.testing import method_checks, run_checks
 from stockpot.testing.models import read_model, write_model
@@ -297,7 +297,7 @@ def test_factors_of_another_shape(change: Any, message: str, own: None, three: l
         made: Factors = change(factors[0].a, factors[0].b)
         return made
 
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(MethodError, match=message):
         stockpot.merge({"merge_method": "odd", "models": [str(three[0])]}, tmp_path / "out")
     with pytest.raises(AssertionError, match="ranks= said rank"):
         run_checks(method_checks("odd"))
@@ -350,3 +350,24 @@ def test_a_run_of_adapters_of_one_rank(lora_run: Path, tmp_path: Path) -> None:
 
 def test_whole_numbers_are_whole() -> None:
     assert Whole(1).check(0)
+
+
+@pytest.mark.parametrize("scope", [Scope.ELEMENT, Scope.ROW, Scope.TENSOR])
+def test_a_method_of_ones_own_that_fails_is_named(scope: Scope, own: None, tmp_path: Path) -> None:
+    """With the tensor, what it raised, and where; a built-in one's exception stays what it is."""
+
+    @method(space=Space.WEIGHT, scope=scope, cost=Cost(lambda m, shape, size: 0) if scope is Scope.TENSOR else None)
+    def breaks(models: Any) -> Any:
+        """Wrong."""
+        return models[0] if models.size % 4 else models[7]
+
+    for name, width in (("good", 3), ("bad", 4)):
+        write_model(str(tmp_path / name), {"w.one": np.ones((5, width))})
+    recipe = {"merge_method": "breaks", "models": [str(tmp_path / "good")]}
+    stockpot.merge(recipe, tmp_path / "out")
+    with pytest.raises(
+        MethodError, match=r"w\.one: method 'breaks' failed: IndexError: .*test_factors\.py:\d+\)"
+    ) as caught:
+        stockpot.merge({**recipe, "models": [str(tmp_path / "bad")]}, tmp_path / "other")
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert not (tmp_path / "other").exists()

@@ -348,3 +348,20 @@ def test_another_view_does_not_go_on_with_the_work_of_the_first(tmp_path: Path) 
     assert torch.equal(load(tmp_path / "out")["large"], big["large"])
     lineage = json.loads((tmp_path / "out" / "stockpot.json").read_text())
     assert lineage["bytes_resumed"] == 0
+
+
+def test_a_view_says_what_it_is_called_and_what_it_takes(folder: Path, tmp_path: Path) -> None:
+    """Memory: what its source takes, and of rearranged rows some whole ones."""
+    from fp8 import write_fp8
+
+    plain = stockpot.open_checkpoint(folder)
+    assert views.rows(plain, {"q": [0]}).ref == views.renamed(plain, {"a": "q"}).ref == plain.ref
+    assert views.rows(plain, {"q": [0]}, ref="x").ref == views.renamed(plain, {"a": "q"}, ref="x").ref == "x"
+    write_fp8(tmp_path / "m", "block", 0)
+    source = stockpot.open_checkpoint(tmp_path / "m")
+    name = next(iter(source.names()))
+    for view in (views.renamed(source, {"a": name}), views.rows(source, {name: [0]})):
+        assert view.scratch_itemsize > source.scratch_itemsize > 0
+    wide = views.permuted(plain, {"large": {1: shuffled(2000, 1)}})
+    assert wide.resident - plain.resident == 24 * 2000 * 4
+    assert views.rows(plain, {"large": BIG}).resident == plain.resident

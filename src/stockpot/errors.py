@@ -5,6 +5,7 @@ StockpotError
 │   ├── RecipeError        (ValueError)  the recipe can't be read or makes no sense
 │   ├── SuiteError         (ValueError)  the evaluation suite can't be read or makes no sense
 │   ├── ArgumentError      (ValueError)  an argument of the API or the command line
+│   ├── MethodError        (RuntimeError) a method of somebody's own failed, or returned what it may not
 │   └── OutputError        (OSError)     OUT can't be used
 ├── InputError           exit code 3   the data can't be used
 │   ├── CheckpointError    (ValueError)  a file or directory is not a readable checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "GateError",
     "InputError",
     "Interrupted",
+    "MethodError",
     "MismatchError",
     "NonfiniteError",
     "OutputError",
@@ -98,6 +100,10 @@ class SuiteError(UserError, ValueError):
 
 class ArgumentError(UserError, ValueError):
     """An argument of the API or an option of the command line is out of range."""
+
+
+class MethodError(UserError, RuntimeError):
+    """A method that does not come with stockpot failed, or returned what it may not. Its own exception is the cause."""
 
 
 class OutputError(UserError, OSError):

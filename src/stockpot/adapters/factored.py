@@ -11,7 +11,7 @@ from stockpot.adapters.fitting import sides_of
 from stockpot.adapters.peft import Adapter, LowRank
 from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.errors import MismatchError
+from stockpot.errors import MethodError, MismatchError
 from stockpot.methods.declaration import Method
 from stockpot.specs import DType, Shape, TensorSpec
 
@@ -78,12 +78,12 @@ class FactoredAdapter(DerivedCheckpoint):
         number, lead = own.lead()
         sides = sides_of(self.adapters[number], lead)
         given = [factors_of(self.adapters[i], m, sides) for i, m in own.of]
-        made = own.method.function(given, **own.params)
+        made = own.method.run(module, given, **own.params)
         rank = self.spec(lead.a).shape[0]
         wanted = ((rank, sides[0]), (sides[1], rank))
         if (made.a.shape, made.b.shape) != wanted:
-            raise TypeError(
-                f"method {own.method.name!r} returned factors of {made.a.shape} and {made.b.shape} for {module}; expected "
+            raise MethodError(
+                f"{module}: method {own.method.name!r} returned factors of {made.a.shape} and {made.b.shape}; expected "
                 f"{wanted[0]} and {wanted[1]}, as its ranks= says"
             )
         if lead.bias is not None and made.bias is None:

@@ -16,6 +16,7 @@ from stockpot.engine.draws import draw
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.native import Block, Kernels, load_kernels
 from stockpot.engine.units import Segment, Unit
+from stockpot.errors import MethodError
 from stockpot.grid import PIECE, REDUCE, SMALL, grid_of
 from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.methods.forms import Form
@@ -335,7 +336,7 @@ class Kernel:
                     continue
                 block, base = self._load(data, start, stop)
                 keywords = self._keywords(own, places, data, block, start)
-                self._store(data, self.method.function(block, **keywords), base, start, stop, out)
+                self._store(data, self.method.run(places[0][0].tensor.name, block, **keywords), base, start, stop, out)
 
     def _runs(
         self, data: UnitData, known: Mapping[int, Any], step: int
@@ -381,19 +382,21 @@ class Kernel:
         block = block.reshape(len(block), *shape)
         keywords = self._keywords(known, [(segment, segment.start, segment.stop)], data, block, at)
         if rows:
-            result = self.method.function(block, **keywords)
+            result = self.method.run(segment.tensor.name, block, **keywords)
         else:
             arrays = {name for name in keywords if isinstance(keywords[name], np.ndarray)}
             moved = {name: self.device.put(v) if name in arrays else v for name, v in keywords.items()}
-            result = self.device.get(self.method.function(self.device.put(block), **moved))
+            result = self.device.get(self.method.run(segment.tensor.name, self.device.put(block), **moved))
         if result.shape != tuple(shape):
-            raise TypeError(f"method {self.method.name!r} returned {tuple(result.shape)}, expected {tuple(shape)}")
+            name, found = segment.tensor.name, tuple(result.shape)
+            raise MethodError(f"{name}: method {self.method.name!r} returned {found}, expected {tuple(shape)}")
         self._store(data, result.reshape(-1), base, at, at + n, out)
 
     def _store(self, data: UnitData, result: Any, base: Any, start: int, stop: int, out: memoryview[Any]) -> None:
         if result.shape != (stop - start,):
-            raise TypeError(
-                f"method {self.method.name!r} returned {tuple(result.shape)} for {stop - start} elements; expected [*block]"
+            raise MethodError(
+                f"{data.unit.lead.name}: method {self.method.name!r} returned {tuple(result.shape)} for {stop - start} elements; "
+                "expected [*block]"
             )
         if base is not None:
             result = np.add(result, base, out=result if result.flags.writeable and result.dtype == base.dtype else None)

@@ -17,11 +17,12 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stockpot.errors import RecipeError, nearest
+from stockpot.errors import MethodError, RecipeError, StockpotError, nearest
 from stockpot.installed import load_installed
 from stockpot.methods.checking import check_declaration, declared_parameters
 from stockpot.methods.forms import Form
@@ -170,6 +171,21 @@ class Method:
     def streams(self) -> bool:
         """Whether, without statistics, any run of elements can be merged by itself."""
         return self.scope is Scope.ELEMENT
+
+    def run(self, what: str, block: Any, **keywords: Any) -> Any:
+        """The function. what: a tensor or a module, for the error. Raises MethodError for what a function of somebody's own
+        raises; of those that come with stockpot it is a bug, and stays what it is.
+        """
+        if self.builtin:
+            return self.function(block, **keywords)
+        try:
+            return self.function(block, **keywords)
+        except StockpotError:
+            raise
+        except Exception as e:
+            last = traceback.extract_tb(e.__traceback__)[-1]
+            why = f"{type(e).__name__}: {e} ({last.filename}:{last.lineno})"
+            raise MethodError(f"{what}: method {self.name!r} failed: {why}") from e
 
     def active_stats(self, params: Mapping[str, Any]) -> tuple[Statistic, ...]:
         """The statistics that these parameters make necessary."""
