@@ -206,6 +206,24 @@ def test_full_models_are_no_adapters(three: list[Path], tmp_path: Path) -> None:
         stockpot.methods.product([{"w": np.ones((3, 3))}])
 
 
+def test_too_few_adapters_left(own: None, tmp_path: Path) -> None:
+    """A method that takes two adapters, and a module that only one has: named, at the recipe's line."""
+
+    @method(space=Space.FACTORS, models=(2, 2), ranks=lambda ranks, sides, params: ranks[0])
+    def pair(factors: Any) -> Factors:
+        """The first of two."""
+        one: Factors = factors[0]
+        return one
+
+    a, b = adapter(tmp_path / "a", 0, 2, 4), adapter(tmp_path / "b", 1, 2, 4, [m for m in SHAPES if m != "big"])
+    text = f"merge_method: pair\nabsent: skip\nmodels: [{a}, {b}]\n"
+    with pytest.raises(
+        RecipeError, match=r":3: 'big', which not all adapters have \(absent: skip\): pair takes 2 models, got 1"
+    ):
+        stockpot.plan(text)
+    stockpot.plan(text.replace("skip", "zero"))
+
+
 # a method of one's own
 
 CALLS: list[tuple[int, ...]] = []
@@ -371,3 +389,41 @@ def test_a_method_of_ones_own_that_fails_is_named(scope: Scope, own: None, tmp_p
         stockpot.merge({**recipe, "models": [str(tmp_path / "bad")]}, tmp_path / "other")
     assert isinstance(caught.value.__cause__, IndexError)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_scale_that_is_returned_holds_for_the_bias_too(own: None, tmp_path: Path) -> None:
+    @method(space=Space.FACTORS, ranks=lambda ranks, sides, params: ranks[0])
+    def thrice(factors: Any) -> Factors:
+        """Three times the first."""
+        one = factors[0]
+        return Factors(one.a, one.b, 3 * one.scale, one.scale * one.bias)
+
+    path = adapter(tmp_path / "a", 0, 2, 4, lora_bias=True)
+    got = merged(tmp_path, [path], merge_method="thrice")
+    assert close(got, {m: 3 * d for m, d in deltas(path).items()})
+    name = f"{PREFIX}big.lora_B.bias"
+    assert np.allclose(read_model(str(tmp_path / "out"))[name], 6 * 2 * read_model(str(path))[name], atol=1e-5)
+
+
+def test_memory_of_products_is_planned(tmp_path: Path) -> None:
+    """Ten adapters of rank 64: what a merge takes stays within what the plan says, and more is planned for more of them."""
+    from stockpot.testing.methods import _high_water, _resident_and_reset
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(10):
+        tensors = {f"{PREFIX}m{k}.lora_{s}.weight": rng.normal(size=shape) for k in range(6)
+                   for s, shape in (("A", (64, 3000)), ("B", (2000, 64)))}  # fmt: skip
+        config = {"peft_type": "LORA", "r": 64, "lora_alpha": 64, "target_modules": ["m0"]}
+        paths.append(write_model(str(tmp_path / f"a{i}"), tensors, "F32", adapter=config))
+    recipe = {"merge_method": "product_svd", "models": paths, "parameters": {"rank": 16}}
+    options = stockpot.Options(threads=1, max_memory="2GiB")
+    stockpot.merge({**recipe, "models": paths[:1]}, tmp_path / "first", options)
+    planned = stockpot.plan(recipe, options)
+    before = _resident_and_reset()
+    stockpot.merge(recipe, tmp_path / "out", options)
+    after = _high_water()
+    assert before is not None
+    assert after is not None
+    assert after - before <= planned.budget.peak
+    assert planned.budget.peak - stockpot.plan({**recipe, "models": paths[:2]}, options).budget.peak > 50 * 2**20
