@@ -122,7 +122,7 @@ def test_gradients_go_by_all_layers(models: Any, tmp_path: Path) -> None:
     del models["a"][EXTRA]  # a layer 9 would leave a gap
     write_model(tmp_path / "a", {**models["a"], **{n: torch.ones(2) for n in names}}, CONFIG)
     text = (
-        f"merge_method: linear\nmodels: [{tmp_path}/c, {tmp_path}/a]\nabsent: skip\nparameters: {{weight: [0.5, 1]}}\n"
+        f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/c]\nabsent: skip\nparameters: {{weight: [0.5, 1]}}\n"
     )
     planned = stockpot.plan(text)
     assert {t.layer for t in planned.tensors if t.layer} >= {("model.layers", n) for n in range(LAYERS + 1)}
@@ -169,3 +169,31 @@ def test_a_run_whose_snapshots_differ(models: Any, tmp_path: Path) -> None:
     recipe = {"merge_method": "linear", "run": str(tmp_path / "run"), "absent": "skip"}
     stockpot.merge(recipe, tmp_path / "out")
     assert torch.equal(load(tmp_path / "out")[GATE], load(tmp_path / "run" / "checkpoint-10")[GATE])
+
+
+def test_models_of_different_depth(models: Any, tmp_path: Path) -> None:
+    """The config comes from one model: its layers must be all, and the advice to name the deepest first works."""
+    deep = {
+        **models["c"],
+        **{n.replace("layers.3", "layers.4"): t.clone() for n, t in models["c"].items() if "layers.3" in n},
+    }
+    write_model(tmp_path / "deep", deep, {**CONFIG, "num_hidden_layers": 5})
+    recipe = {"merge_method": "linear", "models": [str(tmp_path / "c"), str(tmp_path / "deep")], "absent": "skip"}
+    with pytest.raises(
+        StockpotError, match=r"another model has 5 layers in 'model.layers', .*c has 4.* deepest model first"
+    ):
+        stockpot.plan(recipe)
+    planned = stockpot.plan({**recipe, "models": recipe["models"][::-1]})
+    assert planned.template.config["num_hidden_layers"] == 5
+
+
+def test_a_statistic_over_the_model_says_what_to_leave_out(models: Any, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {
+        "merge_method": "ties", "models": [str(tmp_path / m) for m in ("c", "b")], "base_model": str(tmp_path / "base"),
+        "absent": "skip", "parameters": {"density": 0.5, "dialect": "paper"},
+    }  # fmt: skip
+    with pytest.raises(
+        StockpotError, match=r"can't span tensors that only some models have \(absent: skip\): exclude them"
+    ):
+        stockpot.plan(recipe)
+    stockpot.plan({**recipe, "exclude": [GATE]})

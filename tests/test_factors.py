@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import stockpot
-from stockpot.errors import MethodError, MismatchError, RecipeError, StockpotError
+from stockpot.errors import MethodError, MismatchError, NonfiniteError, RecipeError, StockpotError
 from stockpot.methods import Cost, Example, Extremes, Factors, PerLayer, PerModel, Real, Scope, Space, Whole, method
 from stockpot.methods.declaration import _REGISTRY
 from stockpot.testing import method_checks, run_checks
@@ -427,3 +427,52 @@ def test_memory_of_products_is_planned(tmp_path: Path) -> None:
     assert after is not None
     assert after - before <= planned.budget.peak
     assert planned.budget.peak - stockpot.plan({**recipe, "models": paths[:2]}, options).budget.peak > 50 * 2**20
+
+
+def test_peft_loads_all_that_came_of_different_modules(tmp_path: Path, tiny_llama: Path) -> None:
+    """The config names every module of the output, whoever's it was; PEFT would leave out the others without a word."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+
+    paths, full = [], []
+    for i, targets in enumerate((["q_proj", "v_proj"], ["q_proj"])):
+        torch.manual_seed(i)
+        peft = get_peft_model(model(), LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        for name, p in peft.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, std=0.3)
+        peft.save_pretrained(str(tmp_path / f"a{i}"))
+        paths.append(str(tmp_path / f"a{i}"))
+        full.append(peft.merge_and_unload().state_dict())
+    base = model().state_dict()
+    for how, models in (("product", paths), ("product", paths[::-1]), ("linear", paths[::-1])):
+        recipe = {"merge_method": how, "models": models, "absent": "zero"}
+        stockpot.merge(recipe, tmp_path / "out", overwrite=True)
+        loaded = PeftModel.from_pretrained(model(), str(tmp_path / "out"))
+        wanted = set(stockpot.open_checkpoint(tmp_path / "out").names())
+        assert {n.replace(".default", "") for n in loaded.state_dict() if "lora_" in n} == wanted
+        found = loaded.merge_and_unload().state_dict()
+        if how == "product":
+            for name in base:
+                want = (full[0][name] + full[1][name]) / 2
+                assert torch.allclose(found[name], want, atol=1e-5), name
+
+
+def test_nan_in_a_factor_is_found(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", 0, 2, 4)
+    tensors = read_model(str(path))
+    tensors[f"{PREFIX}big.lora_B.weight"][3, 1] = np.nan
+    write_model(str(path), tensors, "F32", adapter=stockpot.open_checkpoint(path).config)
+    recipe = {"merge_method": "product_svd", "models": [str(path)], "parameters": {"rank": 1}}
+    with pytest.raises(NonfiniteError, match="big"):
+        stockpot.merge(recipe, tmp_path / "out")
+
+
+def test_what_a_step_loses_is_recorded(three: list[Path], tmp_path: Path) -> None:
+    first = {"name": "one", "merge_method": "product_svd", "models": [str(p) for p in three], "parameters": {"rank": 1}}
+    result = stockpot.merge({"steps": [first, {"merge_method": "linear", "models": ["one"]}]}, tmp_path / "out")
+    assert result.lineage["steps"][0]["adapter"]["relative_error"] > 0.1

@@ -356,3 +356,10 @@ def test_mistakes_in_notebooks() -> None:
         linear([a, {"x": np.ones(2)}])
     with pytest.raises(stockpot.StockpotError, match="expected"):
         linear([a, {"w": np.ones(3)}])
+
+
+def test_keys_that_are_no_text_and_one_element_of_any_stride() -> None:
+    models = [{1: torch.ones(2), 2: torch.full((3, 2), float(i))[:1, 0]} for i in range(2)]
+    merged = linear(models)
+    assert list(merged) == [1, 2]
+    assert torch.equal(merged[2], torch.tensor([0.5]))

@@ -365,3 +365,84 @@ def test_a_view_says_what_it_is_called_and_what_it_takes(folder: Path, tmp_path:
     wide = views.permuted(plain, {"large": {1: shuffled(2000, 1)}})
     assert wide.resident - plain.resident == 24 * 2000 * 4
     assert views.rows(plain, {"large": BIG}).resident == plain.resident
+
+
+def test_views_below_a_step_tell_two_plans_apart(folder: Path) -> None:
+    """A merge that was stopped must not go on with the work of another order of rows."""
+    recipe = {
+        "steps": [{"name": "s", "merge_method": "linear", "models": ["v"]}, {"merge_method": "linear", "models": ["s"]}]
+    }
+    source = stockpot.open_checkpoint(folder)
+    one, two = (stockpot.plan(recipe, sources={"v": views.rows(source, {"q": o})}) for o in (range(24), shuffled(24)))
+    assert one.identity != two.identity
+    assert one.inputs[0].checkpoint.made != two.inputs[0].checkpoint.made
+
+
+def test_a_span_of_another_checkpoint_is_refused(folder: Path, other: Path) -> None:
+    one, two = stockpot.open_checkpoint(folder), stockpot.open_checkpoint(other)
+    with pytest.raises(ArgumentError, match=r"'x': a span of .*n, not of .*m: 'chunked' takes those of several"):
+        views.unstacked(one, {"x": Span(two, "q", 0, 0, 3)})
+    got = contents(views.chunked(one, {"x": [Span(two, "q", 0, 0, 3)]}))
+    assert torch.equal(got["x"], tensors(1)["q"][:3])
+
+
+def test_short_runs_are_read_many_at_once(tmp_path: Path) -> None:
+    """Elements that take turns: the bytes are right, and not one read for each of them is made."""
+    k, v = torch.randn(300, 400), torch.randn(300, 400)
+    path = write_model(tmp_path / "m", {"k": k, "v": v.bfloat16()}, CONFIG)
+    source = stockpot.open_checkpoint(path)
+    calls = []
+    source.observers.append(lambda request, raw: calls.append(request))
+    found = contents(views.stacked(source, {"both": ["k", "v"]}, axis=2))["both"]
+    assert torch.equal(found, torch.stack([k, v.bfloat16().float()], 2))
+    assert len(calls) < 20
+    assert torch.equal(contents(views.unstacked(source, {"one": ("k", 7)}, axis=1))["one"], k[:, 7])
+
+
+def test_a_digest_is_of_the_shape_that_lies_in_the_file(tmp_path: Path) -> None:
+    """A view that only changes the shape has other pieces: what the lineage says of the file is what the file says."""
+    path = write_model(tmp_path / "m", {"e": torch.randn(1, 600, 1000)}, CONFIG)
+    direct = stockpot.merge({"merge_method": "linear", "models": [str(path)]}, tmp_path / "direct")
+    view = views.unstacked(stockpot.open_checkpoint(path), {"e0": ("e", 0)})
+    through = stockpot.merge({"merge_method": "linear", "models": ["v"]}, tmp_path / "through", sources={"v": view})
+    assert through.lineage["inputs"][0]["parts"][0]["files"] == direct.lineage["inputs"][0]["files"]
+
+
+def test_sources_are_checkpoints(folder: Path) -> None:
+    for wrong in (str(folder), {"q": torch.ones(2)}):
+        with pytest.raises(ArgumentError, match="sources: 'v': expected what open_checkpoint"):
+            stockpot.plan({"merge_method": "linear", "models": ["v"]}, sources={"v": wrong})
+    with pytest.raises(ArgumentError, match="rows are whole numbers"):
+        views.rows(stockpot.open_checkpoint(folder), {"q": [0.5]})
+
+
+def test_what_base_and_adapter_are_made_of_may_be_given(lora_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Wherever a recipe names a model: both halves of base+adapter, and the base of `adapter: fused`."""
+    base, own = stockpot.open_checkpoint(tiny_llama), str(lora_run / "checkpoint-4")
+    name = next(n for n in base.names() if "mlp.down_proj" in n)
+    order = shuffled(base.spec(name).shape[0])
+    given = {"mine": views.rows(base, {name: order})}
+    plain = stockpot.merge({"merge_method": "passthrough", "models": [f"{tiny_llama}+{own}"]}, tmp_path / "plain")
+    stockpot.merge({"merge_method": "passthrough", "models": [f"mine+{own}"]}, tmp_path / "given", sources=given)
+    fused = {"merge_method": "linear", "models": [own], "adapter": {"mode": "fused", "base": "mine"}}
+    stockpot.merge(fused, tmp_path / "fused", sources=given)
+    want = load(Path(plain.path))
+    for out in ("given", "fused"):
+        got = load(tmp_path / out)
+        assert torch.equal(got[name], want[name][order])
+        assert all(torch.equal(got[n], want[n]) for n in want if n != name)
+
+
+def test_a_view_writes_what_is_behind_it_in_its_own_dtype(lora_run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """base+adapter is computed in float32 and written as the base has it, through a view too."""
+    tensors = {n: t.bfloat16() for n, t in load(tiny_llama).items()}
+    config = json.loads((tiny_llama / "config.json").read_text())
+    for name, rows in (("long", 0), ("short", 5)):
+        cut = {
+            n: t[: len(t) - rows].clone() if n in ("model.embed_tokens.weight", "lm_head.weight") else t
+            for n, t in tensors.items()
+        }
+        write_model(tmp_path / name, cut, config)
+    models = [f"{tmp_path / 'long'}+{lora_run / 'checkpoint-4'}", str(tmp_path / "short")]
+    stockpot.merge({"merge_method": "linear", "models": models, "vocab": "crop"}, tmp_path / "out")
+    assert {t.dtype for t in load(tmp_path / "out").values()} == {torch.bfloat16}

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stockpot.adapters import FactoredAdapter, product_report
 from stockpot.checkpoints.beside import copied_files, module_files
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import open_checkpoint
@@ -168,6 +169,9 @@ def _steps(plan: Plan) -> list[dict[str, Any]]:
         step = found.step
         out += [s for s in _steps(step) if s not in out]
         row = {"name": found.ref, "streamed": why_written(step) is None, "groups": [_group(g) for g in step.groups]}
+        for model in step.inputs:
+            if isinstance(model.checkpoint, FactoredAdapter):
+                row["adapter"] = product_report(model.checkpoint)
         out += [row] if row not in out else []
     return out
 

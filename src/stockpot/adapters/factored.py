@@ -105,9 +105,10 @@ class FactoredAdapter(DerivedCheckpoint):
         return tuple(n for n in (lead.a, lead.b, lead.bias) if n is not None and self.spec(n).dtype is dtype)
 
     def scratch_of(self, name: str) -> int:
-        """The factors of all, stacked, and as float64."""
+        """The factors of all, stacked, and for linear algebra as float64."""
         module, _ = self.owners[name]
-        return 6 * module_bytes(self.adapters, module)
+        copies = 2 if self.modules[module].method.reproducible == "anywhere" else 6
+        return copies * module_bytes(self.adapters, module)
 
     @property
     def resident(self) -> int:

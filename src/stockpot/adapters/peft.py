@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.errors import CheckpointError
 
-__all__ = ["Adapter", "LowRank", "changes_the_base", "read_adapter"]
+__all__ = ["Adapter", "LowRank", "changes_the_base", "config_for", "read_adapter"]
 
 #: values of init_lora_weights with which the base is not the base any more
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -134,3 +134,22 @@ def changes_the_base(config: Mapping[str, Any]) -> bool:
     """Whether PEFT changes the base's weights as it loads an adapter of this adapter_config.json."""
     start = config.get("init_lora_weights")
     return isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE)
+
+
+def config_for(config: Mapping[str, Any], names: Iterable[str], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """adapter_config.json for an adapter of tensors `names`, of which `config` may not know all: others' modules came in.
+
+    PEFT makes layers for what the config names, and leaves out without a word what it does not.
+    """
+    out, configs = dict(config), [config, *others]
+    found = [m[1].removeprefix(PREFIX) for m in map(_FACTOR.fullmatch, names) if m]
+    out["target_modules"] = sorted(set(found))
+    for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if out.get(key) is not None:
+            out[key] = None
+    saved = [m for c in configs for m in c.get("modules_to_save") or ()]
+    if saved:
+        out["modules_to_save"] = list(dict.fromkeys(saved))
+    if any(n.endswith("lora_B.bias") for n in names):
+        out["lora_bias"] = True
+    return out

@@ -84,7 +84,7 @@ class DerivedCheckpoint(Checkpoint):
 
     def origin(self, name: str) -> Origin | None:
         found = self.passed(name)
-        if found is None or found[0].spec(found[1]).numel != self.spec(name).numel:
+        if found is None or found[0].spec(found[1]).shape != self.spec(name).shape:
             return None
         return found[0].origin(found[1])
 

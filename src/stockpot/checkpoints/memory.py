@@ -54,7 +54,10 @@ def _raw(name: str, value: Any) -> tuple[DType, memoryview[Any]]:
     if hasattr(value, "detach"):  # a torch tensor: reinterpret, since numpy knows no bfloat16
         import torch
 
-        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        if flat.numel() == 1:  # which counts as contiguous whatever its stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        array = flat.view(torch.uint8).numpy()
     else:
         array = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return dtype, memoryview(array)

@@ -44,6 +44,10 @@ class Span:
     stop: int | None = None
 
 
+#: elements of a run that is still read by itself, and of what is read at once where runs are shorter
+_SHORT = 512
+_BLOCK = 2**19
+
 # how tensors are put together of runs of others
 
 
@@ -64,6 +68,11 @@ class _Joined:
 
     runs: tuple[_Run, ...]
     ends: tuple[int, ...]
+
+    @property
+    def scattered(self) -> bool:
+        """Whether runs are so short that each should not be read by itself."""
+        return any(r.step and r.length < _SHORT for r in self.runs)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[_Run, int, int]]:
         """(run, first element of its tensor, end) of what elements start..stop are made of, in order."""
@@ -93,6 +102,20 @@ class JoinedCheckpoint(DerivedCheckpoint):
     def made(self) -> str:
         return super().made + _digest(f"{self.layout}")
 
+    def written(self, name: str) -> DType:
+        spec = self.spec(name)
+        found = {self.sources[r.source].written(r.name) for r in self.layout[name].runs if r.source >= 0}
+        return found.pop() if len(found) == 1 and spec.dtype.is_float else spec.dtype
+
+    def scratch_of(self, name: str) -> int:
+        runs = self.layout[name].runs
+        inner = max((self.sources[r.source].scratch_of(r.name) for r in runs if r.source >= 0), default=0)
+        return inner + (4 * 8 * _BLOCK if self.layout[name].scattered else 0)
+
+    @property
+    def resident(self) -> int:
+        return sum(s.resident for s in self.sources)
+
     @property
     def scratch_itemsize(self) -> int:
         """What is of another dtype is decoded and encoded again."""
@@ -111,6 +134,9 @@ class JoinedCheckpoint(DerivedCheckpoint):
         return (source, runs[0].name, runs[0].first) if same else None
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        if self.layout[name].scattered:
+            self._interleave(name, start, stop, out)
+            return
         dtype, position = self.spec(name).dtype, 0
         wanted: list[tuple[int, ReadRequest]] = []
         for run, first, end in self.layout[name].pieces(start, stop):
@@ -133,6 +159,31 @@ class JoinedCheckpoint(DerivedCheckpoint):
             part = out[position : position + n * dtype.itemsize]
             _read_as(self.sources[number], [r for _, r in wanted[at:last]], n, stored, dtype, part)
             position, at = position + len(part), last
+
+    def _interleave(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
+        """Elements start..stop where turns are short: of many turns all that lies between the runs is read, and left out."""
+        import numpy as np
+
+        joined, dtype = self.layout[name], self.spec(name).dtype
+        turn, kind = joined.ends[-1], f"u{dtype.itemsize}"
+        at_once = max(_BLOCK // max(turn, *(r.step for r in joined.runs)), 1)
+        target = np.frombuffer(out, kind)
+        for first in range(start // turn, -(-stop // turn), at_once):
+            turns = min(at_once, -(-stop // turn) - first)
+            block = np.zeros((turns, turn), kind)
+            for run, end in zip(joined.runs, joined.ends, strict=True):
+                if run.source < 0:
+                    continue
+                low = run.first + first * run.step
+                n = (turns - 1) * run.step + run.length
+                raw = np.empty(turns * run.step * dtype.itemsize, np.uint8)
+                source = self.sources[run.source]
+                wanted = [ReadRequest(run.name, low, low + n)]
+                part = raw[: n * dtype.itemsize].data
+                _read_as(source, wanted, n, source.spec(run.name).dtype, dtype, part)
+                block[:, end - run.length : end] = raw.view(kind).reshape(turns, run.step)[:, : run.length]
+            left, right = max(start, first * turn), min(stop, (first + turns) * turn)
+            target[left - start : right - start] = block.reshape(-1)[left - first * turn : right - first * turn]
 
 
 def _read_as(
@@ -176,6 +227,12 @@ class GatheredCheckpoint(DerivedCheckpoint):
         )
         return super().made + _digest("\n".join(map(str, orders)))
 
+    def written(self, name: str) -> DType:
+        return self.source.written(name)
+
+    def scratch_of(self, name: str) -> int:
+        return self.source.scratch_of(name)
+
     @property
     def resident(self) -> int:
         """Whole rows of those tensors whose rows are rearranged, in eight threads."""
@@ -196,6 +253,8 @@ class GatheredCheckpoint(DerivedCheckpoint):
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         by_axis = self.orders.get(name)
+        if start == stop:
+            return
         if by_axis is None:
             self.source.read([ReadRequest(name, start, stop)], out)
             return
@@ -288,13 +347,20 @@ def rows(source: Checkpoint, index: Mapping[str, Sequence[int]], *, ref: str = "
     orders: dict[str, dict[int, Sequence[int]]] = {}
     specs = {name: source.spec(name) for name in source.names()}
     for name, order in index.items():
-        shape, kept = _spec(source, name).shape, array("q", order)
+        shape, kept = _spec(source, name).shape, _whole_numbers(source, name, order)
         if not shape or any(not -1 <= i < shape[0] for i in kept):
             odd = next((i for i in kept if not -1 <= i < (shape or (0,))[0]), "")
             raise ArgumentError(f"{source.ref}: {name!r} is {list(shape)}: it has no row {odd}")
         orders[name] = {0: kept}
         specs[name] = TensorSpec(specs[name].dtype, (len(kept), *shape[1:]))
     return _gathered_checkpoint(source, specs, orders, ref)
+
+
+def _whole_numbers(source: Checkpoint, name: str, order: Sequence[int]) -> array[int]:
+    try:
+        return array("q", order)
+    except TypeError as e:
+        raise ArgumentError(f"{source.ref}: {name!r}: rows are whole numbers: {e}") from None
 
 
 def permuted(source: Checkpoint, orders: Mapping[str, Mapping[int, Sequence[int]]], *, ref: str = "") -> Checkpoint:
@@ -347,6 +413,10 @@ def unstacked(
     used = set()
     for new, which in tensors.items():
         part = which if isinstance(which, Span) else Span(source, which[0], axis, which[1], which[1] + 1)
+        if part.source is not source:
+            raise ArgumentError(
+                f"{new!r}: a span of {part.source.ref}, not of {source.ref}: 'chunked' takes those of several"
+            )
         used.add(part.name)
         spec, layout[new] = _put_together(new, [part], [part.source], part.axis, new_axis=False)
         shape = spec.shape if isinstance(which, Span) else (*spec.shape[:axis], *spec.shape[axis + 1 :])

@@ -46,6 +46,12 @@ def merge_dicts(
     if isinstance(models, Mapping) or not all(isinstance(m, Mapping) for m in models):
         raise ArgumentError(f"{method.name}: expected a list of mappings from names to tensors")
     models = list(models)
+    texts = {str(key): key for key in (base if base is not None else models[0] if models else {})}
+    if any(not isinstance(key, str) for key in texts.values()):  # names are text below
+        named = [{str(k): v for k, v in d.items()} for d in models]
+        own = None if base is None else {str(k): v for k, v in base.items()}
+        found = merge_dicts(method, named, base=own, seed=seed, parameters=parameters)
+        return {texts[name]: value for name, value in found.items()}
     if method.space is Space.FACTORS:
         raise ArgumentError(
             f"{method.name} combines the factors of adapters, which state dicts don't tell the scale of: merge adapter "

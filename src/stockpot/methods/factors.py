@@ -58,7 +58,10 @@ def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array, float, float
     a, b = a.astype(np.float64), b.astype(np.float64)
     rb: Array = np.asarray(np.linalg.qr(b, mode="r"))
     ra: Array = np.asarray(np.linalg.qr(a.T, mode="r"))
-    u, s, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
+    small = rb @ ra.T
+    if not np.isfinite(small).all():  # NaN or infinities in an input: what is made of it has them too, to be found
+        return np.full((rank, a.shape[1]), np.nan), np.full((b.shape[0], rank), np.nan), 0.0, 0.0
+    u, s, vt = np.linalg.svd(small, full_matrices=False)
     kept = min(rank, int(np.count_nonzero(s > s[0] * 1e-14)) if len(s) else 0)
     lost, total = float(np.linalg.norm(s[kept:])), float(np.linalg.norm(s))
     root = np.sqrt(s[:kept])

@@ -90,6 +90,16 @@ def _passed_twice(
     return most
 
 
+def _module(t: TensorPlan, inputs: Sequence[ModelInput]) -> tuple[int, ...]:
+    """Of a factor what its module takes: others of its shape may belong to smaller ones."""
+    model, name = inputs[t.inputs[0].model], t.inputs[0].name
+    if model.role != "factors":
+        return ()
+    return model.checkpoint.scratch_of(name), sum(
+        model.checkpoint.spec(n).numel for n in model.checkpoint.together(name)
+    )
+
+
 def choose_budget(
     tensors: Sequence[TensorPlan],
     inputs: Sequence[ModelInput],
@@ -112,7 +122,13 @@ def choose_budget(
     chunk = chunk_for(most)
     worst: dict[int, tuple[int, TensorPlan | None]] = {}
     distinct = {
-        (t.action, t.group, tuple(inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs), t.spec): t
+        (
+            t.action,
+            t.group,
+            tuple(inputs[o.model].checkpoint.spec(o.name).dtype for o in t.inputs),
+            t.spec,
+            *_module(t, inputs),
+        ): t
         for t in tensors
     }
     most_pieces = max((m.checkpoint.pieces_at_once for m in inputs), default=1)

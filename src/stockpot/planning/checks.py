@@ -133,7 +133,12 @@ def check_statistics(
         operands = {tuple(o.model for o in tensors[i].operands) for s in found for span in s.spans for i in span}
         why = None
         if len(operands) > 1:
-            why = f"one {found[0].stat.name} over the whole model can't span slices of different models"
+            what = (
+                "tensors that only some models have (absent: skip): exclude them"
+                if recipe.absent == "skip"
+                else "slices of different models"
+            )
+            why = f"one {found[0].stat.name} over the whole model can't span {what}"
         elif len(found) > 1:
             names = " and ".join(found[0].stat.refers_to()) or "setting"
             why = (

@@ -148,7 +148,7 @@ class Inputs:
             found = [i for i in places if is_url(ref[i + 1 :]) or ref[i + 1 :].startswith(("/", "./", "../", "~"))]
         else:
             found = [i for i in places if os.path.exists(self.locate(ref[:i]))]
-            steps = {s.name for s in self.recipe.steps}
+            steps = {s.name for s in self.recipe.steps} | self.computed.keys()
             found = found or [i for i in places if ref[:i] in steps or looks_like_hub_id(ref[:i])]
         return (ref[: found[0]], ref[found[0] + 1 :]) if found else None
 
@@ -176,6 +176,8 @@ class Inputs:
 
     def part(self, ref: str) -> Checkpoint:
         """What a model is made of, opened once for all of them."""
+        if ref in self.computed:
+            return self.computed[ref]
         path = self.locate(ref)
         if path not in self.opened:
             self.opened[path] = open_checkpoint(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from stockpot.adapters import config_for
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.names import map_layers
 from stockpot.checkpoints.views import with_zeros
-from stockpot.errors import ArgumentError, RecipeError, nearest, raise_problems
+from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, raise_problems
 from stockpot.machine import available_threads
 from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
@@ -51,6 +53,11 @@ def build_plan(
     Raises the one problem, or ProblemsError with all of them.
     """
     given = dict(sources or {})
+    for name, source in given.items():
+        if not isinstance(source, Checkpoint):
+            raise ArgumentError(
+                f"sources: {name!r}: expected what open_checkpoint or stockpot.views gave, got {source!r}"
+            )
     known = {ref for step in (*recipe.steps, recipe) for ref in step.references()}
     for name in set(given) - known:
         raise ArgumentError(f"sources: the recipe names no model {name!r}{nearest(name, known)}")
@@ -108,7 +115,7 @@ class _Planner(Inputs):
             self.recipe, self.soup = expansion.recipe, expansion.soup
             self.notes += [*expansion.warnings, *expansion.soup.notes]
         self.given = dict(self.computed)
-        self.recipe, computed = compute_adapters(self.recipe, self.locate)
+        self.recipe, computed = compute_adapters(self.recipe, self.locate, self.given)
         self.computed.update(computed)
 
     def plan(self, shard_size: int, max_memory: int, threads: int, seed: int) -> Plan:
@@ -299,7 +306,22 @@ class _Planner(Inputs):
                 config, dtype=dtype, layers=layers, old_layers=old, untied=bool(matcher.untied), vocabulary=vocabulary
             )
         specs = {t.name: t.spec for t in tensors}
+        if self.recipe.absent != "error":
+            self.check_layers(checkpoint, specs)
+            if checkpoint.kind == "adapter" and config.get("peft_type") == "LORA":
+                others = [m.checkpoint.config for m in self.inputs if m.role == "model"]
+                config = config_for(config, list(specs), others)
         return Template(checkpoint.kind, specs, config, donor, self.tokenizer_donor(donor), dtype)
+
+    def check_layers(self, donor: Checkpoint, names: Iterable[str]) -> None:
+        """A config speaks of the donor's layers: others may not have more of them. Raises MismatchError."""
+        own, made = donor.layers().stacks, map_layers(names).stacks
+        for stack, count in made.items():
+            if stack in own and count > own[stack] and donor.kind == "model":
+                raise MismatchError(
+                    f"absent: {self.recipe.absent}: another model has {count} layers in {stack!r}, {donor.ref} has {own[stack]}, "
+                    "and the config is taken from it: name the deepest model first, or as base_model"
+                )
 
     def layers(self, donor: Checkpoint, parts: Sequence[Section]) -> tuple[list[int], int]:
         """(for each layer of the output the donor's that it is described by, how many the donor has)."""

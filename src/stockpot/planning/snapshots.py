@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,8 +99,10 @@ def _spec(choice: RunChoice) -> SoupSpec:
     return parse_name(choice.name)
 
 
-def compute_adapters(recipe: Recipe, locate: Callable[[str], str]) -> tuple[Recipe, dict[str, Checkpoint]]:
-    """`adapter: product` and `fused`: (the recipe over computed checkpoints, these by reference)."""
+def compute_adapters(
+    recipe: Recipe, locate: Callable[[str], str], given: Mapping[str, Checkpoint]
+) -> tuple[Recipe, dict[str, Checkpoint]]:
+    """`adapter: product` and `fused`: (the recipe over computed checkpoints, these by reference). given: opened already."""
     choice = recipe.adapter
     if choice is None or choice.mode == "factors":
         return recipe, {}
@@ -108,11 +110,11 @@ def compute_adapters(recipe: Recipe, locate: Callable[[str], str]) -> tuple[Reci
     if recipe.slices:
         raise RecipeError(f"{where}: adapter: {choice.mode} goes with models or run, not with slices")
     with _said_of(where):
-        return _computed(recipe, choice, locate)
+        return _computed(recipe, choice, locate, given)
 
 
 def _computed(
-    recipe: Recipe, choice: AdapterChoice, locate: Callable[[str], str]
+    recipe: Recipe, choice: AdapterChoice, locate: Callable[[str], str], given: Mapping[str, Checkpoint]
 ) -> tuple[Recipe, dict[str, Checkpoint]]:
     average = get_method(recipe.merge_method).average
     if choice.mode == "product":
@@ -123,7 +125,7 @@ def _computed(
             parameters["rank"] = Setting(choice.rank, choice.line)
         method = "product" if choice.rank is None else "product_svd"
         return replace(recipe, merge_method=method, parameters=parameters), {}
-    adapters = [read_adapter(open_checkpoint(locate(e.ref))) for e in recipe.models]
+    adapters = [read_adapter(given.get(e.ref) or open_checkpoint(locate(e.ref))) for e in recipe.models]
     wanted = recipe.out_dtype or recipe.dtype
     dtype = BY_LABEL[wanted] if wanted else None
     one: dict[str, Any] = {"merge_method": "passthrough", "parameters": {}, "base_model": None}
@@ -131,10 +133,10 @@ def _computed(
         if recipe.base_model is not None:
             raise RecipeError(f"adapter: {recipe.merge_method} over adapters takes no base_model (fused: adapter.base)")
         weights = _scalar_weights(recipe)
-        base = _base(choice, adapters[-1].checkpoint, locate)
+        base = _base(choice, adapters[-1].checkpoint, locate, given)
         fused = fuse(base, adapters, weights, dtype=dtype, ref=f"{base.ref} with {len(adapters)} adapters")
         return _single(recipe, fused, one), {fused.ref: fused}
-    base = _base(choice, adapters[-1].checkpoint, locate)
+    base = _base(choice, adapters[-1].checkpoint, locate, given)
     made: dict[str, Checkpoint] = {}
     models = []
     for entry, adapter in zip(recipe.models, adapters, strict=True):
@@ -192,10 +194,12 @@ def _scalar_weights(recipe: Recipe) -> list[float]:
     return [w / total for w in weights]
 
 
-def _base(choice: AdapterChoice, adapter: Checkpoint, locate: Callable[[str], str]) -> Checkpoint:
+def _base(
+    choice: AdapterChoice, adapter: Checkpoint, locate: Callable[[str], str], given: Mapping[str, Checkpoint]
+) -> Checkpoint:
     """The model that adapters are fused into: the recipe's, else the one that adapter_config.json names."""
     if choice.base is not None:
-        return open_checkpoint(locate(choice.base))
+        return given.get(choice.base) or open_checkpoint(locate(choice.base))
     named = adapter.config.get("base_model_name_or_path")
     if isinstance(named, str) and os.path.isdir(locate(named)):
         return open_checkpoint(locate(named))

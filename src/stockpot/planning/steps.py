@@ -45,6 +45,15 @@ class MergedCheckpoint(DerivedCheckpoint):
         return self.step.inputs[self.step.template.tokenizer].checkpoint.directory
 
     @property
+    def made(self) -> str:
+        """By everything that decides its bytes: views below it read the same files."""
+        return self.step.identity
+
+    def scratch_of(self, name: str) -> int:
+        t = next(t for t in self.step.tensors if t.name == name)
+        return sum(self.step.inputs[o.model].checkpoint.scratch_of(o.name) for o in t.inputs)
+
+    @property
     def resident(self) -> int:
         return sum(m.checkpoint.resident for m in self.step.inputs)
 

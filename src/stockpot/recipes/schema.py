@@ -124,6 +124,7 @@ class Recipe:
         found = {e.ref for e in entries} | {str(c.value) for e in entries for c in e.companions.values()}
         bases = {self.base_model, *(piece.base_model for piece in self.slices), self.tokenizer_from}
         found |= {b for b in bases if b}
+        found |= {self.adapter.base} if self.adapter is not None and self.adapter.base else set()
         return found | {half for ref in found if "+" in ref for half in ref.split("+")}
 
     def told(self, line: int, text: str) -> str:
