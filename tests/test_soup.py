@@ -509,3 +509,11 @@ def test_errors_of_mappings_name_no_lines(tmp_path: Path) -> None:
         deep = [deep]
     with pytest.raises(RecipeError, match="nested too deeply"):
         stockpot.plan({"merge_method": "linear", "models": deep})
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E5", "1.0e-3", "12", "0.5", "x", "1e"])
+def test_text_in_a_mapping_is_what_its_record_says(text: str) -> None:
+    """What a merge records of a recipe in Python reads as the recipe did."""
+    given = load_recipe({"merge_method": "linear", "models": ["a"], "parameters": {"weight": text}})
+    again = load_recipe(given.text)
+    assert given.parameters["weight"].value == again.parameters["weight"].value

@@ -126,6 +126,8 @@ class _Runner:
                 if not finished:
                     journal.unlock()
                 for model in self.plan.inputs:
+                    for part in model.checkpoint.parts:
+                        part.observers.clear()  # who holds it may merge it again
                     model.checkpoint.close()
         self.outcome.part_digests = {path: dict(book.done) for path, book in part_books.items()}
         self._sum_up()

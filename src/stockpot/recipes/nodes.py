@@ -20,6 +20,8 @@ _MAX_NODES = 200_000
 _MAX_DEPTH = 40
 _CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+#: what YAML 1.1 itself takes for a number, so that text which looks so is written in quotes
+_YAML_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?")
 
 
 def read_yaml_text(path: str, what: str, error: type[StockpotError] = RecipeError) -> str:
@@ -91,6 +93,13 @@ def plain_nodes(value: Any, error: type[UserError] = RecipeError) -> list[Node]:
             raise error(
                 f"a recipe as a mapping must hold text, numbers, lists and mappings only: {value!r} is {type(value).__name__}"
             )
+        if (
+            isinstance(value, str)
+            and _NUMBER.fullmatch(value)
+            and "e" in value.lower()
+            and not _YAML_FLOAT.fullmatch(value)
+        ):
+            return Node("scalar", float(value), 0, value)  # as the record of it reads, see _Converter._scalar
         return Node("scalar", value, 0, str(value))
 
     return [convert(value, 0)]
