@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from stockpot.adapters import Adapter, Combination, FactoredAdapter, check_products, factored_adapter, read_adapter
+from stockpot.checkpoints.names import LayerMap
 from stockpot.errors import RecipeError, StockpotError
 from stockpot.methods.declaration import Method, Space, get_method, wrong_count
 from stockpot.planning.filling import Filler
@@ -73,6 +75,11 @@ class Factoring:
         every = (m for a in self.adapters for m in a.modules.values())
         return frozenset(n for m in every for n in (m.a, m.b, m.bias) if n is not None)
 
+    @cached_property
+    def layers(self) -> list[LayerMap]:
+        """Of each adapter."""
+        return [a.checkpoint.layers() for a in self.adapters]
+
     def plan(self, index: int) -> tuple[FactoredAdapter, list[TensorPlan]] | None:
         """(the adapter that is computed, its tensors as copied from it: the input `index`). None after a problem."""
         modules = list(dict.fromkeys(name for a in self.adapters for name in a.modules))
@@ -112,7 +119,7 @@ class Factoring:
         """Of a module, for its parameters: under the name of its first factor, at its place among the layers."""
         number, adapter = next((i, a) for i, a in enumerate(self.adapters) if module in a.modules)
         name = adapter.modules[module].a
-        layers = adapter.checkpoint.layers()
+        layers = self.layers[number]
         place = layers.places.get(name)
         layer = None if place is None else (place.stack, place.layer)
         origin = Operand(self.part.entries[number].model, name)
