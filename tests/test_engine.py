@@ -189,6 +189,8 @@ def interrupted(path: Path, out: Path, sent: int) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_cleanly(wide_family: Path, tmp_path: Path, recipe: Callable[[str], Path], sent: int) -> None:
+    if signal.getsignal(sent) is signal.SIG_IGN:
+        pytest.skip("ignored here, as under nohup, and then by a merge too")
     path = recipe(text_of("ties paper", wide_family))
     done = interrupted(path, tmp_path / "out", sent)
     assert done.returncode == 130, done.stderr
