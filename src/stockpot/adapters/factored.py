@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.adapters.fitting import sides_of
 from stockpot.adapters.peft import Adapter, LowRank
-from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
+from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint, files_of
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.errors import MethodError, MismatchError
 from stockpot.methods.declaration import Method
@@ -161,7 +161,7 @@ def factored_adapter(
         donor.checkpoint.path,
         "adapter",
         _config(donor, ranks),
-        tuple({h.path: h for a in adapters for h in a.checkpoint.files}.values()),
+        files_of(a.checkpoint for a in adapters),
         sources=tuple(a.checkpoint for a in adapters),
         specs=specs,
         adapters=tuple(adapters),

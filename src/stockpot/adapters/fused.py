@@ -10,7 +10,7 @@ from stockpot.adapters.factored import module_bytes
 from stockpot.adapters.fitting import check_plain, check_products
 from stockpot.adapters.peft import PREFIX, Adapter, LowRank
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint
+from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint, files_of
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.checkpoints.tied import ties_embeddings
 from stockpot.errors import CheckpointError, MismatchError, nearest
@@ -155,7 +155,7 @@ def fuse(
         base.path,
         "model",
         base.config,
-        (*base.files, *(h for a in adapters for h in a.checkpoint.files)),
+        files_of((base, *(a.checkpoint for a in adapters))),
         sources=(base, *(a.checkpoint for a in adapters)),
         specs=specs,
         base=base,

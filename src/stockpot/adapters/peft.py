@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def changes_the_base(config: Mapping[str, Any]) -> bool:
     return isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE)
 
 
-def config_for(config: Mapping[str, Any], names: Iterable[str], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def config_for(config: Mapping[str, Any], names: Sequence[str], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """adapter_config.json for an adapter of tensors `names`, of which `config` may not know all: others' modules came in.
 
     PEFT makes layers for what the config names, and leaves out without a word what it does not.

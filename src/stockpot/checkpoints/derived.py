@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import Origin, ReadRequest
 from stockpot.specs import TensorSpec
 
-__all__ = ["KEPT_MODULES", "DerivedCheckpoint", "ModuleCache"]
+__all__ = ["KEPT_MODULES", "DerivedCheckpoint", "ModuleCache", "digest_of", "files_of"]
 
 KEPT_MODULES = 4
 
@@ -119,3 +121,13 @@ class DerivedCheckpoint(Checkpoint):
     def close(self) -> None:
         for source in self.sources:
             source.close()
+
+
+def files_of(sources: Iterable[Checkpoint]) -> tuple[Header, ...]:
+    """The files behind several checkpoints, each once."""
+    return tuple({h.path: h for s in sources for h in s.files}.values())
+
+
+def digest_of(text: str) -> str:
+    """Of how something is made, for `made`."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -91,8 +91,7 @@ def merge_dicts(
         seed=seed,
         budget=Budget(limit=0, workers=1, block_pieces=1, chunk=4 * REDUCE, hold=0, peak=0),
     )
-    merged = dict(merge_plan(plan, sources))
-    by_name = {t.name: _like(template[t.name], raw) for t, raw in merged.items()}
+    by_name = {t.name: _like(template[t.name], raw) for t, raw in merge_plan(plan, sources)}
     return {name: by_name[name] for name in template}
 
 

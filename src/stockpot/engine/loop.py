@@ -37,13 +37,18 @@ _JOB_SAMPLES = 2**17
 Settled = Callable[[Any, Sequence[str]], None]
 
 
+def kernels_of(plan: Plan, device: Device) -> list[Kernel]:
+    """One for each of its groups."""
+    return [Kernel(device, g, plan.stats, plan.seed, plan.budget.chunk) for g in plan.groups]
+
+
 class Arithmetic:
     """A plan's kernels over its sources. sources: by the numbers of the plan's inputs."""
 
     def __init__(self, plan: Plan, sources: Sequence[TensorSource], device: Device) -> None:
         self.plan = plan
         self.sources = sources
-        self.kernels = [Kernel(device, g, plan.stats, plan.seed, plan.budget.chunk) for g in plan.groups]
+        self.kernels = kernels_of(plan, device)
         self._tensors = {t.name: t for t in plan.tensors}
 
     def range(self, name: str, start: int, stop: int, out: memoryview[Any], slot: dict[Any, Any]) -> None:
@@ -96,7 +101,7 @@ class Loop:
         self.totals = Totals()
         self.errors: list[BaseException] = []
         self.ledger, self.pieces = ledger, ledger.pieces
-        self.kernels = Arithmetic(plan, sources, device).kernels
+        self.kernels = kernels_of(plan, device)
         self.pool = BlockPool(plan.budget.hold, most_of_a_unit(plan, sources), byte_buffer)
         self.bundles = Bundles(plan, sources, self.ledger, self.kernels, sink)
         itemsizes = [[sources[o.model].spec(o.name).dtype.itemsize for o in t.inputs] for t in plan.tensors]

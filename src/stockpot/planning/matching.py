@@ -200,9 +200,11 @@ def match_models(m: Matcher, part: Section, donor: int) -> list[Match]:
     """`models:` every tensor by its name."""
     others = list(dict.fromkeys([e.model for e in part.entries] + ([part.base] if part.base is not None else [])))
     names = m.wanted(donor, others)
-    layers, wider = m.checkpoint(donor).layers(), map_layers(names)
-    if layers.places.keys() <= wider.places.keys():  # with the layers that only others have
-        layers = wider
+    layers = m.checkpoint(donor).layers()
+    if m.recipe.absent != "error":
+        wider = map_layers(names)
+        if layers.places.keys() <= wider.places.keys():  # with the layers that only others have
+            layers = wider
     missing: dict[int, list[str]] = {}
     out = []
     for name in names:

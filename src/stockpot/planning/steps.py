@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.derived import DerivedCheckpoint
+from stockpot.checkpoints.derived import DerivedCheckpoint, files_of
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
 
@@ -79,9 +79,8 @@ def merged_checkpoint(name: str, plan: Plan) -> MergedCheckpoint:
     """The checkpoint that a planned step is."""
     sources = leaves(plan)
     donor = plan.inputs[plan.template.donor].checkpoint
-    headers = {h.path: h for s in sources for h in s.files}
     return MergedCheckpoint(
-        name, donor.path, plan.template.kind, dict(plan.template.config), tuple(headers.values()),
+        name, donor.path, plan.template.kind, dict(plan.template.config), files_of(sources),
         sources=sources, specs={t.name: t.spec for t in plan.tensors}, plan=plan,
     )  # fmt: skip
 
