@@ -28,7 +28,7 @@ $(VENV)/installed-dev: $(VENV)/installed-test
 demo: $(VENV)/installed-test
 	$(BIN)/python examples/demo.py demo-output
 
-QUICK := test_house test_cutoffs test_masks test_weighting test_textfiles test_quick
+QUICK := test_house test_cutoffs test_masks test_weighting test_files test_quick
 $(VENV)-quick/installed: pyproject.toml constraints.txt $(wildcard src/stockpot/engine/native/*.c src/stockpot/engine/native/*.inc)
 	$(PYTHON) -m venv $(VENV)-quick
 	$(VENV)-quick/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest pytest-xdist hypothesis matplotlib

@@ -171,3 +171,14 @@ def test_methods_page_is_up_to_date() -> None:
 
     page = runpy.run_path(str(root / "docs/methods_page.py"))["render"]()
     assert (root / "docs/methods.md").read_text() == page, "run: python docs/methods_page.py"
+
+
+def test_what_make_quick_runs_is_there() -> None:
+    """A test file that was renamed must be renamed there too."""
+    makefile = Path(__file__).parents[1] / "Makefile"
+    if not makefile.exists():
+        pytest.skip("not a source checkout")
+    (line,) = [row for row in makefile.read_text().splitlines() if row.startswith("QUICK :=")]
+    names = line.partition(":=")[2].split()
+    assert names
+    assert [n for n in names if not (Path(__file__).parent / f"{n}.py").exists()] == []
