@@ -539,3 +539,20 @@ def test_backends_agree() -> None:
         assert xp.concatenate([x, x], 1).shape == (3, 16, 5)
         assert str(xp.astype(x, "float32").dtype).endswith("float32")
         assert xp.array([1.0, 2.0], x).dtype == x.dtype
+
+
+def test_a_companion_has_no_stand_ins(tmp_path: Path) -> None:
+    """A head that is not tied needs its own Fisher: that of the embedding, of the same shape, is of other weights."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    for i, (name, held) in enumerate((("a", names), ("a-fisher", names[:1]), ("whole", names))):
+        write_model(str(tmp_path / name), {n: abs(t) for n, t in state(dict.fromkeys(held, (6, 4)), i).items()}, "F32")
+        if name != "a":
+            (tmp_path / name / "config.json").unlink()
+
+    def recipe(beside: str) -> dict[str, Any]:
+        entry = {"model": str(tmp_path / "a"), "companions": {"fisher": str(tmp_path / beside)}}
+        return {"merge_method": "fisher", "models": [entry]}
+
+    with pytest.raises(MismatchError, match=r"a-fisher: has no tensor 'lm_head\.weight', which .*a has"):
+        stockpot.plan(recipe("a-fisher"))
+    assert all(t.companions[0].name == t.name for t in stockpot.plan(recipe("whole")).tensors)

@@ -58,17 +58,17 @@ def companion_operands(
     for companion in method.companions:
         for i, operand in zip(chosen, operands, strict=True):
             model = inputs[part.entries[i].companions[companion.name]]
-            found = model.checkpoint.resolve(operand.name)
             why = None
-            if found is None:
+            if operand.name not in model.checkpoint:  # no stand-in: a head's Fisher is not its embedding's
                 hint = nearest(operand.name, model.checkpoint.names())
                 why = f"has no tensor {operand.name!r}, which {inputs[operand.model].ref} has{hint}"
             else:
-                spec, wanted = model.checkpoint.spec(found), inputs[operand.model].checkpoint.spec(operand.name)
+                spec, wanted = model.checkpoint.spec(operand.name), inputs[operand.model].checkpoint.spec(operand.name)
                 if spec.shape != wanted.shape or not spec.dtype.is_float:
-                    why = f"{found!r} is {spec.dtype} {list(spec.shape)}, expected floats {list(wanted.shape)} as in the model"
-            if why is not None or found is None:
+                    expected = f"expected floats {list(wanted.shape)} as in the model"
+                    why = f"{operand.name!r} is {spec.dtype} {list(spec.shape)}, {expected}"
+            if why is not None:
                 problems.append(MismatchError(f"{model.ref}: {why}").within(*model.places))
                 return None
-            out.append(Operand(model.index, found, operand.position))
+            out.append(Operand(model.index, operand.name, operand.position))
     return tuple(out)
