@@ -197,3 +197,15 @@ def test_a_statistic_over_the_model_says_what_to_leave_out(models: Any, tmp_path
     ):
         stockpot.plan(recipe)
     stockpot.plan({**recipe, "exclude": [GATE]})
+
+
+def test_integers_that_are_absent_differ_from_nothing(tmp_path: Path) -> None:
+    """They are not averaged: who has them gives them, and that others lack them is no difference."""
+    ids = torch.arange(6)
+    for name, more in (("a", {}), ("b", {"ids": ids})):
+        write_model(tmp_path / name, {"w": torch.ones(2, 2), **more}, CONFIG)
+    for how in ("zero", "skip"):
+        recipe = {"merge_method": "linear", "models": [str(tmp_path / "a"), str(tmp_path / "b")], "absent": how}
+        result = stockpot.merge(recipe, tmp_path / how)
+        assert torch.equal(load(tmp_path / how)["ids"], ids)
+        assert result.warnings == ()

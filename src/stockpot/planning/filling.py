@@ -90,7 +90,8 @@ class Filler:
         if not self.fits(match, [*operands, *([base] if base else [])]):
             return None
         if not match.slot.spec.dtype.is_float:
-            kept = tuple(dict.fromkeys([match.slot.origin, *operands, *([base] if base else [])]))
+            there = [o for o in (*operands, *([base] if base else [])) if o.name not in self.zeros.get(o.model, ())]
+            kept = tuple(dict.fromkeys([match.slot.origin, *there]))
             return TensorPlan(0, match.name, match.slot.spec, Action.KEEP, -1, kept, None)
         group = self.group(match, rule, method, chosen, operands, plain=leaves and method is linear)
         if group is None:
