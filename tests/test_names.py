@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers as tf
 
-from stockpot.checkpoints.names import map_layers, outside_depth
-from stockpot.checkpoints.tied import head_alias, tied_duplicates
+from stockpot.checkpoints.meaning.layers import map_layers, outside_depth
+from stockpot.checkpoints.meaning.ties import Ties, find_ties
 from stockpot.specs import DType, TensorSpec
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 32}
@@ -100,13 +100,31 @@ def test_after_the_layers(name: str) -> None:
 def test_ties() -> None:
     matrix, other = TensorSpec(DType.F32, (8, 4)), TensorSpec(DType.F32, (4, 4))
     specs = {"model.embed_tokens.weight": matrix, "lm_head.weight": matrix, "x.weight": other}
-    assert tied_duplicates(specs, {"tie_word_embeddings": True}) == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert tied_duplicates(specs, {"tie_word_embeddings": False}) == {}
-    assert tied_duplicates(specs, {}) == {}
+    head = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def ties(config: dict[str, object], equal: bool = True) -> Ties:
+        return find_ties(specs, config, lambda a, b: equal)
+
+    assert ties({"tie_word_embeddings": True}).duplicates == head
+    assert ties({"tie_word_embeddings": False}).duplicates == {}
+    assert ties({"model_type": "gemma2"}).duplicates == head  # its default
+    assert ties({"model_type": "llama"}).duplicates == {}
+    # two that differ are never one, whatever the config says
+    both = ties({"tie_word_embeddings": True}, equal=False)
+    assert (both.duplicates, both.apart) == ({}, (("lm_head.weight", "model.embed_tokens.weight"),))
+    # of a type that nobody has described both names stay, and equal ones are known to be copies
+    assert (ties({}).duplicates, ties({}).copies) == ({}, {"lm_head.weight"})
+    assert ties({}, equal=False).copies == frozenset()
     del specs["lm_head.weight"]
-    assert head_alias("lm_head.weight", specs, {"tie_word_embeddings": True}) == "model.embed_tokens.weight"
-    assert head_alias("lm_head.weight", specs, {}) == "model.embed_tokens.weight"
-    assert head_alias("lm_head.weight", specs, {"tie_word_embeddings": False}) is None
-    assert head_alias("x.weight", specs, {"tie_word_embeddings": True}) is None
+
+    def alias(name: str, config: dict[str, object]) -> str | None:
+        return ties(config).alias(name, specs)
+
+    assert alias("lm_head.weight", {"tie_word_embeddings": True}) == "model.embed_tokens.weight"
+    assert alias("lm_head.weight", {}) == "model.embed_tokens.weight"
+    assert alias("lm_head.weight", {"tie_word_embeddings": False}) is None
+    assert alias("lm_head.weight", {"model_type": "llama"}) is None
+    assert alias("lm_head.weight", {"model_type": "gemma2"}) == "model.embed_tokens.weight"
+    assert alias("x.weight", {"tie_word_embeddings": True}) is None
     t5 = {"shared.weight": matrix, "encoder.embed_tokens.weight": matrix}
-    assert tied_duplicates(t5, {}) == {"encoder.embed_tokens.weight": "shared.weight"}
+    assert find_ties(t5, {}, lambda a, b: True).duplicates == {"encoder.embed_tokens.weight": "shared.weight"}

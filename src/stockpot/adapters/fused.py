@@ -12,7 +12,6 @@ from stockpot.adapters.peft import PREFIX, Adapter, LowRank
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint, files_of
 from stockpot.checkpoints.source import ReadRequest
-from stockpot.checkpoints.tied import ties_embeddings
 from stockpot.errors import CheckpointError, MismatchError, nearest
 from stockpot.specs import DType, TensorSpec
 
@@ -211,11 +210,7 @@ def _target(base: Checkpoint, adapter: Adapter, name: str, shape: tuple[int, ...
         raise MismatchError(
             f"{adapter.checkpoint.ref}: adapts {name!r}, which {base.ref} does not have{nearest(name, base.names())}"
         )
-    tied = base.tied()
-    twins = {*tied, *tied.values()}
-    if ties_embeddings(base.config) is True and base.resolve("lm_head.weight") == found:
-        twins.add(found)
-    if found in twins:
+    if found in base.ties.twins():
         raise MismatchError(
             f"{adapter.checkpoint.ref}: adapts {found!r}, which is tied in {base.ref}: fusing would change its twin too; "
             "untie the base first"

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from stockpot.checkpoints.header import Entry, Header
-from stockpot.checkpoints.names import LayerMap, map_layers
+from stockpot.checkpoints.meaning.layers import LayerMap, map_layers
+from stockpot.checkpoints.meaning.ties import Ties, find_ties
 from stockpot.checkpoints.source import ReadRequest, TensorSource
-from stockpot.checkpoints.tied import head_alias, is_head, tied_duplicates
 from stockpot.errors import ReadError
 from stockpot.specs import TensorSpec
 
 __all__ = ["Checkpoint"]
+
+#: elements of two tensors that are compared at once
+_COMPARED = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Checkpoint(TensorSource):
     _where: dict[str, tuple[int, Entry]] = field(default_factory=dict, repr=False)
     _fds: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _ties: list[Ties] = field(default_factory=list, repr=False, compare=False)
     #: called with (request, its bytes) after each read: how what is read inside a computed checkpoint gets its digests
     observers: list[Callable[[ReadRequest, memoryview[Any]], None]] = field(
         default_factory=list, repr=False, compare=False
@@ -109,17 +113,37 @@ class Checkpoint(TensorSource):
         """The stacks of layers that the names show."""
         return map_layers(self._specs)
 
-    def tied(self) -> dict[str, str]:
-        """Stored tensors that the config declares to be another one: name -> the name that counts."""
-        return tied_duplicates(self._specs, self.config)
+    @property
+    def ties(self) -> Ties:
+        """Which of its tensors are one, and how that is known. Adapters tie nothing."""
+        if not self._ties:
+            self._ties.append(find_ties(self._specs, self.config, self._same) if self.kind == "model" else Ties((), {}))
+        return self._ties[0]
+
+    def tied(self) -> Mapping[str, str]:
+        """Stored tensors that are another one, which is stored too: name -> the name that counts."""
+        return self.ties.duplicates
 
     def resolve(self, name: str) -> str | None:
         """The stored tensor that `name` means: itself, or the embedding an absent tied head stands for."""
-        if name in self._specs:
-            return name
-        if not is_head(name):
-            return None
-        return head_alias(name, self._specs, self.config)
+        return name if name in self._specs else self.ties.alias(name, self._specs)
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two tensors hold the same bytes. Raises ReadError."""
+        spec = self.spec(a)
+        if spec != self.spec(b):
+            return False
+        first = self.place(a, unseen=True)
+        if first is not None and first == self.place(b, unseen=True):
+            return True  # one storage under two names
+        for start in range(0, spec.numel, _COMPARED):
+            stop = min(start + _COMPARED, spec.numel)
+            both = [bytearray((stop - start) * spec.dtype.itemsize) for _ in range(2)]
+            for name, raw in zip((a, b), both, strict=True):
+                self.read([ReadRequest(name, start, stop)], memoryview(raw))
+            if both[0] != both[1]:
+                return False
+        return True
 
     # reading
 

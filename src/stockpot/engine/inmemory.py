@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.checkpoints.meaning.layers import LayerMap, map_layers
+from stockpot.checkpoints.meaning.roles import role_of
 from stockpot.checkpoints.memory import MemorySource
-from stockpot.checkpoints.names import LayerMap, map_layers
-from stockpot.checkpoints.roles import role_of
 from stockpot.checkpoints.source import TensorSource
 from stockpot.engine.devices import NumpyDevice
 from stockpot.engine.executors import executor_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-from stockpot.checkpoints.roles import is_vocabulary
+from stockpot.checkpoints.meaning.roles import is_vocabulary
 from stockpot.errors import MismatchError, RecipeError, StockpotError
 from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
 from stockpot.planning.template import Slot

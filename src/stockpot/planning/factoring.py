@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from stockpot.adapters import Adapter, Combination, FactoredAdapter, check_products, factored_adapter, read_adapter
-from stockpot.checkpoints.names import LayerMap
+from stockpot.checkpoints.meaning.layers import LayerMap
 from stockpot.errors import RecipeError, StockpotError
 from stockpot.methods.declaration import Method, Space, get_method, wrong_count
 from stockpot.planning.filling import Filler

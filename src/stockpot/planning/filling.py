@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from stockpot.checkpoints.roles import role_of
+from stockpot.checkpoints.meaning.roles import role_of
 from stockpot.errors import StockpotError
 from stockpot.methods.averaging import linear, passthrough
 from stockpot.methods.declaration import Method, Space, cannot_replace, get_method, wrong_count

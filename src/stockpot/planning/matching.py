@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.names import LayerMap, map_layers, outside_depth
-from stockpot.checkpoints.tied import is_head, ties_embeddings
+from stockpot.checkpoints.meaning.buffers import is_computed
+from stockpot.checkpoints.meaning.layers import LayerMap, map_layers, outside_depth
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.methods.declaration import Method, Space
 from stockpot.planning.plan import ModelInput, Operand
@@ -84,6 +84,8 @@ class Matcher:
     untied: set[str] = field(default_factory=set)
     #: under `absent: zero`, what counts as zeros: model -> name -> shape and dtype
     zeros: dict[int, dict[str, TensorSpec]] = field(default_factory=dict)
+    #: what is no weight, and not everywhere: by model
+    left: dict[int, list[str]] = field(default_factory=dict)
     #: under `absent: skip`, what models don't have
     skipped: dict[int, list[str]] = field(default_factory=dict)
 
@@ -104,21 +106,25 @@ class Matcher:
         """
         checkpoint = self.checkpoint(donor)
         duplicates = checkpoint.tied()
-        names = [n for n in checkpoint.names() if n not in duplicates and n not in self.apart]
+        names = [
+            n
+            for n in checkpoint.names()
+            if n not in duplicates and n not in self.apart and not self.leaves(donor, n, others)
+        ]
+        self.note_untied(donor)
         seen = {*names, *self.apart}
         for other in others:
             theirs = self.checkpoint(other)
-            tied = theirs.tied()
+            tied, ties = theirs.tied(), theirs.ties
+            self.note_untied(other)
             for name in theirs.names():
-                if name in seen or name in tied:
+                if name in seen or name in tied or self.leaves(other, name, (donor,)):
                     continue
                 if self.recipe.absent != "error" and not checkpoint.resolve(name) and self.included(name):
                     names.append(name)
                     seen.add(name)
                     continue
-                if not is_head(name) or ties_embeddings(theirs.config) is True:
-                    continue
-                if checkpoint.resolve(name):
+                if ties.is_second(name) and name not in ties.copies and checkpoint.resolve(name):
                     names.append(name)
                     seen.add(name)
                     self.untied.add(name)
@@ -127,12 +133,40 @@ class Matcher:
                     )
         return names
 
+    def note_untied(self, model: int) -> None:
+        """Say where a config ties what the file holds twice, and differently."""
+        for second, first in self.checkpoint(model).ties.apart:
+            self.untied.add(second)
+            note = (
+                f"{self.inputs[model].ref}: its config ties {second!r} to {first!r}, but it holds two that differ: the output "
+                "is untied"
+            )
+            self.notes += [note] if note not in self.notes else []
+
+    def leaves(self, model: int, name: str, others: Iterable[int]) -> bool:
+        """Whether a tensor of a model is left out because it is no weight, and not all have it."""
+        if self.checkpoint(model).kind != "model" or not is_computed(name, self.checkpoint(model).spec(name)):
+            return False
+        if all(name in self.checkpoint(other) for other in others) or not self.included(name):
+            return False
+        held = self.left.setdefault(model, [])
+        held += [name] if name not in held else []
+        return True
+
     def check_extra(self, donor: int, model: int, names: set[str]) -> None:
         """Tensors that only another model has would be dropped: an error unless they are excluded."""
         theirs = self.checkpoint(model)
-        tied = theirs.tied()
-        names = names | self.apart
-        extra = [n for n in theirs.names() if n not in names and n not in tied and self.included(n)]
+        tied, copies = theirs.tied(), theirs.ties.copies
+        names = names | self.apart | {own for own in map(theirs.resolve, names) if own is not None}
+        extra = [
+            n
+            for n in theirs.names()
+            if n not in names
+            and n not in tied
+            and n not in copies
+            and self.included(n)
+            and n not in self.left.get(model, ())
+        ]
         if extra:
             self.problems.append(
                 MismatchError(
@@ -156,6 +190,22 @@ class Matcher:
         else:
             missing.setdefault(model, []).append(name)
         return None
+
+    def lacks(self, model: int, name: str, suffix: str, holding: Sequence[set[str]]) -> bool:
+        """Whether a layer's tensor is left out because it is no weight, and not all models have it in their layers."""
+        if not is_computed(name, self.checkpoint(model).spec(name)) or all(suffix in held for held in holding):
+            return False
+        held = self.left.setdefault(model, [])
+        held += [name] if name not in held else []
+        return True
+
+    def note_left(self) -> None:
+        """Say what is no weight and was left out."""
+        for model, names in self.left.items():
+            self.notes.append(
+                f"{self.inputs[model].ref}: {len(names)} tensors that models compute anew are left out, for not all have them: "
+                f"{_few(names)}"
+            )
 
     def note_absent(self) -> None:
         """Say what is not everywhere, and how it counts."""
@@ -187,7 +237,7 @@ class Matcher:
         self, slot: Slot, source: Mapping[int, str], part: Section, base_name: str, missing: dict[int, list[str]]
     ) -> Match:
         """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
-        if not self.included(slot.name):
+        if not self.included(slot.name) or is_computed(slot.name, slot.spec):
             return Match(slot, part, (), None, merged=False)
         operands = [self.operand(e.model, slot, source[i], e.position, missing) for i, e in enumerate(part.entries)]
         base = None
@@ -214,6 +264,7 @@ def match_models(m: Matcher, part: Section, donor: int) -> list[Match]:
         out.append(m.make(slot, dict.fromkeys(range(len(part.entries)), name), part, name, missing))
     m.report_missing(missing, donor)
     m.note_absent()
+    m.note_left()
     for model in others:
         if model != donor:
             m.check_extra(donor, model, set(names))
@@ -258,6 +309,11 @@ def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int
         return [], 0
     missing: dict[int, list[str]] = {}
     before, after = _outside(m, first, last, donor, prefix, missing)
+    holding = [
+        {suffix for names in _names_by_layer(m.checkpoint(e.model), prefix).values() for suffix in names}
+        for part in parts
+        for e in part.entries
+    ]
     inside = []
     total = 0
     for number, part in enumerate(parts):
@@ -275,11 +331,14 @@ def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int
             depth = j / (count - 1) if count > 1 else 1.0
             for suffix in by_layer.get(starts[lead] + j, ()):
                 source = {i: f"{prefix}.{starts[i] + j}.{suffix}" for i in range(len(entries))}
+                if m.lacks(lead_donor, source[lead], suffix, holding):
+                    continue
                 origin = Operand(lead_donor, source[lead])
                 slot = m.slot(f"{prefix}.{total + j}.{suffix}", origin, depth, (prefix, total + j))
                 inside.append(m.make(slot, source, part, f"{prefix}.{base_start + j}.{suffix}", missing))
         total += count
     m.report_missing(missing, donor)
+    m.note_left()
     _check_slices(m, parts, prefix, known)
     return before + inside + after, total
 
@@ -295,7 +354,8 @@ def _check_slices(
             checkpoint = m.checkpoint(entry.model)
             layers = _names_by_layer(checkpoint, prefix)
             for layer in range(*known[number, i]):
-                shapes = {s: checkpoint.spec(f"{prefix}.{layer}.{s}").shape for s in layers.get(layer, ())}
+                specs = {s: checkpoint.spec(f"{prefix}.{layer}.{s}") for s in layers.get(layer, ())}
+                shapes = {s: spec.shape for s, spec in specs.items() if not is_computed(f"{prefix}.{layer}.{s}", spec)}
                 if reference is None:
                     reference, owner = shapes, f"layer {layer} of {m.inputs[entry.model].ref}"
                 odd = [

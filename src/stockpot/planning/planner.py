@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from stockpot.adapters import config_for
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.names import map_layers
+from stockpot.checkpoints.meaning.layers import map_layers
 from stockpot.checkpoints.views import with_zeros
 from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, raise_problems
 from stockpot.machine import available_threads
@@ -27,6 +27,7 @@ from stockpot.planning.plan import ModelInput, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
+from stockpot.planning.unifying import unify_names
 from stockpot.planning.vocabulary import check_vocabularies, crop_vocabularies
 from stockpot.recipes.schema import ModelEntry, Recipe, Source
 from stockpot.runs import Run, Soup
@@ -143,11 +144,13 @@ class _Planner(Inputs):
             recipe, [main, *methods.values()], parts, self.inputs, lambda m, p: p.participants(m), self.problems
         )
         self.stop_if_bad()
+        donor = base if base is not None else parts[0].entries[-1 if factors else 0].model
+        unify_names(self.inputs, donor, parts, self.problems, self.notes)
+        self.stop_if_bad()
 
         vocabulary = crop_vocabularies(self.inputs, self.problems, self.notes) if recipe.crops_vocabulary else None
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
         filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
-        donor = base if base is not None else parts[0].entries[-1 if factors else 0].model
         factoring = self.factoring(parts[0], filler, matcher) if factors else None
         self.note_batch_norm(donor)
         matches = match_slices(matcher, parts)[0] if recipe.slices else match_models(matcher, parts[0], donor)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stockpot.checkpoints.roles import is_vocabulary
+from stockpot.checkpoints.meaning.roles import is_vocabulary
 from stockpot.checkpoints.views import first_rows
 from stockpot.errors import MismatchError, StockpotError
 from stockpot.planning.plan import ModelInput

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stockpot.checkpoints.tied import is_embedding, is_head
+from stockpot.checkpoints.meaning.ties import is_embedding, is_head
 from stockpot.specs import Shape
 
 __all__ = ["is_vocabulary", "role_of"]

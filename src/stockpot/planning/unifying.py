@@ -1,0 +1,60 @@
+"""Models whose files call the same tensors otherwise, under the names of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from stockpot.checkpoints.meaning.dialects import Unified, unify
+from stockpot.checkpoints.meaning.memory import without_wrappers
+from stockpot.errors import MismatchError, StockpotError
+from stockpot.planning.matching import Section
+from stockpot.planning.plan import ModelInput
+
+__all__ = ["unify_names"]
+
+
+def unify_names(
+    inputs: list[ModelInput],
+    donor: int,
+    parts: Sequence[Section],
+    problems: list[StockpotError],
+    notes: list[str],
+) -> None:
+    """Replace the inputs that call their tensors otherwise than the donor by views under its names, companions with them."""
+    like = inputs[donor].checkpoint
+    if like.kind != "model":
+        return
+    _, wrapped = without_wrappers(like.names())
+    if wrapped and like.config:
+        notes.append(
+            f"{inputs[donor].ref}: its names have {wrapped} of a wrapper in them, and so will the output's: a loader that does "
+            "not strip it finds no weights"
+        )
+    beside = [(e.model, index) for part in parts for e in part.entries for index in e.companions.values()]
+    for model in list(inputs):
+        if model.role != "model" or model.index == donor or model.checkpoint.kind != "model":
+            continue
+        found = unify(like, model.checkpoint)
+        for why in found.problems:
+            problems.append(MismatchError(f"{model.ref}: {why}{_WAY_OUT}").within(*model.places))
+        if found.checkpoint is model.checkpoint:
+            continue
+        inputs[model.index] = replace(model, checkpoint=found.checkpoint)
+        notes.append(_said(model.ref, inputs[donor].ref, found))
+        for owner, index in beside:
+            if owner == model.index:
+                own = unify(like, inputs[index].checkpoint)
+                inputs[index] = replace(inputs[index], checkpoint=own.checkpoint)
+
+
+_WAY_OUT = "; load both with one version of transformers and save them again"
+
+
+def _said(ref: str, like: str, found: Unified) -> str:
+    own, there = found.example
+    packed = f", {found.repacked} of them put together of parts or taken out of packed ones" if found.repacked else ""
+    return (
+        f"{ref}: {found.renamed} tensors are called otherwise in {like} and read under its names{packed}: "
+        f"{own!r} is {there!r} there"
+    )
