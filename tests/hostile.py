@@ -34,7 +34,7 @@ _ALLOWANCE = 16 * 2**20
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
     "b": torch.ones(5, dtype=torch.bfloat16),
-    "c": torch.zeros(0, 2),
+    "c": torch.zeros(0, 2, dtype=torch.int32),
 }
 
 

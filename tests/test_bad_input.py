@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Callable[[Room], object] | None, str, int, str]] = {
         lambda r: (r.empty(), (r.m / "notes.txt").write_text("x")), LINEAR, 3, "no safetensors file; found notes.txt"),
     "a text file": (
         lambda r: (r.t / "m.txt").write_text("x"), "merge_method: linear\nmodels: [{t}/m.txt, {f}/b]\n", 3,
-        "only files of a known format can be opened: safetensors (.safetensors); torch (.ckpt, .pt, .pth, .bin)"),
+        "only files of a known format can be opened: safetensors (.safetensors); torch (.ckpt, .pt, .pth, .bin,"),
     "a training run": (
         lambda r: (r.empty(), (r.m / "checkpoint-5").mkdir()), LINEAR, 3, "a training run, not a checkpoint: name one of its"),
     "empty file": (lambda r: r.raw(lambda b: b""), LINEAR, 3, "0 bytes is too short for a safetensors file"),

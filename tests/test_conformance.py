@@ -72,7 +72,7 @@ def test_statistics(check: Check, tmp_path: Path) -> None:
     check(tmp_path)
 
 
-SMALL = {"a": (7, 5), "layers.0.w": (300, 400), "layers.1.w": (300, 400), "scalar": (), "empty": (0, 3)}
+SMALL = {"a": (7, 5), "layers.0.w": (300, 400), "layers.1.w": (300, 400), "scalar": ()}
 
 
 @pytest.fixture(scope="module")

@@ -132,9 +132,9 @@ def fill(part: dict[str, Any]) -> None:
 def build(cls: type, config: Any) -> Any:
     import torch
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with torch.device("meta"), limited(60):
-            return cls(config)
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), torch.device("meta"), limited(60):
+        return cls(config)
 
 
 def config_path(config: Any, wanted: Any, path: str = "") -> str | None:

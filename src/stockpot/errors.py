@@ -9,6 +9,7 @@ StockpotError
 │   └── OutputError        (OSError)     OUT can't be used
 ├── InputError           exit code 3   the data can't be used
 │   ├── CheckpointError    (ValueError)  a file or directory is not a readable checkpoint
+│   │   └── LayoutError                    it is whole, but in a layout that has to be converted first
 │   ├── MismatchError      (ValueError)  checkpoints that do not fit each other
 │   ├── NonfiniteError     (ValueError)  NaN or infinities in an input or in the output
 │   ├── EvaluationError    (RuntimeError) a checkpoint could not be scored
@@ -38,6 +39,7 @@ __all__ = [
     "GateError",
     "InputError",
     "Interrupted",
+    "LayoutError",
     "MethodError",
     "MismatchError",
     "NonfiniteError",
@@ -118,6 +120,10 @@ class InputError(StockpotError):
 
 class CheckpointError(InputError, ValueError):
     """A file or directory is not a checkpoint that can be read."""
+
+
+class LayoutError(CheckpointError):
+    """A whole checkpoint in a layout that stockpot does not read: shards of a trainer, another framework's. Names the way out."""
 
 
 class MismatchError(InputError, ValueError):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stockpot.adapters import FactoredAdapter, product_report
-from stockpot.checkpoints.beside import copied_files, module_files
-from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.beside import copied_files, part_files
+from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.digests import ALGORITHM, file_digest
 from stockpot.engine.journal import NAME as JOURNAL_NAME
@@ -67,12 +67,7 @@ def _copy_and_write(plan: Plan, directory: str) -> list[str]:
     if plan.template.config:
         config_name = "adapter_config.json" if plan.template.kind == "adapter" else "config.json"
         generated[config_name] = json.dumps(plan.template.config, indent=2) + "\n"
-    if len(plan.shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.spec.nbytes for t in plan.tensors)},
-            "weight_map": {t.name: plan.shards[t.shard].name for t in plan.tensors},
-        }
-        generated["model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+    generated |= _indexes(plan)
     names = []
     taken = {*generated, *(s.name for s in plan.shards), NAME, JOURNAL_NAME}
     for source, relative in side_sources(plan):
@@ -83,14 +78,34 @@ def _copy_and_write(plan: Plan, directory: str) -> list[str]:
         shutil.copyfile(source, target)
         names.append(relative)
     for name, text in generated.items():
+        os.makedirs(os.path.dirname(os.path.join(directory, name)), exist_ok=True)
         write_file(os.path.join(directory, name), text)
     return sorted([*names, *generated])
+
+
+def _indexes(plan: Plan) -> dict[str, str]:
+    """The index of every part that is written in several files."""
+    by_part: dict[FilePart, set[int]] = {}
+    for number, shard in enumerate(plan.shards):
+        by_part.setdefault(shard.part, set()).add(number)
+    out = {}
+    for part, numbers in by_part.items():
+        if len(numbers) > 1:
+            own = [t for t in plan.tensors if t.shard in numbers]
+            index = {
+                "metadata": {"total_size": sum(t.spec.nbytes for t in own)},
+                "weight_map": {
+                    t.name.removeprefix(part.prefix): os.path.basename(plan.shards[t.shard].name) for t in own
+                },
+            }
+            out[f"{part.stem}.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+    return out
 
 
 def side_sources(plan: Plan) -> Iterator[tuple[str, str]]:
     """(path, name in the output) of every file that is copied."""
     yield from copied_files(plan.inputs[plan.template.tokenizer].checkpoint)
-    yield from module_files(plan.inputs[plan.template.donor].checkpoint)
+    yield from part_files(plan.inputs[plan.template.donor].checkpoint)
 
 
 def make_lineage(
@@ -241,11 +256,12 @@ def _part_digests(part: Checkpoint, outcome: Outcome) -> dict[str, str]:
 
 def _files(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[dict[str, Any]]:
     files = []
-    for header in checkpoint.files:
-        read = [digests[n] for n in header.entries if n in digests]
+    for i, header in enumerate(checkpoint.files):
+        prefix = checkpoint.parted[i].prefix if checkpoint.parted else ""
+        read = [digests[prefix + n] for n in header.entries if prefix + n in digests]
         files.append(
             {
-                "name": os.path.basename(header.path),
+                "name": checkpoint.relative(header),
                 "bytes": header.size,
                 "digest": file_digest(header.raw, read),
                 "tensors": len(header.entries),

@@ -29,7 +29,7 @@ def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
         "path": checkpoint.path,
         "kind": checkpoint.kind,
         "architecture": architecture[0] if isinstance(architecture, list) and architecture else None,
-        "files": [{"name": os.path.basename(h.path), "bytes": h.size} for h in checkpoint.files],
+        "files": [{"name": checkpoint.relative(h), "bytes": h.size} for h in checkpoint.files],
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
         "dtypes": dtypes,

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a model and belongs to it: folders of templates, and those of a sentence encoder."""
+"""What lies beside the weights of a model and belongs to it: folders of templates, and those of its parts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.files import check_link
 from stockpot.errors import CheckpointError
 
-__all__ = ["TEMPLATE_FOLDERS", "copied_files", "module_files", "module_folders"]
+__all__ = ["NOT_WEIGHTS", "TEMPLATE_FOLDERS", "copied_files", "part_files", "part_folders"]
 
 _NOT_COPIED = re.compile(
     r"(.*\.index\.json|config\.json|adapter_config\.json|stockpot\.json|trainer_state\.json|optimizer.*|scheduler.*|"
@@ -24,18 +25,34 @@ _COPIED = re.compile(
 TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
-def module_folders(directory: str) -> list[str]:
-    """The folders that modules.json names (1_Pooling and the like). Raises CheckpointError where it is no JSON."""
-    path = os.path.join(directory, "modules.json")
+#: files of trainers that end like weights
+NOT_WEIGHTS = re.compile(
+    r"(training_args|optimizer.*|scheduler.*|rng_state.*|random_states.*|scaler|sampler.*|.*_optimizer.*|.*_scheduler.*|"
+    r"dataloader.*|trainer_state|extra_state.*|recipe_state|loss_scaler.*)\.(bin|pt|pth|pkl|safetensors)"
+)
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$")
+
+
+def part_folders(directory: str) -> list[str]:
+    """The folders that hold parts of a model: those that a sentence encoder's modules.json names (2_Dense and the like), those of
+    a pipeline's model_index.json (unet, vae, text_encoder). Raises CheckpointError where they are no JSON.
+    """
+    modules = _json(os.path.join(directory, "modules.json"))
+    rows = modules if isinstance(modules, list) else ()
+    names = [m.get("path") for m in rows if isinstance(m, dict)]
+    index = _json(os.path.join(directory, "model_index.json"))
+    names += [k for k, v in index.items() if isinstance(v, list) and len(v) == 2] if isinstance(index, dict) else []
+    return [n for n in names if isinstance(n, str) and n and os.path.basename(n) == n and not n.startswith(".")]
+
+
+def _json(path: str) -> Any:
     if not os.path.isfile(path):
-        return []
+        return None
     try:
         with open(path, encoding="utf-8") as f:
-            modules = json.load(f)
+            return json.load(f)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{path}: not valid JSON: {e}") from e
-    names = [m.get("path") for m in (modules if isinstance(modules, list) else ()) if isinstance(m, dict)]
-    return [n for n in names if isinstance(n, str) and n and os.path.basename(n) == n and not n.startswith(".")]
 
 
 def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -67,10 +84,12 @@ def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
             yield path, relative
 
 
-def module_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The folders that a sentence encoder's modules.json names (1_Pooling and the like), as they are."""
-    for name in module_folders(checkpoint.directory) if checkpoint.kind == "model" else ():
+def part_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """What lies in the folders of a model's parts, but for weights: configs, tokenizers, as they are."""
+    for name in part_folders(checkpoint.directory) if checkpoint.kind == "model" else ():
         folder = os.path.join(checkpoint.directory, name)
         if os.path.isdir(folder):
             check_link(checkpoint.directory, folder)
-            yield from files_below(checkpoint.directory, folder, name)
+            for path, relative in files_below(checkpoint.directory, folder, name):
+                if not _WEIGHTS.fullmatch(relative) or not checkpoint.part_of(f"{name}/"):
+                    yield path, relative

@@ -15,10 +15,28 @@ from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.errors import ReadError
 from stockpot.specs import TensorSpec
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "FilePart"]
 
 #: elements of two tensors that are compared at once
 _COMPARED = 2**20
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Files of a checkpoint that hold one part of it: a folder, or a head beside the model.
+
+    name    what it is called: "unet", "2_Dense", "value_head"; "" for the model itself
+    stem    its file without the ending, relative to the directory: "2_Dense/model"
+
+    Its tensors' names begin with the name and a slash.
+    """
+
+    name: str
+    stem: str
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.name}/" if self.name else ""
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,8 @@ class Checkpoint(TensorSource):
     kind     "model" or "adapter" (PEFT: its factors as plain tensors)
     config   config.json or adapter_config.json, {} where there is none
     files    the checked headers, in shard order
+    parted   the part that each of the files is of; empty where all are the model's
+    left     files with weights beside it that are not read, and why
     """
 
     ref: str
@@ -37,6 +57,8 @@ class Checkpoint(TensorSource):
     kind: str
     config: Mapping[str, Any]
     files: tuple[Header, ...]
+    parted: tuple[FilePart, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
     _specs: dict[str, TensorSpec] = field(default_factory=dict, repr=False)
     _where: dict[str, tuple[int, Entry]] = field(default_factory=dict, repr=False)
     _fds: dict[int, int] = field(default_factory=dict, repr=False)
@@ -59,9 +81,10 @@ class Checkpoint(TensorSource):
 
     def __post_init__(self) -> None:
         for index, header in enumerate(self.files):
+            prefix = self.parted[index].prefix if self.parted else ""
             for name, entry in header.entries.items():
-                self._where[name] = (index, entry)
-                self._specs[name] = entry.spec
+                self._where[prefix + name] = (index, entry)
+                self._specs[prefix + name] = entry.spec
 
     # what it holds
 
@@ -73,6 +96,34 @@ class Checkpoint(TensorSource):
     def made(self) -> str:
         """How it is computed, for one that is: two that differ in it are two models, although they read the same files."""
         return ""
+
+    @property
+    def file_parts(self) -> tuple[FilePart, ...]:
+        """Its parts that have files of their own, the model itself not among them."""
+        return tuple(dict.fromkeys(p for p in self.parted if p.name))
+
+    def part_of(self, name: str) -> FilePart | None:
+        """The part that a tensor is written with; None for the model itself."""
+        return next((p for p in self.file_parts if name.startswith(p.prefix)), None)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """What the names of its parts begin with, by part: state dicts within a file, files of parts."""
+        found = {key: prefix for header in self.files for key, prefix in header.parts.items() if len(header.parts) > 1}
+        return found | {p.name: p.prefix for p in self.file_parts}
+
+    def relative(self, header: Header) -> str:
+        """A file's name within the checkpoint's directory, with slashes."""
+        top = self.path.rstrip("/") + "/"
+        if header.path.startswith(top):
+            return header.path[len(top) :].replace(os.sep, "/")
+        return os.path.basename(header.path)
+
+    @property
+    def dialect(self) -> str:
+        """The framework that its files say they are of: "pt", "mlx"; nothing where they don't, or differ."""
+        found = {h.metadata.get("format", "") for h in self.files}
+        return found.pop() if len(found) == 1 else ""
 
     @property
     def directory(self) -> str:

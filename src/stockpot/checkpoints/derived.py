@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import Origin, ReadRequest
 from stockpot.specs import TensorSpec
@@ -57,6 +57,15 @@ class DerivedCheckpoint(Checkpoint):
     def directory(self) -> str:
         """That of the source whose config it has."""
         return next((s.directory for s in self.sources if s.path == self.path), super().directory)
+
+    @property
+    def file_parts(self) -> tuple[FilePart, ...]:
+        """Those of the source whose config it has."""
+        return next((s.file_parts for s in self.sources if s.path == self.path), ())
+
+    @property
+    def states(self) -> dict[str, str]:
+        return next((s.states for s in self.sources if s.path == self.path), {})
 
     @property
     def download_bytes(self) -> int:

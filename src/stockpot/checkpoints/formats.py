@@ -43,7 +43,7 @@ FORMATS: dict[str, Format] = {
         (".safetensors",), header_of, "model.safetensors", alone=True, adapter="adapter_model.safetensors"
     ),
     "torch": Format(
-        (".ckpt", ".pt", ".pth", ".bin"),
+        (".ckpt", ".pt", ".pth", ".bin", ".pth.tar", ".pt.tar"),
         lambda file, path: torch_file_of(file, path).header,
         "pytorch_model.bin",
         adapter="adapter_model.bin",

@@ -37,6 +37,9 @@ class Header:
 
     path       where reads will find the file: a path, or a URL
     mtime_ns   its time of change; of a file behind a URL whatever stands for it there
+    strides    of tensors whose elements lie in another order than theirs: the axes from the outermost to the innermost
+    parts      what the names of the file's parts begin with, by part: several state dicts in one file
+    left       what the file holds besides that is no weight, in words
     """
 
     path: str
@@ -46,6 +49,9 @@ class Header:
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
     raw: bytes = b""
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
 
 class _DuplicateKey(ValueError):

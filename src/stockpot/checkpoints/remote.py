@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, module_folders
+from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, part_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.formats import endings, read_description
 from stockpot.checkpoints.header import Header
@@ -203,7 +203,7 @@ class RemoteFolder:
         self._copy_small(self.files, "")
         wanted = set(TEMPLATE_FOLDERS)
         with contextlib.suppress(CheckpointError):  # a damaged modules.json is reported when it is needed
-            wanted |= set(module_folders(self.local))
+            wanted |= set(part_folders(self.local))
         for name in () if only else sorted(wanted & set(folders)):
             self._copy_small(store.list(f"{self.root}/{name}")[0], name)
 
@@ -265,9 +265,15 @@ class RemoteFolder:
         except OSError:
             return False
 
-    def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header]) -> Checkpoint:
+    def listing(self, name: str) -> list[str]:
+        if name.partition("/")[0] not in self.names:
+            return []
+        files, folders = self.store.list(f"{self.root}/{name}")
+        return sorted([*files, *folders])
+
+    def build(self, kind: str, config: Mapping[str, Any], files: Sequence[Header], **more: Any) -> Checkpoint:
         # the folder goes along: it keeps the temporary directory
-        return self.make(self.text, self.text, kind, config, tuple(files), folder=self)
+        return self.make(self.text, self.text, kind, config, tuple(files), folder=self, **more)
 
 
 def remote_folder(url: str, text: str) -> RemoteFolder:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
@@ -25,22 +26,33 @@ from stockpot.specs import BY_ARRAY, DType, TensorSpec
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
 _MAX_PICKLE = 256 * 2**20
+#: how deep in a document state dicts are looked for
+_DEPTH = 3
 _STORAGES = {
     "DoubleStorage": DType.F64, "FloatStorage": DType.F32, "HalfStorage": DType.F16, "BFloat16Storage": DType.BF16,
     "Float8_e4m3fnStorage": DType.F8_E4M3, "Float8_e5m2Storage": DType.F8_E5M2, "LongStorage": DType.I64,
     "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8, "ByteStorage": DType.U8,
     "BoolStorage": DType.BOOL,
 }  # fmt: skip
-#: keys under which trainers keep the model's tensors
-_STATES = ("state_dict", "model_state_dict", "model", "module")
+#: keys under which trainers keep the model's tensors: the first that is there gives names of its own, other parts' names
+#: begin with their keys
+_STATES = ("state_dict", "model_state_dict", "model", "module", "params", "weights", "net")
+#: what trainers keep beside them: tensors of theirs that are no weights
+_TRAINING = re.compile(
+    r"(.*_)?(optim(izer)?s?|opt|lr_?schedulers?|schedulers?|rng|rng_states?|random_states?|loops|callbacks|scaler|grad_scaler|"
+    r"hyper_parameters|amp|criterion|task_state|averaging_state|args|cfg|config|hparams)(_.*)?"
+)
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """`header` describes the model's tensors; `scalars` are the file's plain values (`global_step`, `epoch`...)."""
+    """`header` describes the model's tensors; `scalars` are the file's plain values (`global_step`, `epoch`...), `scores` what
+    Lightning's ModelCheckpoint had monitored when it saved the file.
+    """
 
     header: Header
     scalars: Mapping[str, Any]
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Sealed:
@@ -195,17 +207,39 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
     except Exception as e:  # whatever a damaged pickle leads to
         raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: expected a mapping from names to tensors, got {type(document).__name__}")
-    tensors = dict(_tensors(path, document))
+        what = "an object (a module, pickled whole?)" if isinstance(document, _Inert) else type(document).__name__
+        raise CheckpointError(
+            f"{path}: expected a mapping from names to tensors, got {what}; save a state_dict: "
+            "torch.save(model.state_dict(), FILE)"
+        )
+    found = _States(path, document)
+    tensors = found.tensors
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}")
-    entries = {name: _entry(path, name, tensor, places) for name, tensor in tensors.items()}
+        raise CheckpointError(f"{path}: {_why_empty(document)}")
+    entries, strides = {}, {}
+    for name, tensor in tensors.items():
+        entries[name] = _entry(path, name, tensor, places)
+        order = _axes(tensor)
+        if order != tuple(range(len(order))):
+            strides[name] = order
     scalars = {
         k: v
         for k, v in document.items()
         if isinstance(k, str) and isinstance(v, (int, float, str)) and not isinstance(v, bool)
     }
-    return TorchFile(Header(where, file.size, file.stamp, 0, entries, {}, pickled), scalars)
+    header = Header(
+        where,
+        file.size,
+        file.stamp,
+        0,
+        entries,
+        {},
+        pickled,
+        strides=strides,
+        parts=found.parts,
+        left=tuple(found.left),
+    )
+    return TorchFile(header, scalars, _scores(document, file, places))
 
 
 def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], bytes]:
@@ -229,18 +263,96 @@ def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], byt
         return data, archive.read(found[0])
 
 
-def _tensors(path: str, document: dict[Any, Any]) -> Iterator[tuple[str, _Tensor]]:
-    """The model's tensors: those of the document, or of its `state_dict` and the like."""
-    for key in _STATES:
-        inner = document.get(key)
-        if isinstance(inner, dict) and any(isinstance(v, _Tensor) for v in inner.values()):
-            document = inner
-            break
-    for name, value in document.items():
-        if isinstance(name, str) and isinstance(value, _Tensor):
-            yield name, value
-        elif isinstance(value, _Unreadable):
-            raise CheckpointError(f"{path}: tensor {name!r}: of a kind that can't be read ({value.how})")
+def _scores(document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """`current_score` of every callback that monitors something."""
+    found = {}
+    callbacks = document.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if not isinstance(state, dict):
+            continue
+        name, score = state.get("monitor"), state.get("current_score")
+        if isinstance(name, str) and isinstance(score, _Tensor) and score.storage.key in places and not score.shape:
+            start = places[score.storage.key][0]
+            kind = {DType.F32: "<f", DType.F64: "<d"}.get(score.storage.dtype or DType.U8)
+            if kind is not None:
+                at = start + score.offset * struct.calcsize(kind)
+                found[name] = float(struct.unpack(kind, file.read(at, at + struct.calcsize(kind)))[0])
+    return found
+
+
+class _States:
+    """The state dicts of a document: one, or several as the parts of a model.
+
+    tensors  by name; parts  what the names of a part begin with; left  what holds tensors and is no weight
+    """
+
+    def __init__(self, path: str, document: dict[Any, Any]) -> None:
+        self.path = path
+        self.tensors: dict[str, _Tensor] = {}
+        self.parts: dict[str, str] = {}
+        self.left: list[str] = []
+        states = {"": document} if self.direct(document) else {}
+        states |= self.states(document, "", bool(states))
+        main = next((k for k in ("", *_STATES) if k in states), None)
+        if len(states) == 1:
+            main = next(iter(states))
+        for key, state in states.items():
+            prefix = "" if key == main else f"{key}."
+            self.parts[key] = prefix
+            for name, tensor in state.items():
+                if not isinstance(name, str) or not isinstance(tensor, (_Tensor, _Unreadable)):
+                    continue
+                if isinstance(tensor, _Unreadable):
+                    raise CheckpointError(
+                        f"{path}: tensor {prefix + name!r}: of a kind that can't be read ({tensor.how})"
+                    )
+                if prefix + name in self.tensors:
+                    raise CheckpointError(f"{path}: two of its parts have a tensor {prefix + name!r}")
+                self.tensors[prefix + name] = tensor
+
+    @staticmethod
+    def direct(found: Mapping[Any, Any]) -> bool:
+        """Whether a mapping is a state dict itself."""
+        return any(isinstance(v, (_Tensor, _Unreadable)) and isinstance(k, str) for k, v in found.items())
+
+    def states(self, found: Mapping[Any, Any], at: str, flat: bool) -> dict[str, dict[Any, Any]]:
+        """The state dicts below a mapping, by the keys that lead to them. flat: it is one itself."""
+        out: dict[str, dict[Any, Any]] = {}
+        for key, value in found.items():
+            if not isinstance(value, dict):
+                continue
+            where = f"{at}{key}"
+            if not isinstance(key, str) or _TRAINING.fullmatch(key):
+                self.left += [f"{where} (training state)"] if _holds_tensors(value) else []
+            elif self.direct(value):
+                out[where] = value
+            elif where.count(".") < _DEPTH:
+                out |= self.states(value, f"{where}.", flat)
+        return out
+
+
+def _holds_tensors(value: Any, depth: int = 6) -> bool:
+    if isinstance(value, _Tensor):
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(_holds_tensors(v, depth - 1) for v in inner)
+
+
+def _why_empty(document: Mapping[Any, Any]) -> str:
+    modules = [k for k, v in document.items() if isinstance(v, _Inert) and k in (*_STATES, "ema", "model")]
+    if modules:
+        return (
+            f"{modules[0]!r} is a pickled module, as ultralytics saves it, not a state_dict; load it with the code that made it "
+            f"and save its tensors: torch.save({{'state_dict': checkpoint[{modules[0]!r}].state_dict()}}, FILE)"
+        )
+    return f"holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}"
+
+
+def _axes(tensor: _Tensor) -> tuple[int, ...]:
+    """The axes in the order in which elements lie: the outermost first."""
+    wide = [i for i, size in enumerate(tensor.shape) if size > 1]
+    order = iter(sorted(wide, key=lambda i: (-tensor.stride[i], i)))
+    return tuple(next(order) if size > 1 else i for i, size in enumerate(tensor.shape))
 
 
 def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) -> Entry:
@@ -257,7 +369,8 @@ def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int
         raise bad(f"its storage {tensor.storage.key!r} is not in the file")
     spec = TensorSpec(dtype, tensor.shape)
     expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride)):
+    for axis in reversed(_axes(tensor)):  # dense, if perhaps in another order: channels_last, a transposed matrix
+        size, stride = tensor.shape[axis], tensor.stride[axis]
         if size > 1 and stride != expected and spec.numel:
             raise bad("is not contiguous; save it with .contiguous()")
         expected *= size

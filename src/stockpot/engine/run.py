@@ -212,7 +212,10 @@ def _clear(directory: str, keep: Set[str] = frozenset()) -> None:
     """Remove the files of an unfinished merge but for those to `keep`, and the directory if there are none."""
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
-        if name not in keep or os.path.islink(path):
+        within = {k.partition("/")[2] for k in keep if k.startswith(name + "/")}
+        if within and os.path.isdir(path) and not os.path.islink(path):
+            _clear(path, within)
+        elif name not in keep or os.path.islink(path):
             shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
     if not keep:
         os.rmdir(directory)

@@ -68,6 +68,7 @@ class ShardSink:
         self._lock = threading.Lock()
         try:
             for path, shard in zip(self.paths, shards, strict=True):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
                 self._fds.append(fd)
                 if fresh or os.fstat(fd).st_size != shard.size:

@@ -96,7 +96,8 @@ class _Written:
 
     def __init__(self, plan: Plan, partial: str) -> None:
         headers = tuple(read_header(os.path.join(partial, s.name)) for s in plan.shards)
-        self.files = Checkpoint(partial, partial, plan.template.kind, {}, headers)
+        parts = tuple(s.part for s in plan.shards)
+        self.files = Checkpoint(partial, partial, plan.template.kind, {}, headers, parted=parts)
 
     def read(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         self.files.read([ReadRequest(name, start, stop)], out)

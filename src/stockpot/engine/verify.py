@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import byte_buffer
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
@@ -43,6 +44,11 @@ def side_digest(path: str) -> str:
         return piece_digest(f.read()).hex()
 
 
+def _digests(actual: Mapping[str, str], header: Header, prefixes: Mapping[str, str]) -> list[str]:
+    """Of a file's tensors, in its order."""
+    return [actual[prefixes.get(header.path, "") + name] for name in header.entries]
+
+
 def compare(lineage: Mapping[str, Any], checkpoint: Checkpoint, threads: int) -> list[str]:
     """What differs from a lineage, in words; an empty list when nothing does."""
     wrong = []
@@ -55,13 +61,14 @@ def compare(lineage: Mapping[str, Any], checkpoint: Checkpoint, threads: int) ->
     recorded = lineage["output"]
     actual = checkpoint_digests(checkpoint, threads)
     files = {file["name"]: file for file in recorded["files"]}
-    headers = {os.path.basename(header.path): header for header in checkpoint.files}
+    headers = {checkpoint.relative(header): header for header in checkpoint.files}
+    prefixes = {h.path: p.prefix for h, p in zip(checkpoint.files, checkpoint.parted)}
     for name, file in files.items():
         if name not in headers:
             wrong.append(f"{name}: missing")
         elif headers[name].size != file["bytes"]:
             wrong.append(f"{name}: {headers[name].size} bytes, the lineage says {file['bytes']}")
-        elif file_digest(headers[name].raw, (actual[n] for n in headers[name].entries)) != file["digest"]:
+        elif file_digest(headers[name].raw, _digests(actual, headers[name], prefixes)) != file["digest"]:
             wrong.append(f"{name}: is not the file that was written")
     wrong += [f"{name}: not in the lineage" for name in headers if name not in files]
     tensors = recorded["tensors"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.methods.declaration import Method, Space
 from stockpot.planning.template import Template
 from stockpot.recipes.schema import Recipe
@@ -161,11 +161,12 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, the bytes before the data, its size in all."""
+    """One output file: its name, the bytes before the data, its size in all, the part of the model that it holds."""
 
     name: str
     header: bytes
     size: int
+    part: FilePart
 
 
 @dataclass(frozen=True)

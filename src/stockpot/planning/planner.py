@@ -167,7 +167,10 @@ class _Planner(Inputs):
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
         check_vocabularies(models, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
-        placed, shards = lay_out(tensors, self.inputs[donor].checkpoint.kind, shard_size)
+        taken = self.inputs[donor].checkpoint
+        placed, shards = lay_out(
+            tensors, taken.kind, shard_size, part_of=taken.part_of, metadata={"format": taken.dialect or "pt"}
+        )
         groups, stats = plan_statistics(placed, resolver.groups)
         check_statistics(recipe, stats, placed, self.problems)
         self.stop_if_bad()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from stockpot.checkpoints.torchzip import read_torch_file
 from stockpot.errors import CheckpointError
-from stockpot.runs.metrics import MetricLog, read_metrics_file
+from stockpot.runs.metrics import MetricLog, log_from_rows, read_metrics_file
 from stockpot.runs.run import Run, Snapshot
 from stockpot.runs.transformers import off_interval
 
-__all__ = ["read_run"]
+__all__ = ["read_log", "read_run"]
 
 _STEP = re.compile(r"step=(\d+)")
 _VERSION = re.compile(r"version_(\d+)")
@@ -21,13 +21,15 @@ _DEPTH = 3
 
 
 def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
-    """The run in a directory with .ckpt files, here, in checkpoints/ or in the newest lightning_logs/version_N/."""
+    """The run in a directory with .ckpt files, here, in checkpoints/, in the newest lightning_logs/version_N/, or in the one
+    folder below that has any (ModelCheckpoint's own dirpath).
+    """
     warnings: list[str] = []
     for folder in _folders(root, listing, warnings):
         files = sorted(n for n in os.listdir(folder) if n.endswith(".ckpt"))
         if files:
             shots = _snapshots(folder, files, warnings)
-            log = _metrics(root, folder, warnings)
+            log = read_log(root, folder, [os.path.join(folder, n) for n in files], warnings)
             return Run(text, "lightning", tuple(shots), log, warnings=tuple(warnings))
     return None
 
@@ -42,7 +44,46 @@ def _folders(root: str, listing: Sequence[str], warnings: list[str]) -> list[str
         if len(with_files) > 1:
             warnings.append(f"{logs} holds {len(with_files)} versions; {with_files[-1]}, the newest, is read")
         places += [os.path.join(logs, n, "checkpoints") for n in reversed(with_files)]
-    return [p for p in places if os.path.isdir(p)]
+    places = [p for p in places if os.path.isdir(p)]
+    if not any(n.endswith(".ckpt") for p in places for n in os.listdir(p)):
+        below = sorted(_below(root))
+        if len(below) > 1:
+            raise CheckpointError(
+                f"{root}: several folders hold .ckpt files ({', '.join(os.path.relpath(p, root) for p in below[:6])}): name one "
+                "of them"
+            )
+        places += below
+    return places
+
+
+def _below(root: str) -> Iterator[str]:
+    """Folders with .ckpt files, not too deep."""
+    depth = root.rstrip(os.sep).count(os.sep)
+    for place, folders, names in os.walk(root):
+        if place.count(os.sep) - depth >= _DEPTH:
+            folders.clear()
+        if any(n.endswith(".ckpt") for n in names):
+            yield place
+
+
+def read_log(root: str, folder: str, files: Sequence[str], warnings: list[str]) -> MetricLog:
+    """metrics.csv of CSVLogger, beside the checkpoints or near them; else the score that each file keeps of itself."""
+    log = _metrics(root, folder, warnings)
+    return log if log.series else _own_scores(files) or log
+
+
+def _own_scores(files: Sequence[str]) -> MetricLog | None:
+    """What ModelCheckpoint monitors, as it stands in each file."""
+    rows = []
+    for path in files:
+        try:
+            found = read_torch_file(path)
+        except CheckpointError:
+            continue
+        step = found.scalars.get("global_step")
+        if isinstance(step, int) and found.scores:
+            rows.append({"step": step, **found.scores})
+    return log_from_rows(rows, "the scores that the .ckpt files keep") if rows else None
 
 
 def _snapshots(folder: str, files: Sequence[str], warnings: list[str]) -> list[Snapshot]:
@@ -85,10 +126,12 @@ def _metrics(root: str, folder: str, warnings: list[str]) -> MetricLog:
     """metrics.csv beside the checkpoints or of the same version; else the newest one in the run's directory."""
     beside = [os.path.join(p, "metrics.csv") for p in (folder, os.path.dirname(folder))]
     found = [p for p in beside if os.path.isfile(p)]
-    if not found:
-        depth = root.rstrip(os.sep).count(os.sep)
-        for place, folders, names in os.walk(root):
-            if place.count(os.sep) - depth >= _DEPTH:
+    for top in (root, os.path.dirname(root)):  # the logger's folder may lie beside the checkpoints'
+        if found:
+            break
+        depth = top.rstrip(os.sep).count(os.sep)
+        for place, folders, names in os.walk(top):
+            if place.count(os.sep) - depth >= _DEPTH - (top != root):
                 folders.clear()
             if "metrics.csv" in names:
                 found.append(os.path.join(place, "metrics.csv"))

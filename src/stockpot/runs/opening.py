@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.errors import ArgumentError, CheckpointError
+from stockpot.errors import ArgumentError, CheckpointError, LayoutError
 from stockpot.runs import lightning, torchtune, transformers
 from stockpot.runs.metrics import MetricLog, read_metrics_file
 from stockpot.runs.run import Run, Snapshot
@@ -63,6 +63,10 @@ def _recognised(text: str, root: str, listing: Sequence[str]) -> Run:
         run = read(text, root, listing)
         if run is not None:
             return run
+    for name in listing:  # steps of a trainer that leaves shards: verl, Megatron, DeepSpeed
+        if re.fullmatch(r"(global_step_?|iter_|step_?)\d+", name) and os.path.isdir(os.path.join(root, name)):
+            open_checkpoint(os.path.join(root, name))
+            break
     shown = ", ".join(listing[:8]) + (", ..." if len(listing) > 8 else "")
     raise CheckpointError(
         f"{text}: no snapshots of a training run: expected checkpoint-N/ (transformers), .ckpt files (Lightning), epoch_N/ or "
@@ -92,8 +96,29 @@ def _by_pattern(text: str, root: str, pattern: str) -> Run:
     if not found:
         names = sorted(_entries(root, depth))[:6]
         raise CheckpointError(f"{text}: nothing matches {pattern!r}; there are {', '.join(names) or 'no entries'}")
-    shots = tuple(Snapshot(step, os.path.join(root, found[step]), "model") for step in sorted(found))
-    return Run(text, "pattern", shots, MetricLog())
+    paths = {step: os.path.join(root, found[step]) for step in sorted(found)}
+    warnings: list[str] = []
+    log, end = _log_of(root, paths, warnings)
+    shots = tuple(Snapshot(step, path, "model", final=step == end) for step, path in paths.items())
+    return Run(text, "pattern", shots, log, warnings=tuple(warnings))
+
+
+def _log_of(root: str, paths: Mapping[int, str], warnings: list[str]) -> tuple[MetricLog, int | None]:
+    """What the trainer logged, wherever snapshots of a pattern lie below what it wrote: (the log, the step of the end)."""
+    folders = {}
+    for step, path in paths.items():
+        place = path
+        while len(place) >= len(root):
+            if os.path.isfile(os.path.join(place, transformers.STATE)):
+                folders[step] = os.path.relpath(place, root)
+                break
+            place = os.path.dirname(place)
+    if folders:
+        return transformers.read_log(root, folders, warnings)
+    files = [p for p in paths.values() if p.endswith(".ckpt")]
+    return (
+        (lightning.read_log(root, os.path.dirname(files[0]), files, warnings), None) if files else (MetricLog(), None)
+    )
 
 
 def _entries(root: str, depth: int) -> Iterable[str]:
@@ -118,6 +143,8 @@ def _checked(run: Run) -> Run:
             if not len(checkpoint):
                 raise CheckpointError(f"{shot.path}: holds no tensors")
             good.append(replace(shot, kind=checkpoint.kind))
+        except LayoutError as e:  # whole, but not weights that can be read
+            broken.append(replace(shot, fault=str(e).removeprefix(shot.path + ": ")))
         except CheckpointError as e:
             broken.append(replace(shot, fault=f"half-written or damaged: {str(e).removeprefix(shot.path + ': ')}"))
     known_steps = {s.step for s in good}

@@ -199,11 +199,11 @@ class _Translation:
                 return [self.run(*there[p]) for p in parts]
             return None
         if () in there:  # a part here, whole there
-            whole, which, of = there[()]
-            parts = self.parts[piece.key]
-            sizes = [self.like.checkpoint.spec(n).numel for _, n in parts]
-            at = [p for p, _ in parts].index(piece.part)
-            if of == 1 and self.complete([p for p, _ in parts]) and self.fits(name, whole, len(parts), sum(sizes)):
+            whole, _, of = there[()]
+            mine = self.parts[piece.key]
+            sizes = [self.like.checkpoint.spec(n).numel for _, n in mine]
+            at = [p for p, _ in mine].index(piece.part)
+            if of == 1 and self.complete([p for p, _ in mine]) and self.fits(name, whole, sum(sizes)):
                 return [Run(0, whole, sum(sizes[:at]), 0, sizes[at])]
             self.problems.append(
                 f"{whole!r} {list(other.spec(whole).shape)} holds what is {name!r} and its like in {self.like.checkpoint.ref}, "
@@ -224,7 +224,7 @@ class _Translation:
             total *= size
         return len(set(parts)) == len(parts) == total and len({len(p) for p in parts}) == 1
 
-    def fits(self, part: str, whole: str, count: int, elements: int) -> bool:
+    def fits(self, part: str, whole: str, elements: int) -> bool:
         """Whether a packed tensor's last axis is that of its parts, and it has as many elements as they."""
         one, all_ = self.like.checkpoint.spec(part).shape, self.other.checkpoint.spec(whole)
         return all_.numel == elements and one[-1:] == all_.shape[-1:]
