@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 import stockpot
-from stockpot.errors import InputError, ProblemsError, StockpotError
+from stockpot.errors import ArgumentError, InputError, ProblemsError, StockpotError
 from stockpot.planning import Plan
 from stockpot.recipes import parse_recipe
 from stockpot.recipes.values import ABSENT, Condition, evaluate
+from stockpot.specs import parse_size
 
 from helpers import CONFIG, SHAPES, load, write_model
 
@@ -321,7 +323,6 @@ BAD_TEXT: dict[str, tuple[str, str]] = {
         "did you mean 'filter'",
     ),
     "unknown dtype": ("merge_method: x\nmodels: [a]\ndtype: bf17", "unknown dtype"),
-    "union tokenizer": ("merge_method: x\nmodels: [a]\ntokenizer_source: union", "coming feature"),
     "tokens": ("merge_method: x\nmodels: [a]\ntokenizer: {source: base, tokens: {}}", "coming feature"),
     "chat template": ("merge_method: x\nmodels: [a]\nchat_template: auto", "coming feature"),
     "modules": ("merge_method: x\nmodules: {}", "coming feature"),
@@ -472,9 +473,78 @@ def test_tokenizers_that_differ(family: Path, tmp_path: Path) -> None:
             f'{{"model": {{"vocab": {{{vocabulary}}}}}, "added_tokens": []}}'
         )
     text = f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/b]\n"
-    assert any("combined by position" in n for n in stockpot.plan(text).notes)
+    with pytest.raises(InputError, match=r"token 'z' is row 0, but row 2 in .*exclude.*vocab: by_position"):
+        stockpot.plan(text)
+    # the ways that it names work
+    notes = stockpot.plan(text + "vocab: by_position\n").notes
+    assert any("rows are combined by position, as the recipe says" in n for n in notes)
+    left_out = stockpot.plan(text + "exclude: ['*embed_tokens*', '*lm_head*']\n")
+    assert not any("position" in n for n in left_out.notes)
     with pytest.raises(InputError, match="coming feature"):
         stockpot.plan(text + "tokenizer_source: base\n")
+    for union in ("tokenizer: {}\n", "tokenizer_source: union\n", "tokenizer: {source: union}\n"):
+        with pytest.raises(InputError, match="union of tokenizers is a coming feature"):
+            stockpot.plan(text + union)
+    (tmp_path / "b/tokenizer.json").write_text((tmp_path / "a/tokenizer.json").read_text())
+    for union in ("", "tokenizer: {}\n", "tokenizer_source: union\n"):  # equal ones cost nothing
+        assert stockpot.plan(text + union).notes == ()
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "vocab.txt", "tokenizer.model", "added_tokens.json"])
+def test_every_kind_of_tokenizer_is_compared(family: Path, tmp_path: Path, kind: str) -> None:
+    for name, order in (("a", "xyz"), ("b", "xyw"), ("c", "xwz"), ("d", "xyz")):
+        shutil.copytree(family / ("a" if name == "d" else "b"), tmp_path / name)
+        place = tmp_path / name
+        if kind == "vocab.txt":
+            (place / kind).write_text("".join(f"{c}\n" for c in order))
+        elif kind == "tokenizer.model":  # sentencepiece: field 1 holds pieces, whose field 1 is the text
+            pieces = [bytes([0x0A, len(c), *c.encode(), 0x15, 0, 0, 0, 0]) for c in order]
+            (place / kind).write_bytes(b"".join(bytes([0x0A, len(p)]) + p for p in pieces))
+        else:
+            (place / "vocab.json").write_text(json.dumps({"q": 9} if "added" in kind else _numbered(order)))
+            if "added" in kind:
+                (place / kind).write_text(json.dumps(_numbered(order)))
+
+    def plan(other: str) -> Plan:
+        return stockpot.plan(f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/{other}]\n")
+
+    assert plan("d").notes == ()
+    with pytest.raises(InputError, match=r"row 2 is that of 'w', but of 'z' in"):
+        plan("b")
+    with pytest.raises(InputError, match=r"row 1 is that of 'w', but of 'y' in"):
+        plan("c")
+
+
+def _numbered(tokens: str) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def test_more_tokens_at_the_end_are_a_note(family: Path, tmp_path: Path) -> None:
+    for name, order in (("a", "xyz"), ("b", "xyzw")):
+        shutil.copytree(family / name, tmp_path / name)
+        (tmp_path / name / "vocab.json").write_text(json.dumps(_numbered(order)))
+    (note,) = stockpot.plan(f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/b]\n").notes
+    assert "1 of its tokens are none of" in note
+
+
+@pytest.mark.parametrize("text", ["5B", "5b", " 1.5 B "])
+def test_a_size_without_its_unit(text: str) -> None:
+    with pytest.raises(ArgumentError, match="which unit is meant") as raised:
+        parse_size(text)
+    assert parse_size(f"{text.strip(' bB')}GB") >= 10**9  # as it says
+    assert "mergekit" in str(raised.value)
+
+
+def test_mergekit_takes_the_widest_dtype_of_base_and_experts(tmp_path: Path) -> None:
+    for name, dtype in (("base", torch.float32), ("a", torch.bfloat16), ("b", torch.bfloat16)):
+        write_model(tmp_path / name, {"w": torch.randn(8, 8).to(dtype)})
+    models = f"models: [{tmp_path}/a, {tmp_path}/b]\nparameters: {{weight: 0.5}}\n"
+    text = f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\n{models}"
+    assert stockpot.plan(text + "compat: mergekit\n").tensors[0].spec.dtype.label == "F32"
+    write_model(tmp_path / "base", {"w": torch.randn(8, 8).to(torch.bfloat16)})
+    write_model(tmp_path / "b", {"w": torch.randn(8, 8)})
+    assert stockpot.plan(text + "compat: mergekit\n").tensors[0].spec.dtype.label == "F32"
+    assert stockpot.plan(text).tensors[0].spec.dtype.label == "BF16"
 
 
 def test_compat_relaxes_what_mergekit_ignores(family: Path) -> None:

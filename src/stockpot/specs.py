@@ -98,6 +98,12 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int):
         value = text
     else:
+        bare = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[bB]\s*", text)
+        if bare:  # mergekit's 5B are parameters
+            raise ArgumentError(
+                f"{text!r}: which unit is meant? Sizes are in bytes here: {bare[1]}GB for 10^9 of them, {bare[1]} for so many "
+                "bytes; a number of parameters, as mergekit's 5B, is not understood"
+            )
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
         if not match or match[2] == "I":
             raise ArgumentError(f"expected a size such as 512MiB or 5GB, got {text!r}")

@@ -227,7 +227,8 @@ class Filler:
             return match.slot.spec.dtype
         if wanted:
             return BY_LABEL[wanted]
-        found = [self.written(o) for o in match.operands if o is not None and self.spec(o).dtype.is_float]
+        operands = [*match.operands, match.base] if self.recipe.mergekit_compat else match.operands
+        found = [self.written(o) for o in operands if o is not None and self.spec(o).dtype.is_float]
         if self.recipe.mergekit_compat and len(set(found)) > 1:
             wide = max(found, key=lambda d: d.itemsize)
             return DType.F32 if wide.itemsize == 2 else wide  # bfloat16 with float16

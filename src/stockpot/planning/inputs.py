@@ -9,6 +9,7 @@ from typing import Any
 from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import looks_like_hub_id, open_checkpoint
+from stockpot.checkpoints.picking import picked
 from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError
 from stockpot.files import is_url, without_file_scheme
 from stockpot.planning.budget import DEFAULT_LIMIT
@@ -57,32 +58,37 @@ class Inputs:
         """The plan of an earlier step. Raises StockpotError."""
         raise NotImplementedError
 
-    def open(self, ref: str, line: int, role: str = "model") -> int:
-        """The index of a model, opened once however often it is named; -1 after a problem. role: see ModelInput."""
+    def open(self, ref: str, line: int, role: str = "model", part: str | None = None) -> int:
+        """The index of a model, opened once however often it is named; -1 after a problem. role: see ModelInput; part: of a
+        checkpoint that has several, else the recipe's.
+        """
         if role != "model":
             return self.open_companion(ref, line, role)
+        part = part or self.recipe.part
         step = next((s for s in self.recipe.steps if s.name == ref), None)
         if step is not None:
             return self.open_step(step, line)
         if ref in self.computed and ref not in self.by_path:
             return self.add(ref, ref, self.computed[ref], line)
         path = ref if ref in self.computed else self.locate(ref)
-        if path in self.failed:
+        key = path if part is None else f"{path}\0part {part}"
+        if key in self.failed:
             return -1
-        if path in self.by_path:
-            return self.by_path[path]
+        if key in self.by_path:
+            return self.by_path[key]
         adapted = self.base_and_adapter(ref)
         try:
             checkpoint = self.with_adapter(ref, *adapted) if adapted else open_checkpoint(path)
+            checkpoint = checkpoint if part is None else picked(checkpoint, part)
         except StockpotError as e:
-            self.failed.add(path)
+            self.failed.add(key)
             self.problems.append((e if adapted else e.about(path, ref)).within(self.recipe.at(line)))
             return -1
         if not len(checkpoint):
-            self.failed.add(path)
+            self.failed.add(key)
             self.problems.append(CheckpointError(f"{ref}: holds no tensors").within(self.recipe.at(line)))
             return -1
-        return self.add(path, ref, checkpoint, line)
+        return self.add(key, ref if part is None else f"{ref} ({part})", checkpoint, line)
 
     def open_companion(self, ref: str, line: int, role: str) -> int:
         """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from."""

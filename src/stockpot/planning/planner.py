@@ -148,7 +148,7 @@ class _Planner(Inputs):
         unify_names(self.inputs, donor, parts, self.problems, self.notes)
         self.stop_if_bad()
 
-        vocabulary = crop_vocabularies(self.inputs, self.problems, self.notes) if recipe.crops_vocabulary else None
+        vocabulary = crop_vocabularies(self.inputs, self.problems, self.notes) if recipe.vocab == "crop" else None
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
         filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
         factoring = self.factoring(parts[0], filler, matcher) if factors else None
@@ -165,7 +165,7 @@ class _Planner(Inputs):
         tensors = [*(made[1] if made else ()), *filler.fill(matches)]
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
-        check_vocabularies(models, donor, recipe, self.problems, self.notes)
+        check_vocabularies(models, donor, recipe, tensors, vocabulary, self.problems, self.notes)
         self.stop_if_bad()
         taken = self.inputs[donor].checkpoint
         placed, shards = lay_out(
@@ -200,7 +200,7 @@ class _Planner(Inputs):
         recipe = self.recipe
         if recipe.models:
             entries = [
-                Member(self.open(e.ref, e.line), i, e.parameters, None, self.companions(e))
+                Member(self.open(e.ref, e.line, part=e.part), i, e.parameters, None, self.companions(e))
                 for i, e in enumerate(recipe.models)
             ]
             if self.adds_base(entries, base):
@@ -211,7 +211,7 @@ class _Planner(Inputs):
         for piece in recipe.slices:
             own = self.open(piece.base_model, piece.line) if piece.base_model else base
             sources = [
-                Member(self.open(s.ref, s.line), i, s.parameters, s.layer_range, self.companions(s))
+                Member(self.open(s.ref, s.line, part=s.part), i, s.parameters, s.layer_range, self.companions(s))
                 for i, s in enumerate(piece.sources)
             ]
             out.append(Section(tuple(sources), own, piece.parameters, piece.line))
@@ -341,11 +341,13 @@ class _Planner(Inputs):
 
     def tokenizer_donor(self, donor: int) -> int:
         ref = self.recipe.tokenizer_from
-        if ref is None or ref == "base":
+        if ref in (None, "base", "union"):
             return donor
+        assert ref is not None
         path = ref if ref in self.by_path else self.locate(ref)
-        if path in self.by_path:
-            return self.by_path[path]
+        found = [i for key, i in self.by_path.items() if key.partition("\0part ")[0] == path]
+        if found:
+            return found[0]
         key = "tokenizer_source" if "tokenizer_source" in self.recipe.lines else "tokenizer"
         raise RecipeError(
             f"{key}: {ref!r} is neither 'base' nor a model of this recipe; "

@@ -78,7 +78,7 @@ def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str], o
     for i in soup.ingredients:
         is_base = method.space is Space.DELTA and i.snapshot.path == base
         settings = {"weight": Setting(i.weight, choice.line)} if weighted and not is_base else {}
-        models.append(ModelEntry(i.snapshot.path, settings, choice.line))
+        models.append(ModelEntry(i.snapshot.path, settings, choice.line, part=choice.part))
     lines = {**recipe.lines, "models": choice.line}
     if base is not None:
         lines.setdefault("base_model", choice.line)

@@ -17,7 +17,7 @@ __all__ = ["RUN_OPTIONS", "load_recipe", "located_mapping", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
-    "tokenizer chat_template modules run adapter vocab absent name"
+    "tokenizer chat_template modules run adapter vocab absent part name"
 ).split()
 _COMING = {
     "modules": "merging sub-modules by separate recipes",
@@ -29,9 +29,10 @@ RUN_OPTIONS = (
     "last every start steps best include_final scheme by objective penalty power smooth decay decay_per weights normalize "
     "options"
 ).split()
-_RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", *RUN_OPTIONS]
+_RUN_KEYS = ["path", "name", "snapshots", "metrics", "base", "part", *RUN_OPTIONS]
 _ADAPTER_MODES = ("factors", "product", "fused")
 _ABSENT = ("error", "zero", "skip")
+_VOCAB = ("crop", "by_position")
 _TOKENIZER = "building a tokenizer from several models"
 
 
@@ -165,7 +166,8 @@ class _Parser(NodeReader):
             rules=self.each(top, "rules", self.rule),
             mergekit_compat=self.switch(top, "compat", "mergekit"),
             tokenizer_from=self.tokenizer(top),
-            crops_vocabulary=self.switch(top, "vocab", "crop"),
+            vocab=self.vocab(top),
+            part=self.part(top, "part"),
             absent=self.absent(top),
             run=self.run(top["run"]) if "run" in top else None,
             adapter=self.adapter(top["adapter"]) if "adapter" in top else None,
@@ -184,18 +186,31 @@ class _Parser(NodeReader):
             self.bad(node.line, f"absent: {node.value} goes with models or run, not with slices")
         return str(node.value)
 
+    def vocab(self, top: dict[str, Node]) -> str | None:
+        """What is done about rows of embeddings that are not the same tokens in all models."""
+        if "vocab" not in top:
+            return None
+        if top["vocab"].value not in _VOCAB:
+            self.bad(top["vocab"].line, f"vocab: expected {' or '.join(_VOCAB)}, got {top['vocab'].what}")
+        return str(top["vocab"].value)
+
+    def part(self, parts: dict[str, Node], key: str) -> str | None:
+        """Which part of a checkpoint is meant, where it has several."""
+        return self.text_of(parts["part"], key) if "part" in parts else None
+
     def each(self, top: dict[str, Node], key: str, read: Callable[[Node], Any]) -> tuple[Any, ...]:
         return tuple(read(n) for n in self.listing(top[key], key)) if key in top else ()
 
     def entry(self, node: Node) -> ModelEntry:
         if node.kind == "scalar":
             return ModelEntry(self.model(node, "models"), {}, node.line)
-        parts = self.mapping(node, "models", ["model", "parameters", "companions"])
+        parts = self.mapping(node, "models", ["model", "parameters", "companions", "part"])
         if "model" not in parts:
             self.bad(node.line, "models: an entry needs 'model'")
         ref = self.model(parts["model"], "models.model") if "model" in parts else ""
         settings = self.settings(parts.get("parameters"), "models.parameters")
-        return ModelEntry(ref, settings, node.line, self.companions(parts.get("companions"), "models.companions"))
+        beside = self.companions(parts.get("companions"), "models.companions")
+        return ModelEntry(ref, settings, node.line, beside, self.part(parts, "models.part"))
 
     def slice(self, node: Node) -> LayerSlice:
         parts = self.mapping(node, "slices", ["sources", "base_model", "parameters"])
@@ -208,14 +223,14 @@ class _Parser(NodeReader):
         return LayerSlice(sources, base, self.settings(parts.get("parameters"), "slices.parameters"), node.line)
 
     def source(self, node: Node) -> Source:
-        parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters", "companions"])
+        parts = self.mapping(node, "slices.sources", ["model", "layer_range", "parameters", "companions", "part"])
         if "model" not in parts:
             self.bad(node.line, "slices.sources: an entry needs 'model'")
         ref = self.model(parts["model"], "slices.sources.model") if "model" in parts else ""
         span = self.layer_range(parts["layer_range"]) if "layer_range" in parts else None
         settings = self.settings(parts.get("parameters"), "slices.sources.parameters")
         beside = self.companions(parts.get("companions"), "slices.sources.companions")
-        return Source(ref, span, settings, node.line, beside)
+        return Source(ref, span, settings, node.line, beside, self.part(parts, "slices.sources.part"))
 
     def layer_range(self, node: Node) -> tuple[int, int] | None:
         values = [n.value for n in node.value] if node.kind == "list" else []
@@ -271,6 +286,7 @@ class _Parser(NodeReader):
             texts.get("snapshots"),
             texts.get("metrics"),
             base,
+            self.part(parts, "run.part"),
         )
 
     def adapter(self, node: Node) -> AdapterChoice:
@@ -333,6 +349,8 @@ class _Parser(NodeReader):
         if "tokenizer" in top and "tokenizer_source" in top:
             self.bad(top["tokenizer"].line, "give only one of 'tokenizer' and 'tokenizer_source'")
         node, where = top.get("tokenizer_source"), "tokenizer_source"
+        if "tokenizer" in top and top["tokenizer"].kind == "map" and not top["tokenizer"].value:
+            return "union"  # as mergekit reads it
         if "tokenizer" in top:
             parts = self.mapping(top["tokenizer"], "tokenizer", ["source", "tokens", "pad_to_multiple_of"])
             for key in ("tokens", "pad_to_multiple_of"):
@@ -340,11 +358,7 @@ class _Parser(NodeReader):
                     self.bad(parts[key].line, f"tokenizer.{key}: {_TOKENIZER} is a coming feature of stockpot")
             node, where = parts.get("source"), "tokenizer.source"
         if node is None:
-            return None
+            return "union" if "tokenizer" in top else None
         ref = self.text_of(node, where)
         self.references += [node] if ref not in (None, "base", "union") else []
-        if ref == "union":
-            self.bad(
-                node.line, f"{where}: union: {_TOKENIZER} is a coming feature of stockpot; 'base' copies the base's"
-            )
         return ref

@@ -16,12 +16,15 @@ Settings = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One of `models`. companions: references by the name of what they are to the model (fisher)."""
+    """One of `models`. companions: references by the name of what they are to the model (fisher); part: of a checkpoint that has
+    several.
+    """
 
     ref: str
     parameters: Settings
     line: int
     companions: Settings = field(default_factory=dict)
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Source:
     parameters: Settings
     line: int
     companions: Settings = field(default_factory=dict)
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class RunChoice:
     snapshots: str | None = None
     metrics: str | None = None
     base: str | int | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Recipe:
 
     origin its file, `<recipe>` for text, nothing for a mapping, which has no lines
 
+    vocab  "crop" or "by_position": what is done about rows of embeddings that are not the same tokens everywhere
+    part   of every model that has several, where an entry names none
     name   of a step
     steps  the recipes that come before it in the same file, which it may name as models
     """
@@ -105,7 +112,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     mergekit_compat: bool = False
     tokenizer_from: str | None = None
-    crops_vocabulary: bool = False
+    vocab: str | None = None
+    part: str | None = None
     absent: str = "error"
     run: RunChoice | None = None
     adapter: AdapterChoice | None = None
