@@ -150,7 +150,7 @@ def test_slices_of_models_that_do_not_fit(family: Path, tmp_path: Path) -> None:
     bias = "model.layers.{}.self_attn.q_proj.bias"
     write_model(tmp_path / "bias", b | {bias.format(i): torch.zeros(64) for i in range(4)})
     write_model(tmp_path / "wide", {n: torch.zeros([2 * d for d in t.shape]) for n, t in b.items()})
-    write_model(tmp_path / "mixed", b | {bias.format(2): torch.zeros(64)})  # its own layers differ: so may the output's
+    write_model(tmp_path / "mixed", b | {bias.format(2): torch.zeros(64)})  # its own layers differ
 
     def text(other: str) -> str:
         return f"""
@@ -164,8 +164,12 @@ slices:
         stockpot.plan(text("bias"))
     with pytest.raises(InputError, match="but"):
         stockpot.plan(text("wide"))
-    names = {t.name for t in stockpot.plan(text("mixed")).tensors}
-    assert bias.format(4) in names  # layer 2 of the second slice
+    # which of its layers have a bias no config says: they may only stay where they are
+    with pytest.raises(InputError, match=r"layer 2 of the output is layer 0 of .*mixed, whose tensors are not those"):
+        stockpot.plan(text("mixed"))
+    stays = text("mixed").replace("layer_range: [0, 4]", "layer_range: [2, 4]")
+    names = {t.name for t in stockpot.plan(stays).tensors}
+    assert bias.format(2) in names
     assert bias.format(3) not in names
 
 

@@ -73,6 +73,53 @@ def plain(value: Any) -> bool:
     )
 
 
+#: lists with an entry for each layer that configs work out where config.json leaves them out
+LISTS = (
+    "layer_types mlp_layer_types layers_block_type no_rope_layers moe_layers indexer_types layer_rope_theta full_attn_idxs "
+    "attention_layers attn_layers kv_source_layers rope_scaling_layers"
+).split()
+
+
+def list_rules(config_class: type, written: dict[str, Any]) -> dict[str, Any]:
+    """How the lists follow from the number of layers: [what comes first, what is repeated, what comes last]; null where that is
+    more than such a rule.
+    """
+    count = next((k for k in COUNTS if isinstance(written.get(k), int)), None)
+    if count is None:
+        return {}
+    found: dict[str, dict[int, Any]] = {}
+    for n in range(2, 41):
+        with contextlib.suppress(Exception):
+            made = config_class(**{count: n}).to_dict()
+            for key in LISTS:
+                if isinstance(made.get(key), (list, tuple)) and len(made[key]) == n:
+                    found.setdefault(key, {})[n] = list(made[key])
+    return {key: rule_of(vectors) for key, vectors in found.items() if len(vectors) > 8}
+
+
+def rule_of(vectors: dict[int, list[Any]]) -> list[list[Any]] | None:
+    longest = max(vectors)
+    for tail in (0, 1):
+        whole = vectors[longest]
+        body, last = (whole[:-1], whole[-1:]) if tail else (whole, [])
+        for first in range(5):
+            for period in range(1, 9):
+                head, repeated = body[:first], body[first : first + period]
+
+                def made(
+                    n: int, head: list[Any] = head, repeated: list[Any] = repeated, last: list[Any] = last
+                ) -> list[Any]:
+                    m = n - len(last)
+                    return [
+                        *(head[i] if i < len(head) else repeated[(i - len(head)) % len(repeated)] for i in range(m)),
+                        *last,
+                    ]
+
+                if all(made(n) == v for n, v in vectors.items()):
+                    return [head, repeated, last]
+    return None
+
+
 def sub_configs(config: Any) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
@@ -85,7 +132,9 @@ def defaults(config: Any) -> dict[str, Any]:
     own = {k: written[k] for k in sorted(KEPT & written.keys()) if plain(written[k]) and written[k] is not None}
     own.setdefault("tie_word_embeddings", bool(getattr(config, "tie_word_embeddings", False)))
     inner = {k: v.model_type for k, v in sorted(sub_configs(config).items()) if v.model_type}
-    return {"config": own, **({"parts": inner} if inner else {})}
+    lists = list_rules(type(config), written)
+    own = {k: v for k, v in own.items() if k not in lists}
+    return {"config": own, **({"lists": lists} if lists else {}), **({"parts": inner} if inner else {})}
 
 
 def shrunk(config: Any) -> Any:

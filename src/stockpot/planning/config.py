@@ -1,63 +1,83 @@
-"""The output's config.json: the donor's, with dtype, layer count and ties brought up to date."""
+"""The output's config.json: the donor's, with dtype, layers, vocabulary and ties brought up to date."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from stockpot.checkpoints.meaning.architectures import architecture_of, default_of
+from stockpot.checkpoints.meaning.depth import Pick, config_parts, follow
 from stockpot.specs import DType
 
-__all__ = ["output_config"]
+__all__ = ["Layers", "output_config"]
 
-_COUNTS = (
-    "num_hidden_layers n_layer n_layers num_layers num_decoder_layers decoder_layers encoder_layers depth"
-).split()
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of the output: the stack that they make, how many of them the donor has, where each comes from."""
+
+    stack: str
+    old: int
+    picks: Sequence[Pick]
 
 
 def output_config(
     config: Mapping[str, Any],
     *,
     dtype: DType | None,
-    layers: Sequence[int] | None,
-    old_layers: int,
-    untied: bool,
-    vocabulary: int | None,
+    layers: Layers | None,
+    untied: Iterable[str],
+    vocabulary: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """A changed copy.
 
     dtype       what every float tensor was written in, None where they differ
-    layers      for each output layer the donor's layer it came from; None when the recipe has no slices
-    old_layers  the donor's number of layers
-    vocabulary  rows that embeddings were cut to, or None
-    untied      an output head was written that the donor's config declares tied
+    layers      None when the recipe has no slices
+    vocabulary  (rows that the donor's embeddings had, rows that they were cut to), or None
+    untied      names of output heads that were written although the donor's config declares them tied
+
+    Raises MismatchError where the config can't say what the layers are.
     """
-    out = copy.deepcopy(dict(config))
-    parts = [out] + [out[key] for key in ("text_config", "llm_config", "decoder") if isinstance(out.get(key), dict)]
+    out = follow(config, layers.stack, layers.old, layers.picks) if layers is not None else copy.deepcopy(dict(config))
     if dtype is not None and out:
         for key in ("dtype", "torch_dtype"):
             if key in out:
                 out[key] = dtype.array
         if "dtype" not in out and "torch_dtype" not in out:
             out["torch_dtype"] = dtype.array
-    for part in parts:
-        if vocabulary is not None and isinstance(part.get("vocab_size"), int):
-            part["vocab_size"] = vocabulary
-    if untied:
-        for part in parts:
-            if part is out or "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
-    if layers is not None:
-        for part in parts:
-            _set_layers(part, layers, old_layers)
+    if vocabulary is not None:
+        _set_vocabulary(out, *vocabulary)
+    for name in untied:
+        _untie(out, config, name)
     return out
 
 
-def _set_layers(part: dict[str, Any], layers: Sequence[int], old: int) -> None:
-    for key in _COUNTS:
-        if part.get(key) == old:
-            part[key] = len(layers)
-    for key, value in part.items():
-        # one entry for each layer: layer_types of Qwen and Gemma, attention_layers of GPT-Neo
-        if isinstance(value, list) and len(value) == old and ("layer" in key or "block" in key):
-            part[key] = [value[i] for i in layers]
+def _at(config: dict[str, Any], path: str) -> dict[str, Any]:
+    for key in filter(None, path.split(".")):
+        inner = config.get(key)
+        config[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        config = config[key]
+    return config
+
+
+def _set_vocabulary(out: dict[str, Any], old: int, new: int) -> None:
+    """Everywhere that the number stands; where it is left out, where it is the default."""
+    parts = [(path, kind) for path, part, kind in config_parts(out) if isinstance(part.get("vocab_size"), int)]
+    if not parts:
+        parts = [(path, kind) for path, _, kind in config_parts(out) if default_of(kind, "vocab_size") == old]
+    if not parts:
+        known = [(path, kind) for path, _, kind in config_parts(out) if "vis" not in path and "audio" not in path]
+        parts = known[-1:]
+    for path, _ in parts:
+        _at(out, path)["vocab_size"] = new
+
+
+def _untie(out: dict[str, Any], config: Mapping[str, Any], name: str) -> None:
+    architecture = architecture_of(config, [name])
+    paths = {""} | {path for path, part, _ in config_parts(out) if "tie_word_embeddings" in part}
+    if architecture is not None:
+        paths |= {p for second, _, p in architecture.ties if second.endswith(name.rpartition(".")[2]) and p != "?"}
+    for path in paths:
+        _at(out, path)["tie_word_embeddings"] = False

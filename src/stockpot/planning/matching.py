@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.buffers import is_computed
+from stockpot.checkpoints.meaning.depth import hidden_layers
 from stockpot.checkpoints.meaning.layers import LayerMap, map_layers, outside_depth
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.methods.declaration import Method, Space
@@ -16,7 +17,7 @@ from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe, Settings
 from stockpot.specs import Shape, TensorSpec
 
-__all__ = ["Match", "Member", "Section", "match_models", "match_slices", "primary_stack"]
+__all__ = ["Match", "Member", "Section", "layer_kinds", "match_models", "match_slices", "primary_stack"]
 
 _SHOWN = 5
 
@@ -433,6 +434,16 @@ def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]
     return out
 
 
+def layer_kinds(checkpoint: Checkpoint, prefix: str) -> tuple[Hashable, ...]:
+    """What the tensors of each layer of a stack are: their names in it and their shapes."""
+    found = _names_by_layer(checkpoint, prefix)
+    kinds = []
+    for number in range(len(found)):
+        specs = ((s, checkpoint.spec(f"{prefix}.{number}.{s}")) for s in found.get(number, ()))
+        kinds.append(frozenset((s, spec.shape) for s, spec in specs if not is_computed(f"x.{s}", spec)))
+    return tuple(kinds)
+
+
 def _check_ranges(m: Matcher, parts: Sequence[Section], prefix: str) -> dict[tuple[int, int], tuple[int, int]]:
     """The layer range of every source, {} after a problem."""
     out: dict[tuple[int, int], tuple[int, int]] = {}
@@ -440,6 +451,7 @@ def _check_ranges(m: Matcher, parts: Sequence[Section], prefix: str) -> dict[tup
     for number, (part, piece) in enumerate(zip(parts, m.recipe.slices, strict=True)):
         for i, (entry, source) in enumerate(zip(part.entries, piece.sources, strict=True)):
             own, layers, rivals = primary_stack(m.checkpoint(entry.model))
+            layers = hidden_layers(m.checkpoint(entry.model).config, own, layers)
             start, stop = entry.layers or (0, layers)
             where = m.recipe.at(source.line)
             if own != prefix:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stockpot.adapters import config_for
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.meaning.depth import Pick, describing_part, hidden_layers
 from stockpot.checkpoints.meaning.layers import map_layers
 from stockpot.checkpoints.views import with_zeros
 from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, raise_problems
@@ -16,12 +18,20 @@ from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
-from stockpot.planning.config import output_config
+from stockpot.planning.config import Layers, output_config
 from stockpot.planning.factoring import Factoring, check_space, open_adapters
 from stockpot.planning.filling import Filler, replacement
 from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
-from stockpot.planning.matching import Matcher, Member, Section, match_models, match_slices, primary_stack
+from stockpot.planning.matching import (
+    Matcher,
+    Member,
+    Section,
+    layer_kinds,
+    match_models,
+    match_slices,
+    primary_stack,
+)
 from stockpot.planning.parameters import ParameterResolver, all_settings
 from stockpot.planning.plan import ModelInput, Plan, TensorPlan
 from stockpot.planning.snapshots import compute_adapters, expand_run
@@ -148,7 +158,9 @@ class _Planner(Inputs):
         unify_names(self.inputs, donor, parts, self.problems, self.notes)
         self.stop_if_bad()
 
-        vocabulary = crop_vocabularies(self.inputs, self.problems, self.notes) if recipe.vocab == "crop" else None
+        vocabulary = (
+            crop_vocabularies(self.inputs, donor, self.problems, self.notes) if recipe.vocab == "crop" else None
+        )
         matcher = Matcher(recipe, self.inputs, self.problems, self.notes)
         filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
         factoring = self.factoring(parts[0], filler, matcher) if factors else None
@@ -165,7 +177,7 @@ class _Planner(Inputs):
         tensors = [*(made[1] if made else ()), *filler.fill(matches)]
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
-        check_vocabularies(models, donor, recipe, tensors, vocabulary, self.problems, self.notes)
+        check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
         self.stop_if_bad()
         taken = self.inputs[donor].checkpoint
         placed, shards = lay_out(
@@ -298,7 +310,7 @@ class _Planner(Inputs):
         tensors: Sequence[TensorPlan],
         parts: Sequence[Section],
         matcher: Matcher,
-        vocabulary: int | None,
+        vocabulary: tuple[int, int] | None,
         factors: Checkpoint | None,
     ) -> Template:
         """The output without its bytes: the donor's, as the recipe changes it. factors: the adapter that is computed."""
@@ -307,10 +319,16 @@ class _Planner(Inputs):
         dtype = written.pop() if len(written) == 1 else None
         config = dict(checkpoint.config if factors is None else factors.config)
         if checkpoint.kind == "model":
-            layers, old = self.layers(checkpoint, parts) if self.recipe.slices else (None, 0)
-            config = output_config(
-                config, dtype=dtype, layers=layers, old_layers=old, untied=bool(matcher.untied), vocabulary=vocabulary
-            )
+            try:
+                config = output_config(
+                    config,
+                    dtype=dtype,
+                    layers=self.layers(checkpoint, parts) if self.recipe.slices else None,
+                    untied=matcher.untied,
+                    vocabulary=vocabulary,
+                )
+            except MismatchError as e:
+                raise e.within(*self.inputs[donor].places, self.inputs[donor].ref) from None
         specs = {t.name: t.spec for t in tensors}
         if self.recipe.absent != "error":
             self.check_layers(checkpoint, specs)
@@ -329,15 +347,31 @@ class _Planner(Inputs):
                     "and the config is taken from it: name the deepest model first, or as base_model"
                 )
 
-    def layers(self, donor: Checkpoint, parts: Sequence[Section]) -> tuple[list[int], int]:
-        """(for each layer of the output the donor's that it is described by, how many the donor has)."""
-        _, old, _ = primary_stack(donor)
-        layers: list[int] = []
+    def layers(self, donor: Checkpoint, parts: Sequence[Section]) -> Layers:
+        """Which layers of which models the output's are described by."""
+        stack, old, _ = primary_stack(donor)
+        picks: list[Pick] = []
+        known: dict[int, tuple[Any, ...]] = {}
         for part in parts:
             lead = next((e for e in part.entries if e.model == part.base), part.entries[0])
-            start, stop = lead.layers or (0, primary_stack(self.inputs[lead.model].checkpoint)[1])
-            layers += [min(i, old - 1) for i in range(start, stop)]
-        return layers, old
+            checkpoint = self.inputs[lead.model].checkpoint
+            if lead.model not in known:
+                held = primary_stack(checkpoint)[1]
+                found = describing_part(checkpoint.config, stack, held)
+                own = (
+                    found[1:]
+                    if found is not None
+                    else (describing_part(donor.config, stack, old) or ("", {}, None))[1:]
+                )
+                known[lead.model] = (
+                    *own,
+                    hidden_layers(checkpoint.config, stack, held),
+                    layer_kinds(checkpoint, stack),
+                )
+            config, kind, count, kinds = known[lead.model]
+            start, stop = lead.layers or (0, count)
+            picks += [Pick(config, count, i, kind, kinds, self.inputs[lead.model].ref) for i in range(start, stop)]
+        return Layers(stack, old, picks)
 
     def tokenizer_donor(self, donor: int) -> int:
         ref = self.recipe.tokenizer_from

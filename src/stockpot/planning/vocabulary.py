@@ -74,10 +74,11 @@ def check_vocabularies(
             )
 
 
-def crop_vocabularies(inputs: list[ModelInput], problems: list[StockpotError], notes: list[str]) -> int | None:
-    """`vocab: crop`: read all inputs through views with only the rows of tokens that every model has; how many these are.
-
-    None after a problem.
+def crop_vocabularies(
+    inputs: list[ModelInput], donor: int, problems: list[StockpotError], notes: list[str]
+) -> tuple[int, int] | None:
+    """`vocab: crop`: read all inputs through views with only the rows of tokens that every model has: (how many the donor had,
+    how many these are). None after a problem.
     """
     held: dict[int, dict[str, int]] = {m.index: {} for m in inputs}
     widths: dict[str, set[Shape]] = {}
@@ -102,7 +103,7 @@ def crop_vocabularies(inputs: list[ModelInput], problems: list[StockpotError], n
         longer = {name: least for name, n in held[model.index].items() if n > least and len(widths[name]) == 1}
         if longer:
             inputs[model.index] = replace(model, checkpoint=first_rows(model.checkpoint, longer))
-    return least
+    return max(held[donor].values(), default=least), least
 
 
 def _moved(own: Mapping[str, int], theirs: Mapping[str, int], rows: int | None) -> str:

@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Architecture", "Rename", "architecture_of", "default_of", "part_types", "renames_of", "table_version"]
+__all__ = [
+    "Architecture",
+    "Rename",
+    "architecture_of",
+    "default_of",
+    "list_rule_of",
+    "part_types",
+    "renames_of",
+    "table_version",
+]
 
 
 @functools.cache
@@ -161,3 +170,12 @@ def part_types(model_type: object) -> dict[str, str]:
     """The types of the sub-configs that a type has where config.json says no other: `{"text_config": "llama"}`."""
     entry = _table()["types"].get(model_type) if isinstance(model_type, str) else None
     return {} if entry is None else dict(entry.get("parts", {}))
+
+
+def list_rule_of(model_type: object, key: str) -> list[list[Any]] | None:
+    """How a list with an entry for each layer follows from their number, where config.json leaves it out: [what comes first,
+    what is repeated, what comes last]; None where the type has no such list, or it is more than such a rule.
+    """
+    entry = _table()["types"].get(model_type) if isinstance(model_type, str) else None
+    found: list[list[Any]] | None = None if entry is None else entry.get("lists", {}).get(key)
+    return found
