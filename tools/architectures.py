@@ -94,7 +94,14 @@ def list_rules(config_class: type, written: dict[str, Any]) -> dict[str, Any]:
             for key in LISTS:
                 if isinstance(made.get(key), (list, tuple)) and len(made[key]) == n:
                     found.setdefault(key, {})[n] = list(made[key])
-    return {key: rule_of(vectors) for key, vectors in found.items() if len(vectors) > 8}
+    rules = {key: rule_of(vectors) for key, vectors in found.items() if len(vectors) > 8}
+    for key, rule in rules.items():
+        if rule and rule[2]:  # does the type insist on how the list ends?
+            other = [*found[key][8][:-1], rule[1][0]]
+            with contextlib.suppress(Exception):
+                if config_class(**{count: 8, key: other}).to_dict()[key] == other:
+                    rules[key] = [*rule, ["free"]]
+    return rules
 
 
 def rule_of(vectors: dict[int, list[Any]]) -> list[list[Any]] | None:

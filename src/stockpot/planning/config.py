@@ -16,11 +16,14 @@ __all__ = ["Layers", "output_config"]
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of the output: the stack that they make, how many of them the donor has, where each comes from."""
+    """The layers of the output: the stack that they make, how many of them the donor has, where each comes from, whether the
+    donor has no other stack of that size.
+    """
 
     stack: str
     old: int
     picks: Sequence[Pick]
+    alone: bool
 
 
 def output_config(
@@ -40,7 +43,9 @@ def output_config(
 
     Raises MismatchError where the config can't say what the layers are.
     """
-    out = follow(config, layers.stack, layers.old, layers.picks) if layers is not None else copy.deepcopy(dict(config))
+    out = copy.deepcopy(dict(config))
+    if layers is not None:
+        out = follow(config, layers.stack, layers.old, layers.picks, alone=layers.alone)
     if dtype is not None and out:
         for key in ("dtype", "torch_dtype"):
             if key in out:

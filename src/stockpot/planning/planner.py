@@ -371,7 +371,25 @@ class _Planner(Inputs):
             config, kind, count, kinds = known[lead.model]
             start, stop = lead.layers or (0, count)
             picks += [Pick(config, count, i, kind, kinds, self.inputs[lead.model].ref) for i in range(start, stop)]
-        return Layers(stack, old, picks)
+        stacks = donor.layers().stacks
+        self.check_outside(donor, stack, [p.layer for p in picks] != list(range(old)))
+        return Layers(stack, old, picks, alone=all(n != old for s, n in stacks.items() if s != stack))
+
+    def check_outside(self, donor: Checkpoint, stack: str, changed: bool) -> None:
+        """Nothing outside the layers may have an entry for each of them. Raises MismatchError."""
+        numbered: dict[str, list[str]] = {}
+        for name in donor.names() if changed else ():
+            if not name.startswith(f"{stack}."):
+                head, _, last = name.rpartition(".")
+                key = head if last.isdigit() else name if "per_layer" in name else ""
+                numbered.setdefault(key, []).append(name)
+        old = donor.layers().stacks[stack]
+        for key, names in numbered.items():
+            if key and ("per_layer" in key or abs(len(names) - old) <= 1):
+                raise MismatchError(
+                    f"{names[0]!r} {list(donor.spec(names[0]).shape)} has an entry for each layer, but lies outside of them, so "
+                    "that other layers can't be chosen: merge it with 'models'"
+                )
 
     def tokenizer_donor(self, donor: int) -> int:
         ref = self.recipe.tokenizer_from

@@ -174,7 +174,8 @@ def part_types(model_type: object) -> dict[str, str]:
 
 def list_rule_of(model_type: object, key: str) -> list[list[Any]] | None:
     """How a list with an entry for each layer follows from their number, where config.json leaves it out: [what comes first,
-    what is repeated, what comes last]; None where the type has no such list, or it is more than such a rule.
+    what is repeated, what comes last, and whether an explicit list may end otherwise: ["free"]]; None where the type has no such
+    list, or it is more than such a rule.
     """
     entry = _table()["types"].get(model_type) if isinstance(model_type, str) else None
     found: list[list[Any]] | None = None if entry is None else entry.get("lists", {}).get(key)

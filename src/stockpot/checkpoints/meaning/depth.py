@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.checkpoints.meaning.architectures import part_types
+from stockpot.checkpoints.meaning.architectures import list_rule_of, part_types
 from stockpot.checkpoints.meaning.layer_rules import POSITIONS, Rule, Vector, effective, rules_for
 from stockpot.errors import MismatchError
 
@@ -23,8 +23,12 @@ COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
     "num_decoder_layers", "depth", "num_blocks",
 )  # fmt: skip
+#: lists whose length is the number of layers, of types that have no such number
+_COUNTING_LISTS = ("layers_block_type", "hybrid_override_pattern")
 _MODELS = ("decoder", "encoder", "generator", "text_encoder", "language_model")
-_NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
+_NOT  #: lists whose length is the number of layers, of types that have no such number
+_COUNTING_LISTS = ("layers_block_type", "hybrid_override_pattern")
+_MODELS = ("quantization_config", "compression_config", "generation_config")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def describing_part(config: Mapping[str, Any], stack: str, layers: int) -> tuple
             for k in _counts(part, kind, stack)
             for extra in (0, _extra(part, kind))
         )
+        or any(isinstance(part.get(k), (list, str)) and len(part[k]) == layers for k in _COUNTING_LISTS)
     ]
     if len(found) > 1:
         sees = any(word in stack for word in ("vis", "image", "audio", "speech"))
@@ -105,11 +110,14 @@ def hidden_layers(config: Mapping[str, Any], stack: str, layers: int) -> int:
     return layers if layers in counts else max((c for c in counts if c < layers), default=layers)
 
 
-def follow(config: Mapping[str, Any], stack: str, layers: int, picks: Sequence[Pick]) -> dict[str, Any]:
+def follow(
+    config: Mapping[str, Any], stack: str, layers: int, picks: Sequence[Pick], *, alone: bool = True
+) -> dict[str, Any]:
     """A copy of a config for a model whose stack is made of other layers.
 
     stack, layers  the one that changes, and how many of them the config's own model has
     picks          where each layer of the output comes from
+    alone          whether the model has no other stack of that size, so that a general count means this one
 
     Raises MismatchError with the first layer that the config could not say the kind of.
     """
@@ -130,6 +138,8 @@ def follow(config: Mapping[str, Any], stack: str, layers: int, picks: Sequence[P
     for key in _counts(part, kind, stack):
         if effective(part, kind, key) == own:
             target[key] = len(picks)
+    if alone and part.get("num_hidden_layers") == own:
+        target["num_hidden_layers"] = len(picks)
     if _extra(part, kind) and layers != own:
         target["num_nextn_predict_layers"] = 0
     unchanged = [p.layer for p in picks] == list(range(own)) and all(p.config is part for p in picks)
@@ -141,7 +151,7 @@ def follow(config: Mapping[str, Any], stack: str, layers: int, picks: Sequence[P
             continue
         if wanted == rule.vector(part, kind, len(picks)) and rule.key not in POSITIONS:
             continue
-        said = rule.said(wanted, part, kind)
+        said = rule.said(wanted, part, kind) if _ends_well(rule, wanted, kind) else None
         if said is None:
             raise _unsayable(rule, wanted, picks, part, kind)
         target.update(said)
@@ -166,12 +176,17 @@ def _wanted(rule: Rule, picks: Sequence[Pick]) -> Vector | None:
 
 def _unsayable(rule: Rule, wanted: Vector, picks: Sequence[Pick], part: Mapping[str, Any], kind: Any) -> MismatchError:
     implied = rule.vector(part, kind, len(picks)) or []
-    at = next((i for i, (a, b) in enumerate(zip(implied, wanted)) if a != b), len(implied))
+    at = next((i for i, (a, b) in enumerate(zip(implied, wanted)) if a != b), len(wanted) - 1)
     return MismatchError(
-        f"layer {at} of the output is layer {picks[at].layer} of {picks[at].ref}, of another kind than {rule.key} can say: it would "
-        f"have to hold for layers {[i for i, v in enumerate(wanted) if v][:8]} only; choose layers whose kinds stay in their "
-        "places"
+        f"layer {at} of the output is layer {picks[at].layer} of {picks[at].ref}, of another kind than {rule.key} can say "
+        f"of it ({wanted[at]!r} is wanted there); choose layers whose kinds stay in their places"
     )
+
+
+def _ends_well(rule: Rule, wanted: Vector, kind: Any) -> bool:
+    """Whether a list ends as its type makes every such list end: Gemma 4's last layer sees all."""
+    known = list_rule_of(kind, rule.key)
+    return not known or not known[2] or len(known) > 3 or wanted[-1] == known[2][0]
 
 
 def _check_kinds(picks: Sequence[Pick]) -> None:
@@ -181,12 +196,27 @@ def _check_kinds(picks: Sequence[Pick]) -> None:
         key = id(pick.config)
         if key not in told:
             told[key] = _tells_apart(pick)
-        if not told[key] and (at >= len(pick.kinds) or pick.kind != pick.kinds[at]):
+        if not told[key] and pick.kind not in _kinds_there(pick.kinds, at, len(picks)):
             raise MismatchError(
                 f"layer {at} of the output is layer {pick.layer} of {pick.ref}, whose tensors are not those of layer {at} "
                 "there, and nothing that is known of the config says which layers are of which kind; choose layers whose kinds "
                 "stay in their places"
             )
+
+
+def _kinds_there(kinds: Sequence[Hashable], at: int, layers: int) -> set[Hashable]:
+    """The kind that layer `at` of so many should have: that of the layer of this number, or of that as far from the end, by
+    where the odd ones are (T5's first layer, GPT-NeoX Japanese's last one). Both must agree where they are anywhere.
+    """
+    from_start = kinds[at] if at < len(kinds) else None
+    from_end = kinds[len(kinds) - layers + at] if len(kinds) >= layers - at else None
+    usual = max(set(kinds), key=list(kinds).count)
+    odd = [i for i, kind in enumerate(kinds) if kind != usual]
+    if all(2 * i < len(kinds) for i in odd):
+        return {from_start if at < len(kinds) else usual}
+    if all(2 * i >= len(kinds) for i in odd):
+        return {from_end if from_end is not None else usual}
+    return {from_start} & {from_end}
 
 
 def _tells_apart(pick: Pick) -> bool:

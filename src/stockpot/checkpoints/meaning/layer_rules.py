@@ -46,7 +46,7 @@ def _entries_of(part: Mapping[str, Any], kind: Any, key: str, n: int) -> Vector 
     rule = list_rule_of(kind, key)
     if rule is None:
         return None
-    head, repeated, last = rule
+    head, repeated, last = rule[:3]
     if key == "layer_types":
         for interval in ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"):
             every = part.get(interval)

@@ -17,6 +17,7 @@ __all__ = ["LayerMap", "Place", "map_layers", "outside_depth"]
 _USUAL = frozenset(
     "layers layer h blocks block encoder decoder resblocks transformer_blocks encoders decoders stages stage".split()
 )
+_LAYERS = frozenset(("layers", "layer", "h", "blocks", "block"))
 _EXIT_FIRST = ("embed_out", "final", "lm_head", "classifier", "score", "qa_outputs")
 _ENTRY = (
     "embed emb. wte wpe patch cls_token mask_token register_token position token_type shared. stem pre_ "
@@ -93,4 +94,6 @@ def _is_stack(prefix: str, children: dict[int, set[str]]) -> bool:
         return prefix.rpartition(".")[2] in _USUAL
     common = Counter(suffix for child in children.values() for suffix in child)
     shared = sum(1 for count in common.values() if count > 1)
+    if shared and prefix.rpartition(".")[2] in _LAYERS:
+        return True  # of many kinds: attention, Mamba, experts by turns
     return 2 * shared >= min(len(child) for child in children.values())
