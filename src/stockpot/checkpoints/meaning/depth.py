@@ -26,9 +26,7 @@ COUNTS = (
 #: lists whose length is the number of layers, of types that have no such number
 _COUNTING_LISTS = ("layers_block_type", "hybrid_override_pattern")
 _MODELS = ("decoder", "encoder", "generator", "text_encoder", "language_model")
-_NOT  #: lists whose length is the number of layers, of types that have no such number
-_COUNTING_LISTS = ("layers_block_type", "hybrid_override_pattern")
-_MODELS = ("quantization_config", "compression_config", "generation_config")
+_NOT_MODELS = ("quantization_config", "compression_config", "generation_config")
 
 
 @dataclass(frozen=True)
