@@ -99,7 +99,7 @@ def list_rules(config_class: type, written: dict[str, Any]) -> dict[str, Any]:
         if rule and rule[2]:  # does the type insist on how the list ends?
             other = [*found[key][8][:-1], rule[1][0]]
             with contextlib.suppress(Exception):
-                if config_class(**{count: 8, key: other}).to_dict()[key] == other:
+                if config_class(**{count: 8, key: list(other)}).to_dict()[key] == other:
                     rules[key] = [*rule, ["free"]]
     return rules
 

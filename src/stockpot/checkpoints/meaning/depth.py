@@ -212,7 +212,7 @@ def _kinds_there(kinds: Sequence[Hashable], at: int, layers: int) -> set[Hashabl
     odd = [i for i, kind in enumerate(kinds) if kind != usual]
     if all(2 * i < len(kinds) for i in odd):
         return {from_start if at < len(kinds) else usual}
-    if all(2 * i >= len(kinds) for i in odd):
+    if odd == [len(kinds) - 1]:
         return {from_end if from_end is not None else usual}
     return {from_start} & {from_end}
 
