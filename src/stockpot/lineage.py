@@ -155,6 +155,7 @@ def make_lineage(
             "side_files": dict(side_files),
             "tensors": tensors,
         },
+        "account": [dict(row) for row in plan.account],
         "notes": list(plan.notes),
         "warnings": outcome.warnings,
         "nonfinite": nonfinite_report(outcome.sizes, plan),

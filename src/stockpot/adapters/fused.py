@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,16 @@ class FusedModel(DerivedCheckpoint):
         if name in self.replaced or name in self.adapted or self.base.spec(name).dtype is not self.spec(name).dtype:
             return None
         return self.base, name, 0
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        assert self.base is not None
+        own = [(a.checkpoint, self.replaced[name]) for a in self.adapters] if name in self.replaced else []
+        own += [] if name in self.replaced else [(self.base, name)]
+        if name in self.adapted:
+            for adapter in self.adapters:
+                low_rank = adapter.modules[self.adapted[name]]
+                own += [(adapter.checkpoint, low_rank.a), (adapter.checkpoint, low_rank.b)]
+        return (pair for source, n in own for pair in source.stored(n))
 
     def computed(self, name: str, start: int, stop: int, out: memoryview[Any]) -> None:
         import numpy as np

@@ -158,6 +158,10 @@ class Checkpoint(TensorSource):
         """Bytes of tensor data as stored."""
         return sum(spec.nbytes for spec in self._specs.values())
 
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        """The tensors in files that one is made of: (the checkpoint that they lie in, its name there)."""
+        return ((self, name),)
+
     # what its names mean
 
     def layers(self) -> LayerMap:

@@ -93,6 +93,13 @@ class DerivedCheckpoint(Checkpoint):
         """(source, its tensor, the element of it that is the first here) where the bytes are a run of a source's."""
         return None
 
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        """Where it is computed, all that it may be computed from."""
+        found = self.passed(name)
+        if found is not None:
+            return found[0].stored(found[1])
+        return (pair for source in self.sources for own in source.names() for pair in source.stored(own))
+
     def origin(self, name: str) -> Origin | None:
         found = self.passed(name)
         if found is None or found[0].spec(found[1]).shape != self.spec(name).shape:

@@ -15,7 +15,7 @@ from stockpot.checkpoints.torchzip import torch_file_of
 from stockpot.errors import CheckpointError
 from stockpot.installed import load_installed
 
-__all__ = ["FORMATS", "Format", "add_format", "endings", "format_of", "formats", "read_description"]
+__all__ = ["FORMATS", "Format", "add_format", "endings", "format_of", "formats", "known_endings", "read_description"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ def formats() -> Iterator[Format]:
 def endings() -> tuple[str, ...]:
     """What the names of files that can be opened end in."""
     return tuple(e for f in formats() for e in f.endings)
+
+
+def known_endings() -> tuple[str, ...]:
+    """Those of the formats that are there already: other packages are not looked for."""
+    return tuple(e for f in FORMATS.values() for e in f.endings)
 
 
 def format_of(name: str) -> Format | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,9 @@ class GatheredCheckpoint(DerivedCheckpoint):
 
     def scratch_of(self, name: str) -> int:
         return self.source.scratch_of(name)
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        return self.source.stored(name)
 
     @property
     def resident(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -80,6 +80,10 @@ class JoinedCheckpoint(DerivedCheckpoint):
         runs = self.layout[name].runs
         inner = max((self.sources[r.source].scratch_of(r.name) for r in runs if r.source >= 0), default=0)
         return inner + (4 * 8 * _BLOCK if self.layout[name].scattered else 0)
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        runs = dict.fromkeys((r.source, r.name) for r in self.layout[name].runs if r.source >= 0)
+        return (pair for source, own in runs for pair in self.sources[source].stored(own))
 
     @property
     def resident(self) -> int:

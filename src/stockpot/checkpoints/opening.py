@@ -13,7 +13,7 @@ from stockpot.checkpoints.beside import NOT_WEIGHTS, part_folders
 from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.files import LocalFile, check_link
 from stockpot.checkpoints.foreign import check_foreign, check_whole, foreign_file
-from stockpot.checkpoints.formats import FORMATS, endings, format_of, formats, read_description
+from stockpot.checkpoints.formats import FORMATS, endings, format_of, formats, known_endings, read_description
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.quantised import loadable
 from stockpot.checkpoints.transposed import in_order
@@ -221,7 +221,7 @@ class _SubFolder:
 
 
 def _has_weights(names: Sequence[str]) -> bool:
-    return any(n.endswith((*endings(), ".index.json")) and not NOT_WEIGHTS.fullmatch(n) for n in names)
+    return any(n.endswith((*known_endings(), ".index.json")) and not NOT_WEIGHTS.fullmatch(n) for n in names)
 
 
 def _files_beside(
@@ -235,7 +235,7 @@ def _files_beside(
     left: list[tuple[str, str]] = []
     taken: set[str] = set()
     for name in folder.names:
-        if name in read or not name.endswith(endings()) or NOT_WEIGHTS.fullmatch(name):
+        if name in read or not name.endswith(known_endings()) or NOT_WEIGHTS.fullmatch(name):
             continue
         stem = name.rpartition(".")[0]
         why = next((why for pattern, why in _COPIES if re.fullmatch(pattern, name)), "")

@@ -8,7 +8,7 @@ is code times scale. Scales of activations are of no use to a model in full prec
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,6 +82,10 @@ class DequantisedCheckpoint(DerivedCheckpoint):
                 decode_into(raw, spec.dtype, out)
                 self._known[name] = out.reshape(spec.shape if len(spec.shape) == 2 else (-1, 1))
             return self._known[name]
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        own = [name, self.scaled[name].name] if name in self.scaled else [name]
+        return (pair for n in own for pair in self.source.stored(n))
 
     def passed(self, name: str) -> tuple[Checkpoint, str, int] | None:
         return None if name in self.scaled else (self.source, name, 0)

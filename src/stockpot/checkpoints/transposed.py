@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ class TransposedCheckpoint(DerivedCheckpoint):
     @property
     def made(self) -> str:
         return super().made + digest_of(f"{self.axes}")
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        return self.source.stored(name)
 
     @property
     def resident(self) -> int:

@@ -135,8 +135,22 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f"file{'s' if len(plan.shards) != 1 else ''}; holds at most {format_size(budget.peak)} of {format_size(budget.limit)} "
         f"over the interpreter ({budget.workers} worker{'s' if budget.workers != 1 else ''}); seed {plan.seed}"
     )
+    for row in plan.account:
+        print(f"accounted for: {_accounted(row)}")
     for note in plan.notes:
         print(f"note: {note}")
+
+
+def _accounted(row: Mapping[str, Any]) -> str:
+    """What becomes of a checkpoint's tensors and files, in a line."""
+    tensors = row["tensors"]
+    said = [f"{tensors[fate]} {fate}" for fate in ("merged", "copied") if tensors[fate]]
+    said += [f"{len(left['names'])} left out ({left['why']})" for left in tensors["left_out"]]
+    files: dict[str, int] = {}
+    for file in row["files"]:
+        files[file["fate"]] = files.get(file["fate"], 0) + 1
+    counted = ", ".join(f"{n} {fate}" for fate, n in files.items())
+    return f"{row['model']}: tensors: {', '.join(said) or 'none'}; files: {counted}"
 
 
 def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
@@ -153,10 +167,31 @@ def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
         print(f"  {dtype}: {row['tensors']} tensors, {format_size(row['bytes'])}")
     for stack, count in info["layers"].items():
         print(f"  layers: {stack} x {count}")
-    for name, target in info["tied"].items():
-        print(f"  tied: {name} = {target}")
+    for part, row in info["parts"].items():
+        begins = f", names begin with {row['prefix']!r}" if row["prefix"] else ""
+        print(f"  part: {part or 'the model'}: {row['tensors']} tensors, {format_size(row['bytes'])}{begins}")
+    for tie in info["ties"]:
+        word = {True: "tied", False: "not tied"}.get(tie["tied"], "perhaps tied")
+        print(f"  {word}: {tie['second']} = {tie['first']} ({tie['known']}{'' if tie['stored'] else '; stored once'})")
+    print(f"  names: {_names(info['dialect'])}")
+    for file in info["beside"]:
+        print(f"  beside: {file['name']}: not read: {file['why']}")
     print()
     print_table("", ("tensor", "dtype", "shape"), ((n, t["dtype"], t["shape"]) for n, t in info["tensors"].items()))
+
+
+def _names(dialect: Mapping[str, Any]) -> str:
+    """How a checkpoint's tensors are called, in words."""
+    said = [f"of {dialect['class']}"] if "class" in dialect else ["of no model type that is known"]
+    if dialect.get("prefix"):
+        said.append(f"{'with' if dialect['prefixed'] else 'without'} the base's prefix {dialect['prefix']!r}")
+    if dialect.get("renamed_in_memory"):
+        said.append(f"{dialect['renamed_in_memory']} have other names in memory")
+    if dialect["wrappers"]:
+        said.append(f"with {dialect['wrappers']} of a wrapper")
+    if dialect["format"] not in (None, "pt"):
+        said.append(f"format {dialect['format']}")
+    return ", ".join(said)
 
 
 def show_verified(out: str, lineage: Mapping[str, Any], *, as_json: bool) -> None:

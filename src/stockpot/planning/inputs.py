@@ -19,7 +19,7 @@ from stockpot.recipes.parsing import located_mapping
 from stockpot.recipes.schema import Recipe
 from stockpot.specs import format_size
 
-__all__ = ["Inputs", "located"]
+__all__ = ["Inputs", "located", "open_reference"]
 
 
 def located(recipe: Recipe) -> dict[str, Any]:
@@ -30,6 +30,13 @@ def located(recipe: Recipe) -> dict[str, Any]:
         return "+".join(map(inputs.locate, inputs.base_and_adapter(ref) or (ref,)))
 
     return located_mapping(recipe, place)
+
+
+def open_reference(ref: str) -> Checkpoint:
+    """What a recipe may name as a model, `base+adapter` included, opened. Raises StockpotError."""
+    inputs = Inputs(Recipe("", "", ""))
+    adapted = inputs.base_and_adapter(ref)
+    return inputs.with_adapter(ref, *adapted) if adapted else open_checkpoint(ref)
 
 
 @dataclass

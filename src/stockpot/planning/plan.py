@@ -188,7 +188,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge will do. `notes` are for the user: accepted keys without effect, differences that matter here."""
+    """What a merge will do. `notes` are for the user: accepted keys without effect, differences that matter here; `account` is
+    what becomes of everything that the inputs hold (see planning.account).
+    """
 
     recipe: Recipe
     inputs: tuple[ModelInput, ...]
@@ -201,6 +203,12 @@ class Plan:
     budget: Budget
     notes: tuple[str, ...] = ()
     soup: Soup | None = None
+    account: tuple[Mapping[str, Any], ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorPlan]:
+        """The tensors by their names."""
+        return {t.name: t for t in self.tensors}
 
     @property
     def bytes_out(self) -> int:
@@ -284,6 +292,7 @@ class Plan:
             },
             "seed": self.seed,
             "notes": list(self.notes),
+            "account": [dict(row) for row in self.account],
             **({"soup": self.soup.to_dict()} if self.soup else {}),
         }
 

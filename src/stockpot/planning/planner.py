@@ -15,6 +15,7 @@ from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, 
 from stockpot.machine import available_threads
 from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
+from stockpot.planning.account import account_of, note_left_files
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
@@ -186,10 +187,12 @@ class _Planner(Inputs):
         groups, stats = plan_statistics(placed, resolver.groups)
         check_statistics(recipe, stats, placed, self.problems)
         self.stop_if_bad()
+        template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
+        self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
         return Plan(
             recipe=asked,
             inputs=tuple(self.inputs),
-            template=self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None),
+            template=template,
             groups=groups,
             stats=stats,
             tensors=placed,
@@ -198,6 +201,7 @@ class _Planner(Inputs):
             budget=choose_budget(placed, self.inputs, groups, stats, max_memory, threads),
             notes=tuple(self.notes),
             soup=self.soup,
+            account=account_of(self.inputs, placed, matcher, donor, template.tokenizer),
         )
 
     def factoring(self, part: Section, filler: Filler, matcher: Matcher) -> Factoring:

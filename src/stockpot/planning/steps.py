@@ -7,11 +7,11 @@ that use them. Either way later steps read the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.derived import DerivedCheckpoint, files_of
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan
@@ -44,13 +44,26 @@ class MergedCheckpoint(DerivedCheckpoint):
     def directory(self) -> str:
         return self.step.inputs[self.step.template.tokenizer].checkpoint.directory
 
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        """What the step reads for it."""
+        t = self.step.by_name[name]
+        return (p for o in t.inputs for p in self.step.inputs[o.model].checkpoint.stored(o.name))
+
+    @property
+    def file_parts(self) -> tuple[FilePart, ...]:
+        return self.step.inputs[self.step.template.donor].checkpoint.file_parts
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {p.name: p.prefix for p in self.file_parts}
+
     @property
     def made(self) -> str:
         """By everything that decides its bytes: views below it read the same files."""
         return self.step.identity
 
     def scratch_of(self, name: str) -> int:
-        t = next(t for t in self.step.tensors if t.name == name)
+        t = self.step.by_name[name]
         return sum(self.step.inputs[o.model].checkpoint.scratch_of(o.name) for o in t.inputs)
 
     @property
