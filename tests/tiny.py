@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
+#: parameters of a model that is tiny
+MOST = 5_000_000
 _TOKENS = ("_token_id", "_token_index")
 
 
@@ -91,12 +94,12 @@ def tiny(cls: type, config_class: type, seed: int = 0) -> Any:
         config.pop(key, None)
         if value is not None:
             config[key] = value
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(config_class.from_dict(config)).parameters())
+    if size > MOST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters are not tiny")
     torch.manual_seed(seed)
-    made = config_class.from_dict(config)
-    model = cls(made).float().eval()
-    size = sum(p.numel() for p in model.parameters())
-    if size > 3_000_000:
-        raise ValueError(f"{size} parameters are not tiny")
+    model = cls(config_class.from_dict(config)).float().eval()
     with torch.no_grad():  # many begin as zeros or ones
         for p in model.parameters():
             if p.is_floating_point():
@@ -104,16 +107,74 @@ def tiny(cls: type, config_class: type, seed: int = 0) -> Any:
     return model
 
 
-def causal_types() -> dict[str, tuple[type, type]]:
-    """{model type: (its class for causal language models, its config class)} of all that are installed."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+_KINDS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_CTC_MAPPING_NAMES", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
+)  # fmt: skip
 
-    found = {}
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        names = name if isinstance(name, (tuple, list)) else (name,)
-        try:
-            found[model_type] = (getattr(tf, names[0]), CONFIG_MAPPING[model_type])
-        except (AttributeError, KeyError, ImportError):
-            continue
+
+def types(kinds: tuple[str, ...] = _KINDS) -> dict[str, tuple[type, type]]:
+    """{model type: (the class that is tried, its config class)} of all that are installed: the first kind that a type has."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found: dict[str, tuple[type, type]] = {}
+    for kind in kinds:
+        for model_type, name in getattr(modeling_auto, kind).items():
+            if model_type in found:
+                continue
+            names = name if isinstance(name, (tuple, list)) else (name,)
+            try:
+                found[model_type] = (getattr(tf, names[0]), CONFIG_MAPPING[model_type])
+            except (AttributeError, KeyError, ImportError):
+                continue
     return found
+
+
+def causal_types() -> dict[str, tuple[type, type]]:
+    """Those that have a class for causal language models."""
+    return types(_KINDS[:1])
+
+
+def outputs(model: Any) -> torch.Tensor | None:
+    """What a model makes of a few tokens, or an image; None where it takes neither just so."""
+    tokens = torch.tensor([[1, 2, 3, 4, 6, 7]])
+    size = getattr(model.config, "image_size", None)
+    image = (
+        {"pixel_values": torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)}
+        if isinstance(size, int)
+        else {}
+    )
+    for given in ({"input_ids": tokens}, {"input_ids": tokens, "decoder_input_ids": tokens}, image):
+        if not given:
+            continue
+        try:
+            with torch.no_grad():
+                made = model(**given)
+        except Exception:
+            continue
+        found = [v for k in ("logits", "last_hidden_state") if isinstance(v := getattr(made, k, None), torch.Tensor)]
+        if found:
+            return found[0]
+    return None
+
+
+def saved_pair(
+    cls: type, config_class: type, folder: Path
+) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model and a perturbed copy, saved as a and b: (the model, its state, the copy's), in the names of memory."""
+    model = tiny(cls, config_class)
+    model.save_pretrained(folder / "a")
+    states = [{k: v.clone() for k, v in model.state_dict().items()}]
+    again = cls.from_pretrained(folder / "a", dtype=torch.float32).state_dict()
+    if any(k not in again or not torch.equal(again[k], v) for k, v in states[0].items() if v.is_floating_point()):
+        raise ValueError("it does not load what it saves")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                p.add_(torch.randn(p.shape) * 0.05)
+    model.save_pretrained(folder / "b")
+    states.append({k: v.clone() for k, v in model.state_dict().items()})
+    return model, states[0], states[1]

@@ -125,7 +125,7 @@ class Matcher:
                     names.append(name)
                     seen.add(name)
                     continue
-                if ties.is_second(name) and name not in ties.copies and checkpoint.resolve(name):
+                if ties.stands_alone(name, theirs) and checkpoint.resolve(name):
                     names.append(name)
                     seen.add(name)
                     self.untied.add(name)

@@ -116,12 +116,10 @@ class _Translation:
         self.places: dict[str, dict[tuple[int, ...], tuple[str, int, int]]] = {}  # key -> part -> tensor, which, of
         self.opaque: dict[str, tuple[str, str]] = {}
         mine = like.keys()
-        strip, add = self.prefixes(mine)
+        strips, adds = map(_leading, self.prefixes(mine))
         for name, pieces in other.pieces.items():
             for which, piece in enumerate(pieces):
-                key = piece.key.removeprefix(strip) if strip else piece.key
-                if add and key not in mine and add + key in mine:
-                    key = add + key
+                key = _moved(piece.key, mine, strips, adds)
                 if piece.part is None:
                     self.opaque[key] = (name, piece.how)
                 else:
@@ -252,6 +250,20 @@ class _Translation:
         if runs[0].name != name:
             self.renamed += 1
             self.example = self.example if self.example[0] else (runs[0].name, name)
+
+
+def _leading(prefix: str) -> list[str]:
+    """A prefix and what it begins with, the longest first: the heads of a model within a model lie higher up."""
+    parts = prefix.split(".")[:-1]
+    return [".".join(parts[:i]) + "." for i in range(len(parts), 0, -1)]
+
+
+def _moved(key: str, known: Mapping[str, int], strips: Sequence[str], adds: Sequence[str]) -> str:
+    """A name of the other's without a prefix, or with one, so that it is one that is known: itself where none is."""
+    if key in known and not strips:
+        return key
+    found = [key.removeprefix(s) for s in strips if key.startswith(s)] + [a + key for a in adds]
+    return next((k for k in found if k in known), key)
 
 
 def _offsets(inner: Mapping[str, int], outer: Mapping[str, int]) -> Counter[str]:

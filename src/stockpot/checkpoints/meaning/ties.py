@@ -7,7 +7,7 @@ tensors that differ are never one, whatever the config says: so transformers tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,12 @@ class Ties:
     apart: tuple[tuple[str, str], ...] = ()
     copies: frozenset[str] = frozenset()
 
-    def is_second(self, name: str) -> bool:
-        """Whether a name is one that may be tied to another one."""
-        return any(t.second == name for t in self.pairs) or is_head(name)
+    def stands_alone(self, name: str, stored: Container[str]) -> bool:
+        """Whether a stored tensor that elsewhere is tied is one of its own here: no copy, and not the only name of the matrix."""
+        if name in self.copies:
+            return False
+        own = [t for t in self.pairs if t.second == name]
+        return is_head(name) if not own else not any(t.tied and t.first not in stored for t in own)
 
     def alias(self, name: str, stored: Iterable[str]) -> str | None:
         """The stored tensor that an absent name stands for; None where the config unties them, or there is none."""
