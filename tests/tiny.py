@@ -178,3 +178,47 @@ def saved_pair(
     model.save_pretrained(folder / "b")
     states.append({k: v.clone() for k, v in model.state_dict().items()})
     return model, states[0], states[1]
+
+
+def wrong_with(cls: type, folder: Path, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str:
+    """What is wrong with the merge of a saved pair, as transformers loads it; "" where nothing is."""
+    import stockpot
+
+    stockpot.merge({"merge_method": "linear", "models": [str(folder / "a"), str(folder / "b")]}, folder / "out")
+    made, info = cls.from_pretrained(folder / "out", output_loading_info=True, dtype=torch.float32)
+    keys = {k: sorted(map(str, info[k]))[:2] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if keys:
+        return str(keys)
+    got = made.state_dict()
+    for name, tensor in first.items():
+        if tensor.is_floating_point() and tensor.numel():
+            wanted = (tensor.double() + second[name].double()) / 2
+            if not torch.allclose(got[name].double(), wanted, rtol=1e-6, atol=1e-6):
+                return f"{name} is off by {float((got[name].double() - wanted).abs().max()):.2g}"
+    return ""
+
+
+#: layers that are taken: all but the first, some twice
+TAKEN = {"all but the first": [(1, 4)], "some twice": [(0, 3), (1, 4)]}
+
+
+def wrong_with_layers(cls: type, folder: Path, config: Any, ranges: list[tuple[int, int]]) -> str:
+    """What is wrong with a model made of other layers, "" where nothing is, or "refused: ..."."""
+    import stockpot
+
+    pieces = [{"sources": [{"model": str(folder / "a"), "layer_range": list(r)}]} for r in ranges]
+    try:
+        stockpot.merge({"merge_method": "passthrough", "slices": pieces}, folder / "out", overwrite=True)
+    except stockpot.StockpotError as e:
+        return f"refused: {e.what.removeprefix(str(folder / 'a') + ': ')}"
+    made, info = cls.from_pretrained(folder / "out", output_loading_info=True, dtype=torch.float32)
+    keys = {k: sorted(map(str, info[k]))[:2] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if keys:
+        return str(keys)
+    picked = [i for start, stop in ranges for i in range(start, stop)]
+    before, after = config.get_text_config().to_dict(), made.config.get_text_config().to_dict()
+    for key in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, list) and len(old) == 4 and new != [old[i] for i in picked]:
+            return f"{key} {old} became {new}"
+    return ""

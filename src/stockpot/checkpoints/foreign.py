@@ -136,7 +136,9 @@ def check_whole(checkpoint: Checkpoint, listing: Callable[[], Sequence[str]]) ->
                 "header); save with enable_consolidation=True, or join them: "
                 "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(DIR, OUT)"
             )
-    empty = [n for n in checkpoint.names() if not checkpoint.spec(n).numel and checkpoint.spec(n).dtype.is_float]
+    # what is left of a gathered or sharded tensor has no first entries; a model's own may be empty otherwise
+    specs = ((n, checkpoint.spec(n)) for n in checkpoint.names())
+    empty = [n for n, spec in specs if spec.shape[:1] == (0,) and spec.dtype.is_float]
     if empty:
         way = _ZERO if looks_sharded(listing()) else (
             "its weights were gathered elsewhere, as ZeRO-3 and FSDP do: gather them before saving (accelerator.get_state_dict, "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.buffers import is_computed
-from stockpot.checkpoints.meaning.depth import hidden_layers
+from stockpot.checkpoints.meaning.depth import hidden_layers, sees
 from stockpot.checkpoints.meaning.layers import LayerMap, map_layers, outside_depth
 from stockpot.errors import MismatchError, RecipeError, StockpotError, nearest
 from stockpot.methods.declaration import Method, Space
@@ -125,7 +125,7 @@ class Matcher:
                     names.append(name)
                     seen.add(name)
                     continue
-                if ties.stands_alone(name, theirs) and checkpoint.resolve(name):
+                if ties.stands_alone(name, set(theirs.names())) and checkpoint.resolve(name):
                     names.append(name)
                     seen.add(name)
                     self.untied.add(name)
@@ -278,13 +278,17 @@ def _layer_of(layers: LayerMap, name: str) -> tuple[str, int] | None:
 
 
 def primary_stack(checkpoint: Checkpoint) -> tuple[str, int, list[str]]:
-    """(prefix, layers, other prefixes of comparable size) of the stack that `layer_range` means: the largest."""
+    """(prefix, layers, other prefixes of comparable size) of the stack that `layer_range` means: the largest, of models that see
+    or hear as well the largest of those that do neither.
+    """
     layers = checkpoint.layers()
     weight: dict[str, int] = {}
     for name, place in layers.places.items():
         weight[place.stack] = weight.get(place.stack, 0) + checkpoint.spec(name).numel
     if not weight:
         return "", 0, []
+    text = {p: n for p, n in weight.items() if not sees(p)}
+    weight = text or weight
     ordered = sorted(weight, key=lambda p: (-weight[p], p))
     rivals = [p for p in ordered[1:] if 4 * weight[p] >= weight[ordered[0]]]
     return ordered[0], layers.stacks[ordered[0]], rivals

@@ -16,7 +16,7 @@ from stockpot.checkpoints.meaning.architectures import list_rule_of, part_types
 from stockpot.checkpoints.meaning.layer_rules import POSITIONS, Rule, Vector, effective, rules_for
 from stockpot.errors import MismatchError
 
-__all__ = ["Pick", "config_parts", "describing_part", "follow", "hidden_layers"]
+__all__ = ["Pick", "config_parts", "describing_part", "follow", "hidden_layers", "sees"]
 
 #: keys that count layers, in the order in which they are looked for
 COUNTS = (
@@ -83,13 +83,21 @@ def describing_part(config: Mapping[str, Any], stack: str, layers: int) -> tuple
         )
         or any(isinstance(part.get(k), (list, str)) and len(part[k]) == layers for k in _COUNTING_LISTS)
     ]
-    if len(found) > 1:
-        sees = any(word in stack for word in ("vis", "image", "audio", "speech"))
-        alike = [f for f in found if sees == any(w in f[0] for w in ("vis", "image", "audio", "speech"))]
-        found = alike or found
-        inner = [f for f in found if f[0]]
-        found = inner or found  # a root that repeats what its text model says
+    if len(list(config_parts(config))) > 1:
+        found = [f for f in found if sees(stack) == sees(f[0]) or (sees(stack) and kind_sees(f[2]))]
+    inner = [f for f in found if f[0]]
+    found = inner or found  # a root that repeats what its text model says
     return found[0] if found else None
+
+
+def sees(name: str) -> bool:
+    """Whether a name is that of a part that takes images or sounds."""
+    return any(word in name for word in ("vis", "image", "img", "audio", "speech"))
+
+
+def kind_sees(model_type: object) -> bool:
+    """The same of a model type."""
+    return isinstance(model_type, str) and sees(model_type)
 
 
 def _extra(part: Mapping[str, Any], kind: Any) -> int:
