@@ -277,7 +277,7 @@ def test_a_pipeline(tmp_path: Path, shards: bool) -> None:
         assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors.index.json").is_file()
     stockpot.verify(tmp_path / "out")
     stockpot.merge(linear(tmp_path / "0", tmp_path / "1", part="vae"), tmp_path / "vae")
-    close(load_file(tmp_path / "vae/model.safetensors"), mean(parts[0]["vae"], parts[1]["vae"]))
+    close(load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors"), mean(parts[0]["vae"], parts[1]["vae"]))
 
 
 def test_parts_in_steps(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_head_beside_an_adapter(tmp_path: Path) -> None:
 
 COPIES = {
     "pytorch_model.bin": "as safetensors are read", "consolidated.safetensors": "their publisher's own layout",
-    "model.fp16.safetensors": "a variant", "again.safetensors": "holds the model's tensors again",
+    "model.fp16.safetensors": "holds tensors of the model again", "again.safetensors": "holds tensors of the model again",
 }  # fmt: skip
 
 
@@ -418,8 +418,8 @@ def test_modules_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     modules = json.loads((tmp_path / "0/modules.json").read_text())
     modules[2]["path"] = "../0-hf"
     (tmp_path / "0/modules.json").write_text(json.dumps(modules))
-    names = set(open_checkpoint(tmp_path / "0").names())
-    assert not any(n.startswith("../") for n in names)
+    with pytest.raises(CheckpointError, match=r"names '../0-hf', which lies outside"):
+        open_checkpoint(tmp_path / "0")
     (tmp_path / "0/modules.json").write_text("[")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         open_checkpoint(tmp_path / "0")

@@ -243,7 +243,10 @@ def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool)
     if not isinstance(target, str) or not target or "\0" in target:
         raise ArgumentError(f"out: expected the path of a directory, got {target!r}")
     parts = [part.path for m in planned.inputs for part in m.checkpoint.parts]
-    inputs = [*(m.checkpoint.path for m in planned.inputs), *parts]
+    files = [
+        h.path for m in planned.inputs for h in m.checkpoint.files
+    ]  # OUT may lie within an input, but not hold its files
+    inputs = [*(m.checkpoint.path for m in planned.inputs), *parts, *files]
     if is_url(target):
         from stockpot.engine.upload import check_url, scratch_for
 

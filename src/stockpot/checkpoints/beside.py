@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -34,15 +35,33 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\
 
 
 def part_folders(directory: str) -> list[str]:
-    """The folders that hold parts of a model: those that a sentence encoder's modules.json names (2_Dense and the like), those of
-    a pipeline's model_index.json (unet, vae, text_encoder). Raises CheckpointError where they are no JSON.
+    """The folders that hold parts of a model: those that a sentence encoder's modules.json names (2_Dense and the like), the
+    routes of a Router, those of a pipeline's model_index.json (unet, vae, text_encoder). Raises CheckpointError where they are no
+    JSON, or lead out of the directory.
     """
     modules = _json(os.path.join(directory, "modules.json"))
     rows = modules if isinstance(modules, list) else ()
-    names = [m.get("path") for m in rows if isinstance(m, dict)]
+    named = [m.get("path") for m in rows if isinstance(m, dict)]
+    found = [_within(directory, "modules.json", n) for n in named if isinstance(n, str)]
+    for top in dict.fromkeys(["", *found]):
+        routes = _json(os.path.join(directory, top, "router_config.json"))
+        types = routes.get("types") if isinstance(routes, dict) else None
+        for name in types if isinstance(types, dict) else ():
+            found.append(_within(directory, "router_config.json", os.path.join(top, name)))
     index = _json(os.path.join(directory, "model_index.json"))
-    names += [k for k, v in index.items() if isinstance(v, list) and len(v) == 2] if isinstance(index, dict) else []
-    return [n for n in names if isinstance(n, str) and n and os.path.basename(n) == n and not n.startswith(".")]
+    if isinstance(index, dict):
+        found += [
+            _within(directory, "model_index.json", k) for k, v in index.items() if isinstance(v, list) and len(v) > 1
+        ]
+    return [n for n in dict.fromkeys(found) if n]
+
+
+def _within(directory: str, file: str, name: str) -> str:
+    """A path that a file names, plain: nothing for the directory itself. Raises CheckpointError for one that leads out of it."""
+    plain = posixpath.normpath(name.replace("\\", "/")) if name else ""
+    if plain.startswith(("/", "..")) or ":" in plain:
+        raise CheckpointError(f"{os.path.join(directory, file)}: names {name!r}, which lies outside of the directory")
+    return "" if plain == "." else plain
 
 
 def _json(path: str) -> Any:
@@ -51,7 +70,7 @@ def _json(path: str) -> Any:
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not valid JSON: {e}") from e
 
 
@@ -86,10 +105,10 @@ def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
 
 def part_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """What lies in the folders of a model's parts, but for weights: configs, tokenizers, as they are."""
-    for name in part_folders(checkpoint.directory) if checkpoint.kind == "model" else ():
+    for name in part_folders(checkpoint.directory):
         folder = os.path.join(checkpoint.directory, name)
         if os.path.isdir(folder):
             check_link(checkpoint.directory, folder)
             for path, relative in files_below(checkpoint.directory, folder, name):
-                if not _WEIGHTS.fullmatch(relative) or not checkpoint.part_of(f"{name}/"):
+                if not _WEIGHTS.fullmatch(relative):
                     yield path, relative

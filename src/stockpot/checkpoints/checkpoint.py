@@ -12,7 +12,7 @@ from stockpot.checkpoints.header import Entry, Header
 from stockpot.checkpoints.meaning.layers import LayerMap, map_layers
 from stockpot.checkpoints.meaning.ties import Ties, find_ties
 from stockpot.checkpoints.source import ReadRequest, TensorSource
-from stockpot.errors import ReadError
+from stockpot.errors import CheckpointError, ReadError
 from stockpot.specs import TensorSpec
 
 __all__ = ["Checkpoint", "FilePart"]
@@ -27,12 +27,14 @@ class FilePart:
 
     name    what it is called: "unet", "2_Dense", "value_head"; "" for the model itself
     stem    its file without the ending, relative to the directory: "2_Dense/model"
+    whole   whether it is written as one file whatever its size, for who loads it knows no index
 
     Its tensors' names begin with the name and a slash.
     """
 
     name: str
     stem: str
+    whole: bool = False
 
     @property
     def prefix(self) -> str:
@@ -83,6 +85,8 @@ class Checkpoint(TensorSource):
         for index, header in enumerate(self.files):
             prefix = self.parted[index].prefix if self.parted else ""
             for name, entry in header.entries.items():
+                if prefix + name in self._where:
+                    raise CheckpointError(f"{self.ref}: two of its parts have a tensor {prefix + name!r}")
                 self._where[prefix + name] = (index, entry)
                 self._specs[prefix + name] = entry.spec
 
@@ -104,7 +108,8 @@ class Checkpoint(TensorSource):
 
     def part_of(self, name: str) -> FilePart | None:
         """The part that a tensor is written with; None for the model itself."""
-        return next((p for p in self.file_parts if name.startswith(p.prefix)), None)
+        found = [p for p in self.file_parts if name.startswith(p.prefix)]
+        return max(found, key=lambda p: len(p.prefix), default=None)
 
     @property
     def states(self) -> dict[str, str]:
@@ -112,12 +117,26 @@ class Checkpoint(TensorSource):
         found = {key: prefix for header in self.files for key, prefix in header.parts.items() if len(header.parts) > 1}
         return found | {p.name: p.prefix for p in self.file_parts}
 
+    def members(self, part: str) -> list[str]:
+        """The names of a part's tensors, in storage order."""
+        own = {n for header in self.files for n in header.members.get(part, ())}
+        if own:
+            return [n for n in self.names() if n in own]
+        return [n for n in self.names() if (p := self.part_of(n)) is not None and p.name == part]
+
     def relative(self, header: Header) -> str:
         """A file's name within the checkpoint's directory, with slashes."""
         top = self.path.rstrip("/") + "/"
         if header.path.startswith(top):
             return header.path[len(top) :].replace(os.sep, "/")
         return os.path.basename(header.path)
+
+    @property
+    def stem(self) -> str:
+        """What the files of the model itself are called."""
+        own = [h for i, h in enumerate(self.files) if not self.parted or not self.parted[i].name]
+        names = {os.path.basename(h.path) for h in own}
+        return "diffusion_pytorch_model" if any(n.startswith("diffusion_pytorch_model") for n in names) else "model"
 
     @property
     def dialect(self) -> str:

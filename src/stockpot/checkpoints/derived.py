@@ -64,6 +64,10 @@ class DerivedCheckpoint(Checkpoint):
         return next((s.file_parts for s in self.sources if s.path == self.path), ())
 
     @property
+    def stem(self) -> str:
+        return next((s.stem for s in self.sources if s.path == self.path), super().stem)
+
+    @property
     def states(self) -> dict[str, str]:
         return next((s.states for s in self.sources if s.path == self.path), {})
 

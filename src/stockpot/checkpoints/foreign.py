@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.header import Header
 from stockpot.errors import LayoutError
 
-__all__ = ["check_foreign", "check_whole", "foreign_file", "looks_sharded"]
+__all__ = ["check_foreign", "check_sharded", "check_whole", "foreign_file", "looks_sharded"]
 
 _ZERO = (
     "DeepSpeed ZeRO shards, which have to be gathered first: `python zero_to_fp32.py . gathered` in that directory (the script "
@@ -129,13 +130,7 @@ def looks_sharded(names: Sequence[str]) -> bool:
 
 def check_whole(checkpoint: Checkpoint, listing: Callable[[], Sequence[str]]) -> None:
     """Raise LayoutError for shells whose weights lie elsewhere, and for one rank's part of each tensor."""
-    for header in checkpoint.files:
-        if "DCP_SHARDING_INFO" in header.metadata:
-            raise LayoutError(
-                f"{checkpoint.ref}: {checkpoint.relative(header)} holds one rank's part of each tensor (DCP_SHARDING_INFO in its "
-                "header); save with enable_consolidation=True, or join them: "
-                "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(DIR, OUT)"
-            )
+    check_sharded(checkpoint.ref, [checkpoint.relative(h) for h in checkpoint.files], checkpoint.files)
     # what is left of a gathered or sharded tensor has no first entries; a model's own may be empty otherwise
     specs = ((n, checkpoint.spec(n)) for n in checkpoint.names())
     empty = [n for n, spec in specs if spec.shape[:1] == (0,) and spec.dtype.is_float]
@@ -148,3 +143,14 @@ def check_whole(checkpoint: Checkpoint, listing: Callable[[], Sequence[str]]) ->
             f"{checkpoint.ref}: an empty shell: {len(empty)} of {len(checkpoint)} tensors have no elements, such as "
             f"{empty[0]!r}: {way}"
         )
+
+
+def check_sharded(ref: str, names: Sequence[str], headers: Sequence[Header]) -> None:
+    """Raise LayoutError where files hold one rank's part of each tensor."""
+    for name, header in zip(names, headers, strict=True):
+        if "DCP_SHARDING_INFO" in header.metadata:
+            raise LayoutError(
+                f"{ref}: {name} holds one rank's part of each tensor (DCP_SHARDING_INFO in its header); save with "
+                "enable_consolidation=True, or join them: "
+                "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files(DIR, OUT)"
+            )

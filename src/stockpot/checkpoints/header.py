@@ -39,6 +39,7 @@ class Header:
     mtime_ns   its time of change; of a file behind a URL whatever stands for it there
     strides    of tensors whose elements lie in another order than theirs: the axes from the outermost to the innermost
     parts      what the names of the file's parts begin with, by part: several state dicts in one file
+    members    the names of each part's tensors
     left       what the file holds besides that is no weight, in words
     """
 
@@ -51,6 +52,7 @@ class Header:
     raw: bytes = b""
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    members: dict[str, frozenset[str]] = field(default_factory=dict)
     left: tuple[str, ...] = ()
 
 

@@ -204,8 +204,14 @@ class RemoteFolder:
         wanted = set(TEMPLATE_FOLDERS)
         with contextlib.suppress(CheckpointError):  # a damaged modules.json is reported when it is needed
             wanted |= set(part_folders(self.local))
-        for name in () if only else sorted(wanted & set(folders)):
-            self._copy_small(store.list(f"{self.root}/{name}")[0], name)
+        fetched: set[str] = set()
+        while not only and (more := {n for n in wanted - fetched if n.partition("/")[0] in folders}):
+            for name in sorted(more):
+                with contextlib.suppress(FileNotFoundError):
+                    self._copy_small(store.list(f"{self.root}/{name}")[0], name)
+            fetched |= more
+            with contextlib.suppress(CheckpointError):  # routes within modules
+                wanted |= set(part_folders(self.local))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the folder with the small files is this process's: another one fetches its own

@@ -14,20 +14,20 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
 from stockpot.checkpoints.header import Entry, Header
-from stockpot.errors import CheckpointError
+from stockpot.errors import CheckpointError, LayoutError
 from stockpot.specs import BY_ARRAY, DType, TensorSpec
 
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
 _MAX_PICKLE = 256 * 2**20
 #: how deep in a document state dicts are looked for
-_DEPTH = 3
+_DEPTH = 8
 _STORAGES = {
     "DoubleStorage": DType.F64, "FloatStorage": DType.F32, "HalfStorage": DType.F16, "BFloat16Storage": DType.BF16,
     "Float8_e4m3fnStorage": DType.F8_E4M3, "Float8_e5m2Storage": DType.F8_E5M2, "LongStorage": DType.I64,
@@ -39,8 +39,9 @@ _STORAGES = {
 _STATES = ("state_dict", "model_state_dict", "model", "module", "params", "weights", "net")
 #: what trainers keep beside them: tensors of theirs that are no weights
 _TRAINING = re.compile(
-    r"(.*_)?(optim(izer)?s?|opt|lr_?schedulers?|schedulers?|rng|rng_states?|random_states?|loops|callbacks|scaler|grad_scaler|"
-    r"hyper_parameters|amp|criterion|task_state|averaging_state|args|cfg|config|hparams)(_.*)?"
+    r"optim(izer)?s?(_states?|_state_dict)?|opt|(.*_)?lr_?schedulers?(_state_dict)?|schedulers?(_state_dict)?|"
+    r"(.*_)?rng(_states?)?|random_states?|loops|callbacks|grad_scaler|scaler_state_dict|amp|hyper_parameters|averaging_state|"
+    r"args|cfg|hparams|task_state|.*_optimizer(_state_dict|_states?)?|optimizer_.*|last_optimizer_state"
 )
 
 
@@ -151,6 +152,7 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): lambda *args: OrderedDict(),
+    ("collections", "defaultdict"): lambda *args: OrderedDict(),
 }
 
 
@@ -208,14 +210,14 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
         raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
     if not isinstance(document, dict):
         what = "an object (a module, pickled whole?)" if isinstance(document, _Inert) else type(document).__name__
-        raise CheckpointError(
+        raise LayoutError(
             f"{path}: expected a mapping from names to tensors, got {what}; save a state_dict: "
             "torch.save(model.state_dict(), FILE)"
         )
     found = _States(path, document)
     tensors = found.tensors
     if not tensors:
-        raise CheckpointError(f"{path}: {_why_empty(document)}")
+        raise LayoutError(f"{path}: {_why_empty(document)}")
     entries, strides = {}, {}
     for name, tensor in tensors.items():
         entries[name] = _entry(path, name, tensor, places)
@@ -237,6 +239,7 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
         pickled,
         strides=strides,
         parts=found.parts,
+        members=found.members,
         left=tuple(found.left),
     )
     return TorchFile(header, scalars, _scores(document, file, places))
@@ -283,55 +286,78 @@ def _scores(document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tu
 class _States:
     """The state dicts of a document: one, or several as the parts of a model.
 
-    tensors  by name; parts  what the names of a part begin with; left  what holds tensors and is no weight
+    tensors  by name; parts  what the names of a part begin with; members  its names; left  what holds tensors and is no weight
     """
 
     def __init__(self, path: str, document: dict[Any, Any]) -> None:
         self.path = path
         self.tensors: dict[str, _Tensor] = {}
         self.parts: dict[str, str] = {}
+        self.members: dict[str, frozenset[str]] = {}
         self.left: list[str] = []
-        states = {"": document} if self.direct(document) else {}
-        states |= self.states(document, "", bool(states))
-        main = next((k for k in ("", *_STATES) if k in states), None)
+        states: dict[str, Mapping[Any, Any]] = {"": document} if self.direct(document) else {}
+        states |= self.states(document, "")
+        main = next((k for k in _STATES if k in states), "" if "" in states else None)
         if len(states) == 1:
             main = next(iter(states))
         for key, state in states.items():
-            prefix = "" if key == main else f"{key}."
+            prefix = "" if key == main or not key else f"{key}."
             self.parts[key] = prefix
-            for name, tensor in state.items():
-                if not isinstance(name, str) or not isinstance(tensor, (_Tensor, _Unreadable)):
-                    continue
-                if isinstance(tensor, _Unreadable):
-                    raise CheckpointError(
-                        f"{path}: tensor {prefix + name!r}: of a kind that can't be read ({tensor.how})"
-                    )
-                if prefix + name in self.tensors:
-                    raise CheckpointError(f"{path}: two of its parts have a tensor {prefix + name!r}")
-                self.tensors[prefix + name] = tensor
+            self.members[key] = frozenset(self.take(key, prefix, state, beside=not key and main != ""))
+
+    def take(self, key: str, prefix: str, state: Mapping[Any, Any], *, beside: bool) -> Iterator[str]:
+        """The tensors of a state dict under their names; these. beside: they lie beside the state dicts of a trainer's file,
+        where single numbers are the trainer's.
+        """
+        for own, tensor in state.items():
+            name = f"{prefix}{own}"
+            if isinstance(tensor, _Unreadable):
+                raise CheckpointError(f"{self.path}: tensor {name!r}: of a kind that can't be read ({tensor.how})")
+            if not isinstance(tensor, _Tensor):
+                if isinstance(tensor, _Inert) and key:
+                    self.left.append(f"{name} (no tensor, but an object of python)")
+                continue
+            if beside and not tensor.shape:
+                self.left.append(f"{name} (a number of the trainer's)")
+                continue
+            if name in self.tensors:
+                raise CheckpointError(f"{self.path}: two of its parts have a tensor {name!r}")
+            self.tensors[name] = tensor
+            yield name
 
     @staticmethod
     def direct(found: Mapping[Any, Any]) -> bool:
         """Whether a mapping is a state dict itself."""
-        return any(isinstance(v, (_Tensor, _Unreadable)) and isinstance(k, str) for k, v in found.items())
+        return any(isinstance(v, (_Tensor, _Unreadable)) for v in found.values())
 
-    def states(self, found: Mapping[Any, Any], at: str, flat: bool) -> dict[str, dict[Any, Any]]:
-        """The state dicts below a mapping, by the keys that lead to them. flat: it is one itself."""
-        out: dict[str, dict[Any, Any]] = {}
+    def states(self, found: Mapping[Any, Any], at: str) -> dict[str, Mapping[Any, Any]]:
+        """The state dicts below a mapping, by the keys that lead to them; entries of lists by their numbers."""
+        out: dict[str, Mapping[Any, Any]] = {}
         for key, value in found.items():
+            where = f"{at}{key}"
+            if isinstance(value, (list, tuple)):
+                value = dict(enumerate(value))
+            elif (
+                isinstance(value, _Inert)
+                and not isinstance(value, _Unreadable)
+                and where in (*_STATES, "ema", "model_ema")
+            ):
+                self.left.append(f"{where} (a pickled module)")
             if not isinstance(value, dict):
                 continue
-            where = f"{at}{key}"
-            if not isinstance(key, str) or _TRAINING.fullmatch(key):
+            if "param_groups" in value or (isinstance(key, str) and _TRAINING.fullmatch(key)):
                 self.left += [f"{where} (training state)"] if _holds_tensors(value) else []
-            elif self.direct(value):
+                continue
+            if self.direct(value):
                 out[where] = value
-            elif where.count(".") < _DEPTH:
-                out |= self.states(value, f"{where}.", flat)
+            if where.count(".") < _DEPTH:
+                out |= self.states(value, f"{where}.")
+            elif _holds_tensors(value):
+                self.left.append(f"{where} (too deep)")
         return out
 
 
-def _holds_tensors(value: Any, depth: int = 6) -> bool:
+def _holds_tensors(value: Any, depth: int = 12) -> bool:
     if isinstance(value, _Tensor):
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -372,7 +398,7 @@ def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int
     for axis in reversed(_axes(tensor)):  # dense, if perhaps in another order: channels_last, a transposed matrix
         size, stride = tensor.shape[axis], tensor.stride[axis]
         if size > 1 and stride != expected and spec.numel:
-            raise bad("is not contiguous; save it with .contiguous()")
+            raise LayoutError(f"{path}: tensor {name!r}: is not contiguous; save it with .contiguous()")
         expected *= size
     start, stop = places[tensor.storage.key]
     first = start + tensor.offset * dtype.itemsize

@@ -59,7 +59,8 @@ class TransposedCheckpoint(DerivedCheckpoint):
 
 def in_order(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with every tensor in the order of its shape: itself where all lie so."""
-    axes = {name: order for header in checkpoint.files for name, order in header.strides.items()}
+    prefixes = [p.prefix for p in checkpoint.parted] or [""] * len(checkpoint.files)
+    axes = {p + name: order for p, header in zip(prefixes, checkpoint.files) for name, order in header.strides.items()}
     if not axes:
         return checkpoint
     return TransposedCheckpoint(

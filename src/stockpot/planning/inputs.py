@@ -73,10 +73,15 @@ class Inputs:
             return self.open_companion(ref, line, role)
         part = part or self.recipe.part
         step = next((s for s in self.recipe.steps if s.name == ref), None)
-        if step is not None:
+        if step is not None and part is None:
             return self.open_step(step, line)
-        if ref in self.computed and ref not in self.by_path:
+        if step is not None:
+            whole = self.open_step(step, line)
+            return self.open_part(ref, self.inputs[whole].checkpoint, str(part), line) if whole >= 0 else -1
+        if ref in self.computed and ref not in self.by_path and part is None:
             return self.add(ref, ref, self.computed[ref], line)
+        if ref in self.computed and part is not None:
+            return self.open_part(ref, self.computed[ref], part, line)
         path = ref if ref in self.computed else self.locate(ref)
         key = path if part is None else f"{path}\0part {part}"
         if key in self.failed:
@@ -96,6 +101,17 @@ class Inputs:
             self.problems.append(CheckpointError(f"{ref}: holds no tensors").within(self.recipe.at(line)))
             return -1
         return self.add(key, ref if part is None else f"{ref} ({part})", checkpoint, line)
+
+    def open_part(self, ref: str, whole: Checkpoint, part: str, line: int) -> int:
+        """A part of what is open already."""
+        key = f"{ref}\0part {part}"
+        if key not in self.by_path and key not in self.failed:
+            try:
+                return self.add(key, f"{ref} ({part})", picked(whole, part), line)
+            except StockpotError as e:
+                self.failed.add(key)
+                self.problems.append(e.within(self.recipe.at(line)))
+        return self.by_path.get(key, -1)
 
     def open_companion(self, ref: str, line: int, role: str) -> int:
         """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from."""

@@ -19,6 +19,7 @@ def lay_out(
     *,
     part_of: Callable[[str], FilePart | None] = lambda name: None,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
 ) -> tuple[tuple[TensorPlan, ...], tuple[Shard, ...]]:
     """Fill shards in order up to `shard_size` bytes of data each (a larger tensor gets a shard of its own).
 
@@ -26,14 +27,14 @@ def lay_out(
     names. Inside a shard wide dtypes come first, so that every tensor is aligned. Returns the tensors, renumbered in the order
     of the bytes, and the shards.
     """
-    whole = FilePart("", "adapter_model" if kind == "adapter" else "model")
+    whole = FilePart("", "adapter_model" if kind == "adapter" else stem)
     by_part: dict[FilePart, list[TensorPlan]] = {}
     for t in tensors:
         by_part.setdefault(part_of(t.name) or whole, []).append(t)
     placed: list[TensorPlan] = []
     shards: list[Shard] = []
     for part, own in by_part.items():
-        bins = _bins(own, None if kind == "adapter" else shard_size)
+        bins = _bins(own, None if kind == "adapter" or part.whole else shard_size)
         for number, content in enumerate(bins):
             content.sort(key=lambda t: -t.spec.dtype.itemsize)
             entries, position = {}, 0

@@ -181,8 +181,14 @@ class _Planner(Inputs):
         check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
         self.stop_if_bad()
         taken = self.inputs[donor].checkpoint
+        holders = [taken, *(m.checkpoint for m in models if m.index != donor)]
         placed, shards = lay_out(
-            tensors, taken.kind, shard_size, part_of=taken.part_of, metadata={"format": taken.dialect or "pt"}
+            tensors,
+            taken.kind,
+            shard_size,
+            part_of=lambda name: next(filter(None, (c.part_of(name) for c in holders)), None),
+            metadata={"format": taken.dialect or "pt"},
+            stem=taken.stem,
         )
         groups, stats = plan_statistics(placed, resolver.groups)
         check_statistics(recipe, stats, placed, self.problems)

@@ -126,15 +126,17 @@ def _metrics(root: str, folder: str, warnings: list[str]) -> MetricLog:
     """metrics.csv beside the checkpoints or of the same version; else the newest one in the run's directory."""
     beside = [os.path.join(p, "metrics.csv") for p in (folder, os.path.dirname(folder))]
     found = [p for p in beside if os.path.isfile(p)]
-    for top in (root, os.path.dirname(root)):  # the logger's folder may lie beside the checkpoints'
-        if found:
-            break
-        depth = top.rstrip(os.sep).count(os.sep)
-        for place, folders, names in os.walk(top):
-            if place.count(os.sep) - depth >= _DEPTH - (top != root):
-                folders.clear()
-            if "metrics.csv" in names:
-                found.append(os.path.join(place, "metrics.csv"))
+    depth = root.rstrip(os.sep).count(os.sep)
+    for place, folders, names in os.walk(root) if not found else ():
+        if place.count(os.sep) - depth >= _DEPTH:
+            folders.clear()
+        if "metrics.csv" in names:
+            found.append(os.path.join(place, "metrics.csv"))
+    above = os.path.dirname(root)  # the logger's folder may lie beside the checkpoints', but other runs' do too
+    for place in (above, os.path.join(above, "lightning_logs")) if not found else ():
+        versions = [n for n in os.listdir(place) if _VERSION.fullmatch(n)] if os.path.isdir(place) else []
+        found += [f for n in versions if os.path.isfile(f := os.path.join(place, n, "metrics.csv"))]
+    if found:
         found.sort(key=lambda p: (-os.path.getmtime(p), p))
     logs = []
     for path in found:

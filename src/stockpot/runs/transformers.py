@@ -32,7 +32,7 @@ def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
     warnings: list[str] = []
     state, damage = _newest_state(root, steps, warnings)
     end = _end_of_training(state, damage)
-    at_top = any(_WEIGHTS.fullmatch(n) for n in listing)
+    at_top = any(_WEIGHTS.fullmatch(n) or n in ("modules.json", "model_index.json") for n in listing)
     ordered = sorted(steps)
     if end is None and not at_top and state is None:
         end = off_interval(ordered)
