@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,70 @@ FILES: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda n: {"nets": {"backbone": body(n), "head": head(n)}}, {"nets.backbone.": body, "nets.head.": head},
     ),
 }  # fmt: skip
+
+
+MORE: dict[str, tuple[Any, set[str], str]] = {
+    "a list of nets": (lambda n: {"nets": [body(n), head(n)]}, {"nets.0.encoder.weight", "nets.1.0.weight"}, ""),
+    "numbered heads": (lambda n: {"model": body(n), "heads": {0: head(n)}}, {"encoder.weight", "heads.0.0.weight"}, ""),
+    "a state within a state": (
+        lambda n: {"model": body(n) | {"extra": {"w": torch.ones(2)}}}, {"encoder.weight", "model.extra.w"}, ""),
+    "deep": (lambda n: {"a": {"b": {"c": {"d": {"e": body(n)}}}}}, {"encoder.weight"}, ""),
+    "criterion with weights": (
+        lambda n: {"model": body(n), "criterion": {"arc.weight": torch.ones(3)}}, {"encoder.weight", "criterion.arc.weight"}, ""),
+    "an optimiser of another name": (
+        lambda n: {"model": body(n), "adam": {"state": {0: {"m": torch.ones(2)}}, "param_groups": []}}, {"encoder.weight"}, ""),
+    "the best accuracy": (
+        lambda n: {"state_dict": body(n), "best_acc1": torch.tensor(71.0), "arch": "x"}, {"encoder.weight"}, ""),
+    "statistics beside": (
+        lambda n: {"model": body(n), "mean": torch.ones(3)}, {"encoder.weight", "mean"}, ""),
+    "a pickled EMA": (
+        lambda n: {"model": body(n), "ema": torch.nn.Linear(2, 2)}, {"encoder.weight"}, "ema \\(a pickled module\\)"),
+    "an object in a state": (
+        lambda n: {"model": body(n) | {"scheme": Path("x")}}, {"encoder.weight"}, "scheme \\(no tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_trainers_write_besides(tmp_path: Path, case: str) -> None:
+    """Nothing is dropped: a tensor is in the output, or the trainer's own, or a note names it."""
+    document, names, said = MORE[case]
+    for n in (0, 1):
+        torch.save(document(n), tmp_path / f"{n}.pt")
+    plan = stockpot.plan(linear(tmp_path / "0.pt", tmp_path / "1.pt"))
+    assert {t.name for t in plan.tensors if not t.name.endswith("encoder.bias")} == names
+    assert not said or any(re.search(said, n) for n in plan.notes)
+
+
+def test_a_name_that_two_parts_would_have(tmp_path: Path) -> None:
+    torch.save({"model": {"ema.w": torch.ones(2)}, "ema": {"v": torch.ones(3)}}, tmp_path / "0.pt")
+    recipe = linear(tmp_path / "0.pt", part="model")
+    assert {t.name for t in stockpot.plan(recipe).tensors} == {"ema.w"}
+    torch.save({"model": {"ema.v": torch.ones(2)}, "ema": {"v": torch.ones(3)}}, tmp_path / "1.pt")
+    with pytest.raises(CheckpointError, match=r"two of its parts have a tensor 'ema.v'"):
+        open_checkpoint(tmp_path / "1.pt")
+
+
+def test_a_part_of_a_step(tmp_path: Path) -> None:
+    for n in (0, 1):
+        torch.save(FILES["OpenNMT"][0](n), tmp_path / f"{n}.pt")
+    pipeline(tmp_path / "p", 0)
+    text = f"name: s\nmerge_method: linear\nmodels: [{tmp_path}/p]\n---\nmerge_method: linear\nmodels: [s]\npart: vae\n"
+    assert {t.name for t in stockpot.plan(text).tensors} == {"decoder.weight"}
+
+
+def test_turned_tensors_in_parts(tmp_path: Path) -> None:
+    """Two parts have a tensor of one name, turned in one of them only."""
+    for n in (0, 1):
+        pipeline(tmp_path / str(n), n)
+        for part in ("unet", "vae"):
+            turned = torch.randn(5, 4).T if part == "unet" else torch.randn(4, 5)
+            (tmp_path / str(n) / part / "diffusion_pytorch_model.safetensors").unlink()
+            torch.save({"w": turned}, tmp_path / str(n) / part / "diffusion_pytorch_model.bin")
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "out")
+    for part in ("unet", "vae"):
+        name = f"{part}/diffusion_pytorch_model"
+        states = [torch.load(tmp_path / str(n) / f"{name}.bin") for n in (0, 1)]
+        close(load_file(tmp_path / f"out/{name}.safetensors"), mean(*states))
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -430,3 +495,82 @@ def test_weights_under_a_name_that_nobody_knows(tmp_path: Path) -> None:
     shutil.move(tmp_path / "0/vae/diffusion_pytorch_model.safetensors", tmp_path / "0/vae/mine.safetensors")
     with pytest.raises(StockpotError, match=r"vae/ holds weights under a name that is not known: mine.safetensors"):
         open_checkpoint(tmp_path / "0")
+
+
+def test_out_may_not_hold_the_files_of_an_input(tmp_path: Path) -> None:
+    for n in (0, 1):
+        encoder(tmp_path / str(n), n)
+    before = load_file(tmp_path / "1/2_Dense/model.safetensors")
+    with pytest.raises(StockpotError, match="is or holds the input"):
+        stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "1/2_Dense", overwrite=True)
+    close(load_file(tmp_path / "1/2_Dense/model.safetensors"), before)
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "1/merged")  # within one, beside its files
+
+
+def test_a_model_of_pickles_beside_safetensors(tmp_path: Path) -> None:
+    """The only safetensors file is not the model where a pytorch_model.bin is."""
+    for n in (0, 1):
+        (tmp_path / str(n)).mkdir()
+        torch.save(body(n), tmp_path / str(n) / "pytorch_model.bin")
+        save_file(head(n), tmp_path / str(n) / "classifier.safetensors")
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "out")
+    close(load_file(tmp_path / "out/model.safetensors"), mean(body(0), body(1)))
+    close(load_file(tmp_path / "out/classifier.safetensors"), mean(head(0), head(1)))
+
+
+@pytest.mark.parametrize("name", ["mm_projector.bin", "mtp.pt", "model.mtp.safetensors", "pytorch_model_head.bin"])
+def test_whatever_lies_beside_is_merged(tmp_path: Path, name: str) -> None:
+    heads = llamas(tmp_path)
+    for n in (0, 1):
+        (save_file if name.endswith(".safetensors") else torch.save)(heads[n], tmp_path / str(n) / name)
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "out")
+    close(load_file(tmp_path / "out" / f"{name.rpartition('.')[0]}.safetensors"), mean(*heads))
+
+
+def test_a_file_that_has_one_of_the_models_names(tmp_path: Path) -> None:
+    heads = llamas(tmp_path)
+    for n in (0, 1):
+        save_file(heads[n] | {"model.norm.weight": torch.full((32,), float(n))}, tmp_path / str(n) / "more.safetensors")
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "out")
+    assert (load_file(tmp_path / "out/more.safetensors")["model.norm.weight"] == 0.5).all()
+
+
+def test_a_part_that_only_the_second_has(tmp_path: Path) -> None:
+    heads = llamas(tmp_path)
+    save_file(heads[1], tmp_path / "1/value_head.safetensors")
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1", absent="skip"), tmp_path / "out")
+    close(load_file(tmp_path / "out/value_head.safetensors"), {k: v.double() for k, v in heads[1].items()})
+    assert not any("/" in n for n in load_file(tmp_path / "out/model.safetensors"))
+
+
+def test_folders_that_nothing_names_are_named(tmp_path: Path) -> None:
+    llamas(tmp_path)
+    (tmp_path / "0/vision-lora").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "0/vision-lora/model.safetensors")
+    assert any(
+        "vision-lora/: left out: a folder with weights" in n for n in stockpot.plan(linear(tmp_path / "0")).notes
+    )
+
+
+def test_quantised_parts_are_refused(tmp_path: Path) -> None:
+    pipeline(tmp_path / "0", 0)
+    (tmp_path / "0/text_encoder/config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    with pytest.raises(CheckpointError, match="text_encoder/ is quantised"):
+        open_checkpoint(tmp_path / "0")
+
+
+def test_settings_of_parts_that_differ_are_said(tmp_path: Path) -> None:
+    for n in (0, 1):
+        pipeline(tmp_path / str(n), n)
+    (tmp_path / "1/scheduler/scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    notes = stockpot.plan(linear(tmp_path / "0", tmp_path / "1")).notes
+    assert any("scheduler/scheduler_config.json: not the settings of" in n for n in notes)
+
+
+def test_heads_are_one_file_whatever_the_size(tmp_path: Path) -> None:
+    for n in (0, 1):
+        encoder(tmp_path / str(n), n)
+    stockpot.merge(linear(tmp_path / "0", tmp_path / "1"), tmp_path / "out", stockpot.Options(shard_size=300))
+    assert [f.name for f in (tmp_path / "out/2_Dense").glob("*.safetensors")] == ["model.safetensors"]
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    stockpot.verify(tmp_path / "out")

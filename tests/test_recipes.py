@@ -484,11 +484,13 @@ def test_tokenizers_that_differ(family: Path, tmp_path: Path) -> None:
     assert any("rows are combined by position, as the recipe says" in n for n in notes)
     left_out = stockpot.plan(text + "exclude: ['*embed_tokens*', '*lm_head*']\n")
     assert not any("position" in n for n in left_out.notes)
-    with pytest.raises(InputError, match="coming feature"):
+    with pytest.raises(InputError, match=r"can't be combined by position.*coming feature"):
         stockpot.plan(text + "tokenizer_source: base\n")
+    stockpot.plan(text + "tokenizer_source: base\nvocab: by_position\n")
     for union in ("tokenizer: {}\n", "tokenizer_source: union\n", "tokenizer: {source: union}\n"):
         with pytest.raises(InputError, match="union of tokenizers is a coming feature"):
             stockpot.plan(text + union)
+        stockpot.plan(text + union + "vocab: by_position\n")  # as it says
     (tmp_path / "b/tokenizer.json").write_text((tmp_path / "a/tokenizer.json").read_text())
     for union in ("", "tokenizer: {}\n", "tokenizer_source: union\n"):  # equal ones cost nothing
         assert stockpot.plan(text + union).notes == ()
@@ -528,7 +530,7 @@ def test_more_tokens_at_the_end_are_a_note(family: Path, tmp_path: Path) -> None
         shutil.copytree(family / name, tmp_path / name)
         (tmp_path / name / "vocab.json").write_text(json.dumps(_numbered(order)))
     (note,) = stockpot.plan(f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/b]\n").notes
-    assert "1 of its tokens are none of" in note
+    assert "1 more tokens, and 0 fewer" in note
 
 
 @pytest.mark.parametrize("text", ["5B", "5b", " 1.5 B "])

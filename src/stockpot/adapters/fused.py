@@ -156,6 +156,11 @@ def fuse(
         adapted[_target(base, first, f"{module}.weight", _delta_shape(first, m, module in transposed))] = module
     replaced = {}
     for name in first.plain:
+        if (beside := first.checkpoint.part_of(name)) is not None:
+            raise MismatchError(
+                f"{first.checkpoint.ref}: {beside.stem} lies beside the adapter, and has no place in a fused model: average "
+                "it by itself, by naming its files as models, and move it away"
+            )
         shape = first.checkpoint.spec(name).shape
         plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")  # so PEFT calls the layer that it wraps
         replaced[_target(base, first, plain, shape)] = name

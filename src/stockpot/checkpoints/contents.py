@@ -228,7 +228,7 @@ _COPIES = (
 
 def _not_a_checkpoint(text: str, name: str) -> CheckpointError:
     if name.endswith(".gguf"):
-        return CheckpointError(
+        return LayoutError(
             f"{text}: GGUF holds quantised weights, which can't be averaged; merge the original safetensors and convert the "
             "result (llama.cpp: convert_hf_to_gguf.py)"
         )

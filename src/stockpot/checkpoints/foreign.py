@@ -27,6 +27,10 @@ _VERL = (
     "--local_dir {there} --target_dir gathered`"
 )
 _MEGATRON = "a Megatron checkpoint, which has to be converted first: Megatron-Bridge's `export_ckpt` writes transformers' format"
+_META = (
+    "a model in Meta's own layout, cut over several ranks, which has to be converted first: transformers' "
+    "convert_llama_weights_to_hf.py"
+)
 _ORBAX = "an Orbax checkpoint of JAX, which has to be converted first: restore it with orbax and save it with safetensors.flax"
 _FLAX = (
     "weights of Flax, which have to be converted first: load them with a transformers of 4.x, `from_pretrained(..., "
@@ -76,6 +80,7 @@ _FOLDERS: tuple[tuple[str, str], ...] = (
     (r"latest_checkpointed_iteration\.txt|mp_rank_\d+(_\d+)*|common\.pt", _MEGATRON),
     (r"_CHECKPOINT_METADATA|manifest\.ocdbt", _ORBAX),
     (r"\.metadata", _FSDP),
+    (r"consolidated\.0[1-9]\.pth", _META),
     (r"__\d+_\d+\.distcp", _FSDP),
     (r"flax_model\.msgpack(\.index\.json)?", _FLAX),
     (r"tf_model\.h5(\.index\.json)?|saved_model\.pb|.*\.ckpt\.index", _TENSORFLOW),

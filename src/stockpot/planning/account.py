@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ from stockpot.checkpoints.meaning.buffers import is_computed
 from stockpot.planning.matching import Matcher
 from stockpot.planning.plan import Action, ModelInput, TensorPlan
 
-__all__ = ["account_of", "note_left_files"]
+__all__ = ["account_of", "note_left_files", "note_other_settings"]
 
 #: files of a directory that are looked at, at most
 _MOST = 5000
+#: what a torch file holds besides that nobody misses
+_TRAINERS = ("(training state)", "(a number of the trainer's)")
 _WRITTEN = {"config.json", "adapter_config.json", "README.md", "stockpot.json"}
 
 
@@ -147,6 +150,31 @@ def _listing(leaf: Checkpoint, read: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*read, *found]))[:_MOST]
 
 
+def note_other_settings(inputs: Sequence[ModelInput], donor: int) -> Iterator[str]:
+    """What parts are set to otherwise in another model: the donor's files are copied (pooling, activations, schedulers)."""
+    own = inputs[donor].checkpoint
+    files = {relative: path for path, relative in part_files(own) if relative.endswith(".json")}
+    for model in inputs:
+        if model.index == donor or model.role != "model" or model.checkpoint.directory == own.directory:
+            continue
+        other = [
+            name
+            for name, path in files.items()
+            if os.path.isfile(there := os.path.join(model.checkpoint.directory, name)) and _json(path) != _json(there)
+        ]
+        if other:
+            shown = ", ".join(other[:4]) + (f", ... ({len(other)} in all)" if len(other) > 4 else "")
+            yield f"{model.ref}: {shown}: not the settings of {inputs[donor].ref}, which are copied"
+
+
+def _json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        return str(e)
+
+
 def note_left_files(inputs: Sequence[ModelInput]) -> Iterator[str]:
     """What holds weights and is not read, by model and reason."""
     for model in inputs:
@@ -154,6 +182,10 @@ def note_left_files(inputs: Sequence[ModelInput]) -> Iterator[str]:
             by_reason: dict[str, list[str]] = {}
             for name, reason in leaf.left:
                 by_reason.setdefault(reason, []).append(name)
+            for header in leaf.files:
+                for held in header.left:
+                    if not held.endswith(_TRAINERS):
+                        by_reason.setdefault(f"{leaf.relative(header)} is read without it", []).append(held)
             for reason, names in by_reason.items():
                 shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
                 yield f"{leaf.ref}: {shown}: left out: {reason}"

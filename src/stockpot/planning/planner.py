@@ -15,7 +15,7 @@ from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, 
 from stockpot.machine import available_threads
 from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
-from stockpot.planning.account import account_of, note_left_files
+from stockpot.planning.account import account_of, note_left_files, note_other_settings
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
@@ -195,6 +195,7 @@ class _Planner(Inputs):
         self.stop_if_bad()
         template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
         self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
+        self.notes += note_other_settings(self.inputs, donor)
         return Plan(
             recipe=asked,
             inputs=tuple(self.inputs),

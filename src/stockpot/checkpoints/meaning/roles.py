@@ -7,14 +7,13 @@ from stockpot.specs import Shape
 
 __all__ = ["is_vocabulary", "role_of"]
 
+_ROWS = ("lm_head.bias", "predictions.bias", "final_logits_bias", "/input_embeddings", "/output_embeddings")
 _TABLES = ("embeddings.weight", "embedding.weight", "wte.weight", "wpe.weight", "embed_positions.weight")
 
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token: embeddings, output heads and their biases."""
-    return (
-        is_embedding(name) or is_head(name) or name.endswith(("lm_head.bias", "predictions.bias", "final_logits_bias"))
-    )
+    return is_embedding(name) or is_head(name) or name.endswith(_ROWS)
 
 
 def role_of(name: str, shape: Shape) -> str:
