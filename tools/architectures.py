@@ -5,6 +5,7 @@ prefix, the weights that it ties and the part of the config that decides it, the
 memory, and defaults of the config that stockpot has to know where config.json leaves them out.
 
     python tools/architectures.py            # write the table
+    python tools/architectures.py --check    # whether it is what would be written
     python tools/architectures.py llama t5   # print the entries of a few model types
 """
 
@@ -380,13 +381,35 @@ def text_of(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
+def compared(stored: dict[str, Any], made: dict[str, Any]) -> str | int:
+    """What is not as it would be written now, in words; 0 where nothing is."""
+    if stored["transformers"] != made["transformers"]:
+        return (
+            f"the table is of transformers {stored['transformers']}, installed is {made['transformers']}: write it anew"
+        )
+    wrong = [t for t in {*stored["types"], *made["types"]} if unfolded(stored, t) != unfolded(made, t)]
+    return f"the table differs for {', '.join(sorted(wrong)[:20])}: write it anew" if wrong else 0
+
+
+def unfolded(data: dict[str, Any], model_type: str) -> Any:
+    """The entry of a type with its rules in place of their numbers."""
+    entry = json.loads(json.dumps(data["types"].get(model_type)))
+    for row in (entry or {"classes": {}})["classes"].values():
+        if "rules" in row:
+            row["rules"] = data["rules"][row["rules"]]
+    return entry
+
+
 def main(asked: list[str]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if asked:
+    check = asked == ["--check"]
+    if asked and not check:
         print(text_of(table(asked, 1)), end="")
         return
     data = table(list(CONFIG_MAPPING_NAMES))
+    if check:
+        raise SystemExit(compared(json.loads(TABLE.read_text()), json.loads(text_of(data))))
     TABLE.write_text(text_of(data))
     built = sum(len(t["classes"]) for t in data["types"].values())
     print(

@@ -77,7 +77,8 @@ def publish(partial: str, out: str, *, overwrite: bool) -> None:
     _check_free(out, target, overwrite=overwrite)
     old = None
     try:
-        _sync_directory(partial)
+        for folder, _, _ in os.walk(partial):  # parts have folders of their own
+            _sync_directory(folder)
         if os.path.isdir(target):
             if os.listdir(target):
                 old = tempfile.mkdtemp(prefix=os.path.basename(target) + ".replaced-", dir=os.path.dirname(target))
