@@ -23,6 +23,8 @@ import tiny
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.errors import ArgumentError, CheckpointError, MismatchError, StockpotError
 
+from helpers import cli
+
 State = dict[str, torch.Tensor]
 
 
@@ -195,6 +197,46 @@ def test_parts_of_a_run(tmp_path: Path) -> None:
     run = {"path": str(tmp_path), "snapshots": "step_{step}.pt", "steps": [20, 30], "part": "generator"}
     stockpot.merge({"merge_method": "linear", "run": run}, tmp_path / "out")
     close(load_file(tmp_path / "out/model.safetensors"), mean(head(20), head(30)))
+    done = cli("soup", tmp_path, tmp_path / "two", "--snapshots", "step_{step}.pt", "--last", 2, "--part", "generator")
+    assert done.returncode == 0, done.stderr
+    close(load_file(tmp_path / "two/model.safetensors"), mean(head(20), head(30)))
+
+
+def test_inspect_shows_parts_and_what_lies_beside(tmp_path: Path) -> None:
+    torch.save(FILES["OpenNMT"][0](0), tmp_path / "0.pt")
+    assert (
+        "part: generator: 1 tensors, 640 B, names begin with 'generator.'" in cli("inspect", tmp_path / "0.pt").stdout
+    )
+    llamas(tmp_path)
+    torch.save(load_file(tmp_path / "0/model.safetensors"), tmp_path / "0/pytorch_model.bin")
+    shown = cli("inspect", tmp_path / "0").stdout
+    assert "beside: pytorch_model.bin: not read: the weights again" in shown
+    assert "not tied: lm_head.weight = model.embed_tokens.weight (config.json)" in shown
+    assert "of LlamaForCausalLM, with the base's prefix 'model.'" in shown
+
+
+def test_inspect_of_a_base_with_an_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    llamas(tmp_path)
+    base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "0")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    ref = f"{tmp_path}/0+{tmp_path}/lora"
+    info = stockpot.inspect(ref)
+    assert info["kind"] == "model"
+    assert {f["name"] for f in info["files"]} == {"model.safetensors", "adapter_model.safetensors"}
+    assert cli("inspect", ref).returncode == 0
+    assert (
+        cli("plan", _written(tmp_path / "r.yml", f"merge_method: linear\nmodels: ['{ref}']\n")).stdout.count(
+            "accounted for"
+        )
+        == 2
+    )
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -417,3 +417,110 @@ def test_show(lora_run: Path) -> None:
     assert data["snapshots"][0]["metrics"]["loss"]["rule"] == "logged at step 4"
     missing = cli("run", "show", lora_run / "nowhere")
     assert (missing.returncode, missing.stdout) == (3, "")
+
+
+# runs as people have them
+
+
+def _adapters(path: Path, names: tuple[str, ...], tiny_llama: Path) -> None:
+    """Checkpoints with adapters of their own names, saved by PEFT, and what the Trainer logged."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    for step in (10, 20, 30, 40):
+        folder = path / f"checkpoint-{step}"
+        model.save_pretrained(folder)
+        log = [{"loss": 4 - s / 100, "step": s} for s in (10, 20, 30, 40) if s <= step]
+        state = {"global_step": step, "max_steps": 40, "log_history": log}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_adapters_with_names_of_their_own(tiny_llama: Path, tmp_path: Path) -> None:
+    _adapters(tmp_path / "one", ("policy",), tiny_llama)
+    run = open_run(tmp_path / "one")
+    assert [os.path.basename(s.path) for s in run.snapshots] == ["policy"] * 4
+    assert any("named 'policy'" in w for w in run.warnings)
+    assert run.final is not None
+    assert run.final.step == 40
+    assert run.metrics.value_at("loss", 20).value == 3.8
+    _adapters(tmp_path / "two", ("policy", "reference"), tiny_llama)
+    with pytest.raises(
+        CheckpointError, match=r"several adapters \(policy, reference\).*--snapshots 'checkpoint-\{step\}/policy'"
+    ):
+        open_run(tmp_path / "two")
+    named = open_run(tmp_path / "two", snapshots="checkpoint-{step}/reference")  # as it says
+    assert [s.step for s in named.snapshots] == [10, 20, 30, 40]
+    assert named.metrics.value_at("loss", 30).value == 3.7  # what the Trainer logged is there all the same
+    assert named.final is not None
+
+
+def test_the_best_model_is_not_the_last(tmp_path: Path) -> None:
+    """load_best_model_at_end leaves the best checkpoint's model at the top."""
+    for step in (10, 20, 30):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.full((2048,), float(step))}, folder / "model.safetensors")
+    state = {"global_step": 35, "max_steps": 35, "log_history": [], "best_model_checkpoint": "out/checkpoint-20"}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    shutil.copy(tmp_path / "checkpoint-20/model.safetensors", tmp_path / "model.safetensors")
+    run = open_run(tmp_path)
+    assert [s.step for s in run.snapshots] == [10, 20, 30]
+    assert any("the model of checkpoint-20 once more" in w for w in run.warnings)
+    # a model of its own is the end of training
+    save_file({"w": torch.full((2048,), 35.0)}, tmp_path / "model.safetensors")
+    assert [s.step for s in open_run(tmp_path).snapshots] == [10, 20, 30, 35]
+
+
+def _lightning(path: Path, score: float, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    callback = {"monitor": "val_loss", "current_score": torch.tensor(score), "best_k_models": {}}
+    callbacks = {"ModelCheckpoint{'monitor': 'val_loss'}": callback}
+    torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": step, "callbacks": callbacks}, path)
+
+
+def test_lightning_with_a_folder_of_its_own(tmp_path: Path) -> None:
+    for step, score in ((8, 0.75), (16, 0.5), (24, 0.625)):
+        _lightning(tmp_path / f"run/ck/best-val_loss={score:.3f}.ckpt", score, step)
+    for place in ("run", "run/ck"):
+        run = open_run(tmp_path / place)
+        assert [s.step for s in run.snapshots] == [8, 16, 24]
+        assert run.metrics.value_at("val_loss", 16).value == 0.5  # what each file keeps of itself
+        assert "scores that the .ckpt files keep" in run.metrics.source
+    (tmp_path / "run/version_0").mkdir()
+    (tmp_path / "run/version_0/metrics.csv").write_text("step,val_loss\n7,0.7\n15,0.45\n23,0.6\n")
+    for place in ("run", "run/ck"):
+        assert open_run(tmp_path / place).metrics.value_at("val_loss", 16).value == 0.45
+    _lightning(tmp_path / "run/other/last.ckpt", 0.1, 30)
+    with pytest.raises(CheckpointError, match="several folders hold .ckpt files"):
+        open_run(tmp_path / "run")
+
+
+def test_the_metrics_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for step in (8, 16, 24):
+            _lightning(tmp_path / name / f"epoch={step}.ckpt", 0.5, step)
+    (tmp_path / "b/version_0").mkdir()
+    (tmp_path / "b/version_0/metrics.csv").write_text("step,loss\n7,0.7\n23,0.6\n")
+    assert "loss" not in open_run(tmp_path / "a").metrics.names()
+    assert "loss" in open_run(tmp_path / "b").metrics.names()
+
+
+def test_patterns_of_lightning_files_keep_their_metrics(tmp_path: Path) -> None:
+    for step in (8, 16, 24):
+        _lightning(tmp_path / f"ck/m-{step}.ckpt", step / 100, step)
+    run = open_run(tmp_path, snapshots="ck/m-{step}.ckpt")
+    assert run.metrics.value_at("val_loss", 16).value == pytest.approx(0.16)
+
+
+def test_shards_are_not_called_damaged(tmp_path: Path) -> None:
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
+        (folder / "pytorch_model_fsdp_0/.metadata").write_bytes(b"x")
+    run = open_run(tmp_path)
+    assert len(run.broken) == 2
+    assert all("merge-weights" in s.fault and "damaged" not in s.fault for s in run.broken)

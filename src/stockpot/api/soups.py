@@ -24,10 +24,11 @@ def soup_recipe(
     adapter: str | None = None,
     rank: int | None = None,
     base: str | os.PathLike[str] | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """The recipe of a soup, as a mapping: what `soup` merges, and a start for one of another method."""
     opened = run if isinstance(run, Run) else open_run(run)
-    return recipe_of(opened, spec or SoupSpec(), adapter=adapter, rank=rank, base=base)
+    return recipe_of(opened, spec or SoupSpec(), adapter=adapter, rank=rank, base=base, part=part)
 
 
 def soup(
@@ -38,6 +39,7 @@ def soup(
     adapter: str | None = None,
     rank: int | None = None,
     base: str | os.PathLike[str] | None = None,
+    part: str | None = None,
     options: Options | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -48,11 +50,12 @@ def soup(
     adapter  how LoRA adapters are averaged: "factors" (A and B apart, the default, as in arXiv 2504.18580), "product"
              (exactly: stacked factors, or recompressed to `rank`), "fused" (written into `base`, by default the model
              that adapter_config.json names)
+    part     of snapshots that hold several state dicts or models: which one
 
     Returns a MergeResult with `soup` and `adapter`. Raises StockpotError; nothing is then left at `out`.
     """
     opened = run if isinstance(run, Run) else open_run(run)
-    recipe = soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base)
+    recipe = soup_recipe(opened, spec, adapter=adapter, rank=rank, base=base, part=part)
     planned = plan(recipe, options, run=opened)
     return merge_planned(planned, out, options or Options(), overwrite=overwrite, progress=progress)
 

@@ -100,7 +100,7 @@ class How:
 
 @dataclass(frozen=True)
 class Adapters:
-    """How LoRA adapters are averaged."""
+    """What of the snapshots is averaged, and how LoRA adapters are."""
 
     adapter: Annotated[
         str | None, typer.Option(help="LoRA: factors (A and B apart; default), product (exact), fused (into the base).")
@@ -111,6 +111,10 @@ class Adapters:
     base: Annotated[
         str | None,
         typer.Option(help="With --adapter fused: the base model; by default the one that adapter_config.json names."),
+    ] = None
+    part: Annotated[
+        str | None,
+        typer.Option(help="Of snapshots that hold several state dicts or models: which one.", metavar="NAME"),
     ] = None
 
 

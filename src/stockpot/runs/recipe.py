@@ -19,8 +19,9 @@ def recipe_of(
     adapter: str | None = None,
     rank: int | None = None,
     base: str | os.PathLike[str] | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
-    """The recipe of a soup, as a mapping; adapter, rank and base as for api.soup."""
+    """The recipe of a soup, as a mapping; adapter, rank, base and part as for api.soup."""
     options: dict[str, Any] = {"path": run.path}
     if run.pattern is not None:
         options["snapshots"] = run.pattern
@@ -28,6 +29,8 @@ def recipe_of(
         options["metrics"] = run.metrics_file
     for key, value in spec.given().items():
         options[key] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    if part is not None:
+        options["part"] = part
     recipe: dict[str, Any] = {"merge_method": "linear", "run": options}
     if adapter is not None or rank is not None or base is not None:
         recipe["adapter"] = {"mode": "factors" if adapter is None else adapter}
