@@ -47,7 +47,7 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense layers": ({"num_dense_layers": 2}, {"num_dense_layers": 1}),
     "shared from the end": ({"num_kv_shared_layers": 1}, {"num_kv_shared_layers": 2}),
     "windows": (
-        {"max_window_layers": 2, "use_sliding_window": True},
+        {"model_type": "qwen2", "max_window_layers": 2, "use_sliding_window": True, "sliding_window": 8},
         {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]}),
     "an interval": ({"interleave_moe_layer_step": 4}, {"moe_layers": [2, 3]}),
 }  # fmt: skip
@@ -183,6 +183,29 @@ def test_layers_that_only_their_tensors_tell_apart() -> None:
     # what the config tells apart may go anywhere
     found = followed(base(layer_types=["m", "a", "m", "a"]), [1, 0], kinds="xyxy")
     assert found["layer_types"] == ["a", "m"]
+
+
+def test_what_depends_on_a_number_in_an_unknown_way() -> None:
+    """Windows of a type whose rule nobody knows, lists that are worked out otherwise: layers stay, or it is refused."""
+    for config in (
+        {"model_type": "qwen2_moe", "num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2},
+        {"model_type": "olmo_hybrid", "num_hidden_layers": 4},
+    ):
+        assert followed(config, [0, 1])["num_hidden_layers"] == 2
+        with pytest.raises(MismatchError, match="layer_types"):
+            followed(config, [1, 2])
+    # windows of a size that is not given are none
+    silent = {"model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2}
+    assert "layer_types" not in followed(silent | {"sliding_window": None}, [1, 2, 3])
+
+
+def test_a_config_that_is_silent_beside_one_that_speaks() -> None:
+    one, two = base(layer_types=list("aabb")), base()
+    picks = [Pick(one, 4, 0, None, ("k",) * 4), Pick(two, 4, 0, None, ("k",) * 4, "./two")]
+    with pytest.raises(
+        MismatchError, match=r"layer 1 .* is layer 0 of ./two, whose config does not say .* layer_types"
+    ):
+        follow(one, "model.layers", 4, picks)
 
 
 def test_layers_of_another_model_with_another_config() -> None:

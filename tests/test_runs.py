@@ -495,7 +495,7 @@ def test_lightning_with_a_folder_of_its_own(tmp_path: Path) -> None:
     for place in ("run", "run/ck"):
         assert open_run(tmp_path / place).metrics.value_at("val_loss", 16).value == 0.45
     _lightning(tmp_path / "run/other/last.ckpt", 0.1, 30)
-    with pytest.raises(CheckpointError, match="several folders hold .ckpt files"):
+    with pytest.raises(CheckpointError, match=r"several folders hold .ckpt files"):
         open_run(tmp_path / "run")
 
 

@@ -250,6 +250,19 @@ def ties(model: Any) -> list[list[str]]:
     return sorted(map(list, {tuple(row) for row in found}))
 
 
+def places(model: Any) -> dict[str, str]:
+    """Where the parts of the config are built as models of their own."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and isinstance(module, PreTrainedModel):
+            path = config_path(model.config, module.config)
+            if path and "." not in path:
+                found.setdefault(path, name)
+    return found
+
+
 def entry_of(cls: type, config: Any) -> dict[str, Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -270,6 +283,8 @@ def entry_of(cls: type, config: Any) -> dict[str, Any]:
     out["is_base"] = base is None or base is model
     if found := ties(model):
         out["ties"] = found
+    if found := places(model):
+        out["at"] = found
     if found := [rule(t) for t in get_model_conversion_mapping(model, add_legacy=False)]:
         out["rules"] = found
     return out

@@ -9,9 +9,13 @@ from typing import Any
 
 from stockpot.checkpoints.meaning.architectures import architecture_of, default_of
 from stockpot.checkpoints.meaning.depth import Pick, config_parts, follow
+from stockpot.errors import MismatchError
 from stockpot.specs import DType
 
 __all__ = ["Layers", "output_config"]
+
+_SCALED = ("t5", "mt5", "umt5", "longt5", "pop2piano")
+_SCALED_BY_TIE = ("switch_transformers", "udop")
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,10 @@ def _untie(out: dict[str, Any], config: Mapping[str, Any], name: str) -> None:
         paths |= {p for second, _, p in architecture.ties if second.endswith(name.rpartition(".")[2]) and p != "?"}
     for path in paths:
         _at(out, path)["tie_word_embeddings"] = False
+    kind = config.get("model_type")
+    if kind in _SCALED:  # they scale what goes into a tied head, and take that from the same key
+        out.setdefault("scale_decoder_outputs", True)
+    elif kind in _SCALED_BY_TIE:
+        raise MismatchError(
+            f"{name!r} is tied in a {kind}, which scales what goes into a tied head: it can't be untied"
+        )

@@ -132,6 +132,11 @@ class Matcher:
                     self.notes.append(
                         f"{self.inputs[other].ref} has its own {name!r}, which is tied elsewhere: the output is untied"
                     )
+        if self.untied:  # the config has one word for all that it ties
+            for name in checkpoint.ties.together(self.untied):
+                if name not in seen and checkpoint.resolve(name):
+                    names.append(name)
+                    seen.add(name)
         return names
 
     def note_untied(self, model: int) -> None:

@@ -46,6 +46,8 @@ from stockpot.runs import Run, Soup
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
+#: types whose layers do with their number something that no config says
+_BY_NUMBER = ("diffllama", "beam", "minicpm3", "minimax", "decision_transformer")
 
 
 def build_plan(
@@ -193,6 +195,12 @@ class _Planner(Inputs):
         groups, stats = plan_statistics(placed, resolver.groups)
         check_statistics(recipe, stats, placed, self.problems)
         self.stop_if_bad()
+        for tie in self.inputs[donor].checkpoint.ties.pairs:
+            if tie.tied is False and tie.second not in names and tie.known != "its class does not tie them":
+                self.notes.append(
+                    f"{self.inputs[donor].ref}: by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: "
+                    "who loads the output gets a new one"
+                )
         template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
         self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
         self.notes += note_other_settings(self.inputs, donor)
@@ -382,6 +390,12 @@ class _Planner(Inputs):
             config, kind, count, kinds = known[lead.model]
             start, stop = lead.layers or (0, count)
             picks += [Pick(config, count, i, kind, kinds, self.inputs[lead.model].ref) for i in range(start, stop)]
+        config = donor.config
+        counts = config.get("model_type") in _BY_NUMBER or config.get("scale_attn_by_inverse_layer_idx")
+        if counts and [p.layer for p in picks] != list(range(len(picks))):
+            self.notes.append(
+                f"{donor.ref}: its layers compute with their own number, which is another one for some of them in the output"
+            )
         stacks = donor.layers().stacks
         self.check_outside(donor, stack, [p.layer for p in picks] != list(range(old)))
         return Layers(stack, old, picks, alone=all(n != old for s, n in stacks.items() if s != stack))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stockpot.checkpoints.meaning.dialects import Unified, unify
 from stockpot.checkpoints.meaning.memory import without_wrappers
+from stockpot.checkpoints.views import renamed
 from stockpot.errors import MismatchError, StockpotError
 from stockpot.planning.matching import Section
 from stockpot.planning.plan import ModelInput
@@ -25,12 +26,12 @@ def unify_names(
     like = inputs[donor].checkpoint
     if like.kind != "model":
         return
-    _, wrapped = without_wrappers(like.names())
-    if wrapped and like.config:
-        notes.append(
-            f"{inputs[donor].ref}: its names have {wrapped} of a wrapper in them, and so will the output's: a loader that does "
-            "not strip it finds no weights"
-        )
+    plain, wrapped = without_wrappers(like.names())
+    if wrapped and like.config and len(set(plain.values())) == len(plain):
+        # nothing that loads a model of a config would find its weights under such names
+        like = renamed(like, {new: old for old, new in plain.items()}, ref=like.ref)
+        inputs[donor] = replace(inputs[donor], checkpoint=like)
+        notes.append(f"{inputs[donor].ref}: its names have {wrapped} of a wrapper in them, which the output's have not")
     beside = [(e.model, index) for part in parts for e in part.entries for index in e.companions.values()]
     for model in list(inputs):
         if model.role != "model" or model.index == donor or model.checkpoint.kind != "model":
@@ -48,7 +49,9 @@ def unify_names(
                 inputs[index] = replace(inputs[index], checkpoint=own.checkpoint)
 
 
-_WAY_OUT = "; load both with one version of transformers and save them again"
+_WAY_OUT = (
+    "; load each with transformers and save it again in one way: save_pretrained(DIR, save_original_format=False)"
+)
 
 
 def _said(ref: str, like: str, found: Unified) -> str:

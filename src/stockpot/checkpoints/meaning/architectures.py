@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = [
@@ -108,6 +108,7 @@ class Architecture:
 
     prefix   what the names of the base model begin with in models that have a head on it
     is_base  whether the class is the base model itself, whose names lack the prefix
+    places   where in the model the parts of its config are built: {"text_config": "model.language_model"}
     ties     (second name, the one that counts, part of the config that decides), in the names of memory
     """
 
@@ -117,6 +118,7 @@ class Architecture:
     is_base: bool
     ties: tuple[tuple[str, str, str], ...]
     rules: int | None
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def architecture_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Architecture | None:
@@ -136,10 +138,30 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Arc
     return _likeliest(str(model_type), classes, list(names))
 
 
-def renames_of(architecture: Architecture | None) -> tuple[Rename, ...]:
-    """What is done to the names of a file as it is loaded, in order; of a class that is not known what is done to all."""
-    own = None if architecture is None else architecture.rules
-    return (*(() if own is None else _renames(own)), *_renames(-1))
+def renames_of(architecture: Architecture | None, config: Mapping[str, Any] | None = None) -> tuple[Rename, ...]:
+    """What is done to the names of a file as it is loaded, in order; of a class that is not known what is done to all.
+
+    config: the model's own, whose parts may be of other types than the class has by default.
+    """
+    own = () if architecture is None or architecture.rules is None else _renames(architecture.rules)
+    return (*own, *_of_other_parts(architecture, config or {}), *_renames(-1))
+
+
+def _of_other_parts(architecture: Architecture | None, config: Mapping[str, Any]) -> Iterable[Rename]:
+    """The renames of parts that are not of the types that the class has by default, below their places."""
+    if architecture is None:
+        return
+    usual = part_types(architecture.model_type)
+    for key, place in architecture.places.items():
+        part: Any = config.get(key)
+        kind = part.get("model_type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or kind == usual.get(key):
+            continue
+        classes = (_table()["types"].get(kind) or {"classes": {}})["classes"]
+        found = next((e for e in classes.values() if e["is_base"] and "rules" in e), None)
+        scope = place.removeprefix(architecture.prefix).removeprefix(".")
+        for rename in _renames(found["rules"]) if found is not None else ():
+            yield replace(rename, scope=f"{scope}.{rename.scope}" if rename.scope else scope)
 
 
 def _likeliest(model_type: str, classes: Mapping[str, Any], names: Sequence[str]) -> Architecture:
@@ -157,7 +179,9 @@ def _likeliest(model_type: str, classes: Mapping[str, Any], names: Sequence[str]
 
 def _architecture(model_type: str | None, name: str, entry: Mapping[str, Any]) -> Architecture:
     ties = tuple((t, s, p) for t, s, p in entry.get("ties", ()))
-    return Architecture(str(model_type), name, entry["prefix"], entry["is_base"], ties, entry.get("rules"))
+    return Architecture(
+        str(model_type), name, entry["prefix"], entry["is_base"], ties, entry.get("rules"), entry.get("at", {})
+    )
 
 
 def default_of(model_type: object, key: str) -> Any:
@@ -180,3 +204,9 @@ def list_rule_of(model_type: object, key: str) -> list[list[Any]] | None:
     entry = _table()["types"].get(model_type) if isinstance(model_type, str) else None
     found: list[list[Any]] | None = None if entry is None else entry.get("lists", {}).get(key)
     return found
+
+
+def has_list(model_type: object, key: str) -> bool:
+    """Whether a type works out such a list, by a rule that is known or not."""
+    entry = _table()["types"].get(model_type) if isinstance(model_type, str) else None
+    return entry is not None and key in entry.get("lists", {})

@@ -10,7 +10,7 @@ __all__ = ["is_computed"]
 
 _COMPUTED = re.compile(
     r"(^|.*\.)(\w*inv_freq|position_ids|relative_position_index|masked_bias|embed_scale|_float_tensor|_extra_state|"
-    r"cos_cached|sin_cached|EncDecAttention\.relative_attention_bias\.weight|encoder\.version|decoder\.version|"
+    r"causal_mask|cos_cached|sin_cached|EncDecAttention\.relative_attention_bias\.weight|encoder\.version|decoder\.version|"
     r"n_averaged|embeddings\.token_type_ids)"
 )
 _MASK = re.compile(r"(^|.*\.)(attn|attention|self_attn|self)\.bias")

@@ -167,15 +167,23 @@ def follow(
 
 
 def _wanted(rule: Rule, picks: Sequence[Pick]) -> Vector | None:
-    """What a rule says of each layer that is picked, in the config that the layer comes from."""
+    """What a rule says of each layer that is picked, in the config that the layer comes from; None where none of these configs
+    speaks so. Raises MismatchError where some do and others don't.
+    """
     known: dict[int, Vector | None] = {}
-    out = []
     for pick in picks:
         if id(pick.config) not in known:
             known[id(pick.config)] = rule.vector(pick.config, pick.model_type, pick.count)
+    if all(v is None for v in known.values()):
+        return None
+    out = []
+    for at, pick in enumerate(picks):
         found = known[id(pick.config)]
         if found is None:
-            return None
+            raise MismatchError(
+                f"layer {at} of the output is layer {pick.layer} of {pick.ref}, whose config does not say what the "
+                f"others' say by {rule.key}; write it into its config.json"
+            )
         out.append(found[pick.layer])
     return out
 

@@ -7,9 +7,10 @@ as a whole one, or as a part of one that memory packs. A view then gives one fil
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import files_of
@@ -50,7 +51,7 @@ def dialect_of(checkpoint: Checkpoint) -> Dialect:
     plain, wrapped = without_wrappers(checkpoint.names())
     architecture = architecture_of(checkpoint.config, plain.values())
     prefix = architecture.prefix if architecture is not None else ""
-    renames = renames_of(architecture)
+    renames = renames_of(architecture, checkpoint.config)
     pieces = {}
     for name in checkpoint.names():
         head = f"{prefix}." if prefix else ""
@@ -114,23 +115,49 @@ class _Translation:
         self.example = ("", "")
         self.problems: list[str] = []
         self.places: dict[str, dict[tuple[int, ...], tuple[str, int, int]]] = {}  # key -> part -> tensor, which, of
-        self.opaque: dict[str, tuple[str, str]] = {}
+        self.opaque: dict[tuple[str, tuple[int | None, int]], tuple[str, str]] = {}
         mine = like.keys()
+        self.mine: dict[str, tuple[Piece, ...]] = dict(like.pieces)
+        self.specs = {name: like.checkpoint.spec(name) for name in like.pieces}
         strips, adds = map(_leading, self.prefixes(mine))
         for name, pieces in other.pieces.items():
             for which, piece in enumerate(pieces):
                 key = _moved(piece.key, mine, strips, adds)
                 if piece.part is None:
-                    self.opaque[key] = (name, piece.how)
+                    self.opaque[key, piece.index] = (name, piece.how)
                 else:
                     self.places.setdefault(key, {})[piece.part] = (name, which, len(pieces))
+        self.deepen()
         self.parts: dict[str, list[tuple[tuple[int, ...], str]]] = {}  # of like: key -> its parts
-        for name, pieces in like.pieces.items():
+        for name, pieces in self.mine.items():
             for piece in pieces:
                 if piece.part:
                     self.parts.setdefault(piece.key, []).append((piece.part, name))
         for parts in self.parts.values():
             parts.sort()
+
+    def deepen(self) -> None:
+        """Names for layers that only the other one has: those of a layer that both have, with another number."""
+        layers: dict[str, dict[int, list[str]]] = {}
+        for name, pieces in self.like.pieces.items():
+            found = _LAYER.match(name)
+            if found is not None and _LAYER.match(pieces[0].key) is not None:
+                layers.setdefault(found[1], {}).setdefault(int(found[2]), []).append(name)
+        deepest: dict[str, int] = {}
+        for key in self.places:
+            found = _LAYER.match(key)
+            if found is not None:
+                deepest[found[1]] = max(deepest.get(found[1], -1), int(found[2]))
+        for by_number in layers.values():
+            stack = _LAYER.match(self.like.pieces[next(iter(by_number.values()))[0]][0].key)
+            assert stack is not None
+            for number in range(max(by_number) + 1, deepest.get(stack[1], -1) + 1):
+                for template in sorted(by_number, reverse=True):
+                    for name in by_number[template]:
+                        new = _renumbered(name, number)
+                        pieces = tuple(replace(p, key=_renumbered(p.key, number)) for p in self.like.pieces[name])
+                        if new not in self.mine and all(p.key in self.places for p in pieces):
+                            self.mine[new], self.specs[new] = pieces, self.specs[name]
 
     def prefixes(self, mine: Mapping[str, int]) -> tuple[str, str]:
         """(what the other's names have more, what they have less): a model within a model, such as the text model of one
@@ -151,7 +178,7 @@ class _Translation:
     def translated(self) -> tuple[dict[str, Joined], dict[str, TensorSpec]]:
         layout: dict[str, Joined] = {}
         specs: dict[str, TensorSpec] = {}
-        for name, pieces in self.like.pieces.items():
+        for name, pieces in self.mine.items():
             if any(p.part is None for p in pieces):
                 self.check_opaque(name, pieces[0], layout, specs)
                 continue
@@ -160,8 +187,9 @@ class _Translation:
                 found = self.runs(name, piece)
                 runs = None if runs is None or found is None else runs + found
             if not runs:
-                if pieces[0].key in self.opaque:
-                    self.refuse(name, *self.opaque[pieces[0].key])
+                hidden = next((v for (key, _), v in self.opaque.items() if key == pieces[0].key), None)
+                if hidden is not None:
+                    self.refuse(name, *hidden)
                 continue
             self.take(name, runs, layout, specs)
         return layout, specs
@@ -170,8 +198,8 @@ class _Translation:
         """A tensor of a layout that is known by name only: the same one, or none."""
         if piece.key in self.places:
             self.refuse(next(iter(self.places[piece.key].values()))[0], name, piece.how)
-        elif piece.key in self.opaque:
-            own, how = self.opaque[piece.key]
+        elif (piece.key, piece.index) in self.opaque:
+            own, how = self.opaque[piece.key, piece.index]
             if how == piece.how:
                 self.take(name, [Run(0, own, 0, 0, self.other.checkpoint.spec(own).numel)], layout, specs)
             else:
@@ -199,7 +227,7 @@ class _Translation:
         if () in there:  # a part here, whole there
             whole, _, of = there[()]
             mine = self.parts[piece.key]
-            sizes = [self.like.checkpoint.spec(n).numel for _, n in mine]
+            sizes = [self.specs[n].numel for _, n in mine]
             at = [p for p, _ in mine].index(piece.part)
             if of == 1 and self.complete([p for p, _ in mine]) and self.fits(name, whole, sum(sizes)):
                 return [Run(0, whole, sum(sizes[:at]), 0, sizes[at])]
@@ -224,11 +252,11 @@ class _Translation:
 
     def fits(self, part: str, whole: str, elements: int) -> bool:
         """Whether a packed tensor's last axis is that of its parts, and it has as many elements as they."""
-        one, all_ = self.like.checkpoint.spec(part).shape, self.other.checkpoint.spec(whole)
-        return all_.numel == elements and one[-1:] == all_.shape[-1:]
+        one, all_ = self.specs[part].shape, self.other.checkpoint.spec(whole)
+        return all_.numel == elements and (len(one) < 2 or one[-1:] == all_.shape[-1:])
 
     def take(self, name: str, runs: list[Run], layout: dict[str, Joined], specs: dict[str, TensorSpec]) -> None:
-        like, other = self.like.checkpoint.spec(name), self.other.checkpoint
+        like, other = self.specs[name], self.other.checkpoint
         dtypes = {other.spec(r.name).dtype for r in runs}
         whole = len(runs) == 1 and runs[0].length == other.spec(runs[0].name).numel
         shape = other.spec(runs[0].name).shape if whole else like.shape
@@ -236,7 +264,7 @@ class _Translation:
             shapes = ", ".join(f"{r.name!r} {list(other.spec(r.name).shape)}" for r in runs[:3])
             self.problems.append(f"{name!r} is {list(like.shape)} in {self.like.checkpoint.ref}, but {shapes} here")
             return
-        if not whole and other.spec(runs[0].name).shape[-1:] != like.shape[-1:]:
+        if not whole and len(like.shape) > 1 and other.spec(runs[0].name).shape[-1:] != like.shape[-1:]:
             self.problems.append(
                 f"{runs[0].name!r} is {list(other.spec(runs[0].name).shape)}, which {name!r} {list(like.shape)} of "
                 f"{self.like.checkpoint.ref} is not made of"
@@ -250,6 +278,14 @@ class _Translation:
         if runs[0].name != name:
             self.renamed += 1
             self.example = self.example if self.example[0] else (runs[0].name, name)
+
+
+#: what leads to a numbered layer, and its number
+_LAYER = re.compile(r"(.*?\.?(?:layers?|h|blocks?|resblocks))\.(\d+)\.")
+
+
+def _renumbered(name: str, number: int) -> str:
+    return _LAYER.sub(lambda m: f"{m[1]}.{number}.", name, count=1)
 
 
 def _leading(prefix: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.checkpoints.meaning.architectures import default_of, list_rule_of
+from stockpot.checkpoints.meaning.architectures import default_of, has_list, list_rule_of
 
 __all__ = ["POSITIONS", "Rule", "Vector", "effective", "rules_for"]
 
@@ -43,8 +43,12 @@ def _entries_of(part: Mapping[str, Any], kind: Any, key: str, n: int) -> Vector 
     value = part.get(key)
     if isinstance(value, (list, tuple)):
         return list(value) if len(value) == n else None
+    first = whole(effective(part, kind, "max_window_layers"))
+    if key == "layer_types" and kind in _WINDOWED and part.get("use_sliding_window") and first is not None:
+        slides = part.get("sliding_window", 0) is not None
+        return ["sliding_attention" if slides and i >= first else "full_attention" for i in range(n)]
     rule = list_rule_of(kind, key)
-    if rule is None:
+    if rule is None or (key == "layer_types" and part.get("use_sliding_window")):
         return None
     head, repeated, last = rule[:3]
     if key == "layer_types":
@@ -66,7 +70,7 @@ def _knows_list(kind: Any, key: str) -> bool:
     return list_rule_of(kind, key) is not None
 
 
-def _whole(value: Any) -> int | None:
+def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -87,7 +91,7 @@ class Rule:
 def _positions(key: str) -> Rule:
     def vector(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
         value = part.get(key)
-        if not isinstance(value, list) or not all(_whole(v) is not None for v in value):
+        if not isinstance(value, list) or not all(whole(v) is not None for v in value):
             return None
         inside = {v % n if v < 0 else v for v in value}
         return [i in inside for i in range(n)]
@@ -159,7 +163,7 @@ def _searched(
     """
 
     def numbers(part: Mapping[str, Any], kind: Any) -> dict[str, int] | None:
-        found = {k: _whole(effective(part, kind, k)) for k in keys}
+        found = {k: whole(effective(part, kind, k)) for k in keys}
         return None if any(v is None for v in found.values()) else {k: int(v or 0) for k, v in found.items()}
 
     def vector(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
@@ -194,7 +198,7 @@ def _searched(
 
 def _sparse(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
     """Qwen's mixtures: experts in every `decoder_sparse_step`-th layer that is not in `mlp_only_layers`."""
-    step = _whole(effective(part, kind, "decoder_sparse_step"))
+    step = whole(effective(part, kind, "decoder_sparse_step"))
     only = effective(part, kind, "mlp_only_layers")
     if step is None or step < 1 or not isinstance(only, list):
         return None
@@ -207,7 +211,7 @@ def _said_sparse(wanted: Vector, part: Mapping[str, Any], kind: Any) -> dict[str
 
 def _dense_first(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
     """DeepSeek's: experts from `first_k_dense_replace` on, in every `moe_layer_freq`-th layer, or as a list says."""
-    first = _whole(effective(part, kind, "first_k_dense_replace"))
+    first = whole(effective(part, kind, "first_k_dense_replace"))
     every = effective(part, kind, "moe_layer_freq")
     if isinstance(every, list):
         return [bool(v) for v in every] if len(every) == n else None
@@ -230,12 +234,22 @@ def _said_dense_first(wanted: Vector, part: Mapping[str, Any], kind: Any) -> dic
     return None
 
 
-def _windows(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
-    """Qwen2's windows: sliding from `max_window_layers` on, where they are used and no list says which."""
-    first = _whole(effective(part, kind, "max_window_layers"))
-    if first is None or not part.get("use_sliding_window") or part.get("layer_types"):
-        return None
-    return ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
+def _unknown(key: str) -> Rule:
+    """What depends on a layer's number in a way that is not known: layers may only stay where they are."""
+
+    def vector(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
+        if part.get(key):
+            return None
+        if has_list(kind, key) and list_rule_of(kind, key) is None:
+            return [f"that of layer {i}" for i in range(n)]
+        windows = key == "layer_types" and part.get("use_sliding_window") and kind not in _WINDOWED
+        return [f"that of layer {i}" for i in range(n)] if windows else None
+
+    return Rule(key, vector, lambda wanted, part, kind: None)
+
+
+#: types whose layers slide from `max_window_layers` on
+_WINDOWED = ("qwen2", "qwen3")
 
 
 _RULES: tuple[Rule, ...] = (
@@ -247,7 +261,9 @@ _RULES: tuple[Rule, ...] = (
     _by_layer("per_layer_config"),
     Rule("mlp_only_layers", _sparse, _said_sparse),
     Rule("first_k_dense_replace", _dense_first, _said_dense_first),
-    Rule("max_window_layers", _windows, lambda wanted, part, kind: {"layer_types": list(wanted)}),
+    _unknown("layer_types"),
+    _unknown("mlp_layer_types"),
+    _unknown("no_rope_layers"),
     _searched(["num_dense_layers"], lambda v, i, n: i < v["num_dense_layers"], lambda n: [[*range(n + 1)]]),
     _searched(["n_dense_layers"], lambda v, i, n: i < v["n_dense_layers"], lambda n: [[*range(n + 1)]]),
     _searched(["num_hash_layers"], lambda v, i, n: i < v["num_hash_layers"], lambda n: [[*range(n + 1)]]),
@@ -290,7 +306,7 @@ def _interval(key: str) -> Rule:
     listed, says = _INTERVALS[key]
 
     def vector(part: Mapping[str, Any], kind: Any, n: int) -> Vector | None:
-        every = _whole(effective(part, kind, key))
+        every = whole(effective(part, kind, key))
         if every is None or every < 1 or part.get(listed) or _knows_list(kind, listed):
             return None
         return [says(i, every) for i in range(n)]

@@ -32,12 +32,13 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], str]:
 @dataclass(frozen=True)
 class Piece:
     """A tensor of memory, or one part of one that is put together: numbers of an expert, of a projection. None: of an
-    operation that is known by name only.
+    operation that is known by name only; index: which of its sources it is then.
     """
 
     key: str
     part: tuple[int, ...] | None = ()
     how: str = ""
+    index: tuple[int | None, int] = (None, 0)
 
 
 def pieces_of(name: str, renames: Sequence[Rename], prefix: str) -> list[Piece]:
@@ -59,5 +60,7 @@ def pieces_of(name: str, renames: Sequence[Rename], prefix: str) -> list[Piece]:
         if how == ("Chunk",) and len(rename.sources) == 1:
             first = rename.targets[0]
             return [Piece(new.replace(first, target, 1)) for target in rename.targets]
-        return [Piece(new, None, f"{' and '.join(o.split()[0] for o in how)} of {rename.sources[which]}")]
+        return [
+            Piece(new, None, f"{' and '.join(o.split()[0] for o in how)} of {rename.sources[which]}", (number, which))
+        ]
     return [Piece(name)]

@@ -25,6 +25,8 @@ _EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embed
                "transformer.embeddings.weight")  # fmt: skip
 #: second names of an encoder-decoder's shared embedding, tied whatever `tie_word_embeddings` says
 _SHARED_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+#: types that tie their shared embedding whatever the config says
+_ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "pop2piano", "udop"))
 #: biases that are one: (second name, the one that counts)
 _BIASES = (("cls.predictions.decoder.bias", "cls.predictions.bias"), ("lm_head.decoder.bias", "lm_head.bias"))
 
@@ -46,12 +48,14 @@ class Tie:
     second, first  the name that is left out where both are stored, and the one that counts
     tied           True, False, or None where nobody says
     known          from what: "config.json", "the default of gemma2", "always", "equal bytes"
+    key            where in the config the word on it stands: pairs of one key are untied together
     """
 
     second: str
     first: str
     tied: bool | None
     known: str
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ class Ties:
             return head.first if head is not None and head.tied is not False and head.first in held else None
         return None
 
+    def together(self, names: Iterable[str]) -> list[str]:
+        """Second names that become tensors of their own where some are untied: their config has one word for all of a key."""
+        keys = {t.key for t in self.pairs for n in names if n in (t.second, t.first)}
+        return [t.second for t in self.pairs if t.key in keys and t.tied and t.known != "always"]
+
     def twins(self) -> set[str]:
         """Names of tensors that are one with another, stored or not."""
         apart = set(self.apart)
@@ -102,7 +111,7 @@ def find_ties(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], same: 
     architecture = architecture_of(config, specs)
     pairs = {t.second: t for t in _declared(architecture, specs, config)}
     general = _declared_word(config, architecture)
-    for tie in _by_suffix(specs, general):
+    for tie in _by_suffix(specs, general, described=architecture is not None):
         pairs.setdefault(tie.second, tie)
     duplicates: dict[str, str] = {}
     apart, copies = [], set()
@@ -134,7 +143,7 @@ def _declared(
     wanted = {n.removeprefix(head) for t in architecture.ties for n in t[:2]}
     ends = {n.rpartition(".")[2] for n in wanted}
     plain, _ = without_wrappers(specs)
-    renames = renames_of(architecture)
+    renames = renames_of(architecture, config)
     stored: dict[str, str] = {}
     for name in specs:
         if name.rpartition(".")[2] not in ends or plain[name].count(".") > 7:
@@ -149,9 +158,10 @@ def _declared(
         a, b = second.removeprefix(head), first.removeprefix(head)
         if a in stored or b in stored:
             tied, known = _word(config, path)
-            if any(a == c or a.endswith("." + c) for c in _SHARED_COPIES) and b.endswith("shared.weight"):
+            copies = any(a == c or a.endswith("." + c) for c in _SHARED_COPIES) and b.endswith("shared.weight")
+            if copies and architecture.model_type in _ALWAYS:
                 tied, known = True, "always"
-            yield Tie(stored.get(a, second), stored.get(b, first), tied, known)
+            yield Tie(stored.get(a, second), stored.get(b, first), tied, known, path)
 
 
 def _word(config: Mapping[str, Any], path: str) -> tuple[bool | None, str]:
@@ -180,8 +190,10 @@ def _declared_word(config: Mapping[str, Any], architecture: Architecture | None)
     return _word(config, "") if architecture is not None else (None, "nobody says")
 
 
-def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str]) -> Iterable[Tie]:
-    """Pairs by the usual names of heads, embeddings and their biases."""
+def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str], *, described: bool) -> Iterable[Tie]:
+    """Pairs by the usual names of heads, embeddings and their biases. described: the class has said all that it ties."""
+    if described:
+        word = (False, "its class does not tie them")
     heads = [n for n in specs if is_head(n)] or ["lm_head.weight"]
     for name in heads:
         embedding = _embedding_for(specs.get(name), specs)
@@ -192,10 +204,10 @@ def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str]) -
             if name == suffix or name.endswith("." + suffix):
                 shared = name[: len(name) - len(suffix)] + "shared.weight"
                 if shared in specs and specs[shared].shape == spec.shape:
-                    yield Tie(name, shared, True, "always")
+                    yield Tie(name, shared, *(word if word[0] is False else (True, "always")))
         for second, first in _BIASES:
             if name == second and first in specs:
-                yield Tie(second, first, True, "always")
+                yield Tie(second, first, *(word if word[0] is False else (True, "always")))
 
 
 def _embedding_for(spec: TensorSpec | None, specs: Mapping[str, TensorSpec]) -> str | None:
