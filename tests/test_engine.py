@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import stockpot
 from stockpot import Options
-from stockpot.errors import ArgumentError, OutputError, VerificationError
+from stockpot.errors import ArgumentError, CheckpointError, OutputError, VerificationError
 from stockpot.methods import Cost, Mask, PerModel, Rank, Real, Scope, Space, Total, dare_ties, method, ties
 from stockpot.methods.arrays import magnitude
 from stockpot.methods.declaration import _REGISTRY
@@ -324,7 +324,7 @@ def test_side_files_come_from_the_base(family: Path, tmp_path: Path) -> None:
             (tmp_path / name / file).write_text(f"{file} of {name}")
         for junk in ("optimizer.pt", "trainer_state.json", "training_args.bin", "pytorch_model.bin"):
             (tmp_path / name / junk).write_text("x")
-    text = f"merge_method: linear\nmodels: [{tmp_path}/a, {tmp_path}/base]\n"
+    text = f"merge_method: linear\nvocab: by_position\nmodels: [{tmp_path}/a, {tmp_path}/base]\n"
     stockpot.merge(text + f"base_model: {tmp_path}/base\n", tmp_path / "out")
     stockpot.merge(text, tmp_path / "first")
     stockpot.merge(text + f"tokenizer_source: {tmp_path}/base\n", tmp_path / "asked")
@@ -490,7 +490,12 @@ def test_modules_that_point_elsewhere(family: Path, tmp_path: Path, modules: str
 
     shutil.copytree(family / "a", tmp_path / "a")
     (tmp_path / "a/modules.json").write_text(modules)
-    stockpot.merge(f"merge_method: linear\nmodels: [{tmp_path}/a, {family}/b]\n", tmp_path / "out")
+    text = f"merge_method: linear\nmodels: [{tmp_path}/a, {family}/b]\n"
+    if ".." in modules:
+        with pytest.raises(CheckpointError, match="lies outside of the directory"):
+            stockpot.merge(text, tmp_path / "out")
+        return
+    stockpot.merge(text, tmp_path / "out")
     stockpot.verify(tmp_path / "out")
 
 

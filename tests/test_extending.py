@@ -163,9 +163,7 @@ def test_a_format(files: Path, formats: dict[str, Any]) -> None:
         fsspec.filesystem("memory").put(str(files / folder), f"/npz/{folder}", recursive=True)
     with pytest.raises(CheckpointError, match=r"no safetensors file; found config.json, model.npz"):
         open_checkpoint(files / "a")
-    with pytest.raises(
-        CheckpointError, match=r"only files of a known format .*: safetensors \(.safetensors\); torch \("
-    ):
+    with pytest.raises(CheckpointError, match=r"numpy's archive of arrays"):
         open_checkpoint(files / "a/model.npz")
     runpy.run_path(str(files / "npz_format.py"))
     assert open_checkpoint(files / "a").config == {"architectures": ["Some"]}

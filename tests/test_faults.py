@@ -309,7 +309,7 @@ def test_more_shards_than_files_may_be_open(family, tmp_path, soft, hard, code):
         "from stockpot.cli.main import main; main()"
     )
     (tmp_path / "r.yml").write_text(f"merge_method: linear\nmodels: [{family}/a, {family}/b]\n")
-    command = [sys.executable, "-c", script, "merge", "r.yml", "out", "--shard-size", "1B", "--quiet"]
+    command = [sys.executable, "-c", script, "merge", "r.yml", "out", "--shard-size", "1", "--quiet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     if code:

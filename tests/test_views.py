@@ -44,7 +44,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
         "e1": make(7, 11).half(),
         "ids": torch.arange(60).reshape(20, 3),
         "scalar": make(),
-        "empty": make(0, 4),
+        "empty": make(4, 0),
         "large": make(700, 2000),
     }
 

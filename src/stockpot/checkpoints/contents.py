@@ -46,7 +46,7 @@ def contents_of(folder: Folder) -> Checkpoint:
         if found is None:
             raise _not_a_checkpoint(text, folder.only)
         foreign = foreign_file(folder.only)
-        if foreign is not None:
+        if foreign is not None and found in (FORMATS["safetensors"], FORMATS["torch"]):
             raise LayoutError(f"{text}: {foreign.replace('{there}', os.path.dirname(text) or '.')}")
         # a trainer's own file: the config beside it may be another model's
         config = {} if found is FORMATS["torch"] else _config(os.path.join(folder.local, "config.json"))

@@ -36,6 +36,11 @@ def unify_names(
     for model in list(inputs):
         if model.role != "model" or model.index == donor or model.checkpoint.kind != "model":
             continue
+        if "mlx" in (like.dialect, model.checkpoint.dialect) and like.dialect != model.checkpoint.dialect:
+            turned = next((n for n in like.names() if len(like.spec(n).shape) > 2), None)
+            if turned is not None:
+                why = f"{model.ref}: one of it and {inputs[donor].ref} is of MLX, where {turned!r} has its channels last"
+                problems.append(MismatchError(f"{why}; convert it back with mlx_lm.convert").within(*model.places))
         found = unify(like, model.checkpoint)
         for why in found.problems:
             problems.append(MismatchError(f"{model.ref}: {why}{_WAY_OUT}").within(*model.places))
