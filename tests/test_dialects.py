@@ -539,3 +539,33 @@ def test_the_table_is_of_the_pinned_transformers() -> None:
         for entry in stored["classes"].values():
             entry["rules"] = None if entry.get("rules") is None else written["rules"][entry["rules"]]
         assert json.loads(json.dumps(found)) == stored, name
+
+
+def test_configs_that_say_tied_on_a_level_that_does_not_count() -> None:
+    """Qwen3-VL-MoE's text_config ties by default while the model does not: the level that the class asks is what counts."""
+    from stockpot.checkpoints.meaning.ties import find_ties
+
+    matrix = TensorSpec(DType.F32, (8, 4))
+    specs = {"model.language_model.embed_tokens.weight": matrix, "lm_head.weight": matrix}
+    for model_type, name in (
+        ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+    ):
+        config = {"model_type": model_type, "architectures": [name], "text_config": {"tie_word_embeddings": True}}
+        assert find_ties(specs, config | {"tie_word_embeddings": False}, lambda a, b: True).duplicates == {}
+    llava = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    assert find_ties(specs, llava | {"tie_word_embeddings": True}, lambda a, b: True).duplicates == {
+        "lm_head.weight": "model.language_model.embed_tokens.weight"
+    }
+    # T5 1.1: the head is its own, the encoder's and the decoder's embeddings are the shared one
+    t5 = {"shared.weight": matrix, "lm_head.weight": matrix, "encoder.embed_tokens.weight": matrix}
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": False}
+    assert find_ties(t5, config, lambda a, b: True).duplicates == {"encoder.embed_tokens.weight": "shared.weight"}
+
+
+def test_mlx_beside_torch_where_channels_lie_elsewhere(tmp_path: Path) -> None:
+    for n, form in (("0", "pt"), ("1", "mlx")):
+        (tmp_path / n).mkdir()
+        save_file({"conv.weight": torch.randn(4, 4, 4)}, tmp_path / n / "model.safetensors", {"format": form})
+    with pytest.raises(MismatchError, match=r"of MLX, where 'conv.weight' has its channels last"):
+        stockpot.plan(linear(tmp_path / "0", tmp_path / "1"))

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
 from stockpot.checkpoints.header import Entry, Header
+from stockpot.checkpoints.torchpickle import Inert, PickledTensor, TensorReader, Unreadable
 from stockpot.errors import CheckpointError, LayoutError
-from stockpot.specs import BY_ARRAY, DType, TensorSpec
+from stockpot.specs import DType, TensorSpec
 
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
 _MAX_PICKLE = 256 * 2**20
 #: how deep in a document state dicts are looked for
 _DEPTH = 8
-_STORAGES = {
-    "DoubleStorage": DType.F64, "FloatStorage": DType.F32, "HalfStorage": DType.F16, "BFloat16Storage": DType.BF16,
-    "Float8_e4m3fnStorage": DType.F8_E4M3, "Float8_e5m2Storage": DType.F8_E5M2, "LongStorage": DType.I64,
-    "IntStorage": DType.I32, "ShortStorage": DType.I16, "CharStorage": DType.I8, "ByteStorage": DType.U8,
-    "BoolStorage": DType.BOOL,
-}  # fmt: skip
 #: keys under which trainers keep the model's tensors: the first that is there gives names of its own, other parts' names
 #: begin with their keys
 _STATES = ("state_dict", "model_state_dict", "model", "module", "params", "weights", "net")
@@ -54,125 +47,6 @@ class TorchFile:
     header: Header
     scalars: Mapping[str, Any]
     scores: Mapping[str, float] = field(default_factory=dict)
-
-
-class _Sealed:
-    """What a pickle may make but not alter."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class _Storage(_Sealed):
-    key: str
-    dtype: DType | None
-    numel: int
-
-
-@dataclass(frozen=True)
-class _Tensor(_Sealed):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class _Inert:
-    """What stands for anything that the reader does not know: takes every call, does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Inert()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def add(self, item: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class _Unreadable(_Inert):
-    """A tensor of a kind that the reader does not know (sparse, quantised...)."""
-
-    how = ""
-
-
-class _Named(_Sealed):
-    """What stands for a class or function that the reader knows: made anew each time, so that a file can't reach the
-    reader's own tables through it.
-    """
-
-    __slots__ = ("call", "value")
-
-    def __init__(self, call: Callable[..., Any] | None = None, value: DType | None = None) -> None:
-        self.call = call
-        self.value = value
-
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args) if self.call is not None else _Inert()
-
-
-def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
-    if not isinstance(storage, _Storage):
-        return _Inert()
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
-
-
-def _rebuild_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, gradient: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Any:
-    """Dtypes without a storage class of their own lie in untyped storages."""
-    if not isinstance(storage, _Storage):
-        return _Inert()
-    known = dtype.value if isinstance(dtype, _Named) else None
-    return _Tensor(_Storage(storage.key, known, storage.numel), offset, tuple(shape), tuple(stride))
-
-
-def _parameter(data: Any, *rest: Any) -> Any:
-    return data
-
-
-_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("collections", "OrderedDict"): lambda *args: OrderedDict(),
-    ("collections", "defaultdict"): lambda *args: OrderedDict(),
-}
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
-            return _Named(_KNOWN[module, name])
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Named(value=_STORAGES[name])
-        if module == "torch" and name in BY_ARRAY:
-            return _Named(value=BY_ARRAY[name])
-        if module.startswith("torch") and name.startswith("_rebuild"):
-            return type("Unreadable", (_Unreadable,), {"how": f"{module}.{name}"})
-        return type("Inert", (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str):
-            dtype = pid[1].value if isinstance(pid[1], _Named) else None
-            return _Storage(pid[2], dtype, pid[4] if isinstance(pid[4], int) else -1)
-        return _Inert()
 
 
 def read_torch_file(path: str) -> TorchFile:
@@ -205,11 +79,11 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
             raise
         raise CheckpointError(f"{path}: not a readable zip file: {e}; an interrupted save?") from e
     try:
-        document = _Reader(io.BytesIO(pickled)).load()
+        document = TensorReader(io.BytesIO(pickled)).load()
     except Exception as e:  # whatever a damaged pickle leads to
         raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
     if not isinstance(document, dict):
-        what = "an object (a module, pickled whole?)" if isinstance(document, _Inert) else type(document).__name__
+        what = "an object (a module, pickled whole?)" if isinstance(document, Inert) else type(document).__name__
         raise LayoutError(
             f"{path}: expected a mapping from names to tensors, got {what}; save a state_dict: "
             "torch.save(model.state_dict(), FILE)"
@@ -274,7 +148,12 @@ def _scores(document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tu
         if not isinstance(state, dict):
             continue
         name, score = state.get("monitor"), state.get("current_score")
-        if isinstance(name, str) and isinstance(score, _Tensor) and score.storage.key in places and not score.shape:
+        if (
+            isinstance(name, str)
+            and isinstance(score, PickledTensor)
+            and score.storage.key in places
+            and not score.shape
+        ):
             start = places[score.storage.key][0]
             kind = {DType.F32: "<f", DType.F64: "<d"}.get(score.storage.dtype or DType.U8)
             if kind is not None:
@@ -291,7 +170,7 @@ class _States:
 
     def __init__(self, path: str, document: dict[Any, Any]) -> None:
         self.path = path
-        self.tensors: dict[str, _Tensor] = {}
+        self.tensors: dict[str, PickledTensor] = {}
         self.parts: dict[str, str] = {}
         self.members: dict[str, frozenset[str]] = {}
         self.left: list[str] = []
@@ -311,10 +190,10 @@ class _States:
         """
         for own, tensor in state.items():
             name = f"{prefix}{own}"
-            if isinstance(tensor, _Unreadable):
+            if isinstance(tensor, Unreadable):
                 raise CheckpointError(f"{self.path}: tensor {name!r}: of a kind that can't be read ({tensor.how})")
-            if not isinstance(tensor, _Tensor):
-                if isinstance(tensor, _Inert) and key:
+            if not isinstance(tensor, PickledTensor):
+                if isinstance(tensor, Inert) and key:
                     self.left.append(f"{name} (no tensor, but an object of python)")
                 continue
             if beside and not tensor.shape:
@@ -328,7 +207,7 @@ class _States:
     @staticmethod
     def direct(found: Mapping[Any, Any]) -> bool:
         """Whether a mapping is a state dict itself."""
-        return any(isinstance(v, (_Tensor, _Unreadable)) for v in found.values())
+        return any(isinstance(v, (PickledTensor, Unreadable)) for v in found.values())
 
     def states(self, found: Mapping[Any, Any], at: str) -> dict[str, Mapping[Any, Any]]:
         """The state dicts below a mapping, by the keys that lead to them; entries of lists by their numbers."""
@@ -338,8 +217,8 @@ class _States:
             if isinstance(value, (list, tuple)):
                 value = dict(enumerate(value))
             elif (
-                isinstance(value, _Inert)
-                and not isinstance(value, _Unreadable)
+                isinstance(value, Inert)
+                and not isinstance(value, Unreadable)
                 and where in (*_STATES, "ema", "model_ema")
             ):
                 self.left.append(f"{where} (a pickled module)")
@@ -358,14 +237,14 @@ class _States:
 
 
 def _holds_tensors(value: Any, depth: int = 12) -> bool:
-    if isinstance(value, _Tensor):
+    if isinstance(value, PickledTensor):
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return depth > 0 and any(_holds_tensors(v, depth - 1) for v in inner)
 
 
 def _why_empty(document: Mapping[Any, Any]) -> str:
-    modules = [k for k, v in document.items() if isinstance(v, _Inert) and k in (*_STATES, "ema", "model")]
+    modules = [k for k, v in document.items() if isinstance(v, Inert) and k in (*_STATES, "ema", "model")]
     if modules:
         return (
             f"{modules[0]!r} is a pickled module, as ultralytics saves it, not a state_dict; load it with the code that made it "
@@ -374,14 +253,14 @@ def _why_empty(document: Mapping[Any, Any]) -> str:
     return f"holds no tensors by name; it has {', '.join(map(str, list(document)[:8]))}"
 
 
-def _axes(tensor: _Tensor) -> tuple[int, ...]:
+def _axes(tensor: PickledTensor) -> tuple[int, ...]:
     """The axes in the order in which elements lie: the outermost first."""
     wide = [i for i, size in enumerate(tensor.shape) if size > 1]
     order = iter(sorted(wide, key=lambda i: (-tensor.stride[i], i)))
     return tuple(next(order) if size > 1 else i for i, size in enumerate(tensor.shape))
 
 
-def _entry(path: str, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) -> Entry:
+def _entry(path: str, name: str, tensor: PickledTensor, places: Mapping[str, tuple[int, int]]) -> Entry:
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {why}")
 

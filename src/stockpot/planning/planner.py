@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from stockpot.adapters import config_for
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.checkpoints.meaning.depth import Pick, describing_part, hidden_layers
 from stockpot.checkpoints.meaning.layers import map_layers
 from stockpot.checkpoints.views import with_zeros
 from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, raise_problems
@@ -19,22 +17,15 @@ from stockpot.planning.account import account_of, note_left_files, note_other_se
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
-from stockpot.planning.config import Layers, output_config
+from stockpot.planning.config import output_config
 from stockpot.planning.factoring import Factoring, check_space, open_adapters
 from stockpot.planning.filling import Filler, replacement
 from stockpot.planning.inputs import Inputs
 from stockpot.planning.layout import lay_out
-from stockpot.planning.matching import (
-    Matcher,
-    Member,
-    Section,
-    layer_kinds,
-    match_models,
-    match_slices,
-    primary_stack,
-)
+from stockpot.planning.matching import Matcher, Member, Section, match_models
 from stockpot.planning.parameters import ParameterResolver, all_settings
 from stockpot.planning.plan import ModelInput, Plan, TensorPlan
+from stockpot.planning.slicing import match_slices, output_layers
 from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
@@ -46,8 +37,6 @@ from stockpot.runs import Run, Soup
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
-#: types whose layers do with their number something that no config says
-_BY_NUMBER = ("diffllama", "beam", "minicpm3", "minimax", "decision_transformer")
 
 
 def build_plan(
@@ -342,7 +331,7 @@ class _Planner(Inputs):
                 config = output_config(
                     config,
                     dtype=dtype,
-                    layers=self.layers(checkpoint, parts) if self.recipe.slices else None,
+                    layers=output_layers(checkpoint, parts, self.inputs, self.notes) if self.recipe.slices else None,
                     untied=matcher.untied,
                     vocabulary=vocabulary,
                 )
@@ -364,56 +353,6 @@ class _Planner(Inputs):
                 raise MismatchError(
                     f"absent: {self.recipe.absent}: another model has {count} layers in {stack!r}, {donor.ref} has {own[stack]}, "
                     "and the config is taken from it: name the deepest model first, or as base_model"
-                )
-
-    def layers(self, donor: Checkpoint, parts: Sequence[Section]) -> Layers:
-        """Which layers of which models the output's are described by."""
-        stack, old, _ = primary_stack(donor)
-        picks: list[Pick] = []
-        known: dict[int, tuple[Any, ...]] = {}
-        for part in parts:
-            lead = next((e for e in part.entries if e.model == part.base), part.entries[0])
-            checkpoint = self.inputs[lead.model].checkpoint
-            if lead.model not in known:
-                held = primary_stack(checkpoint)[1]
-                found = describing_part(checkpoint.config, stack, held)
-                own = (
-                    found[1:]
-                    if found is not None
-                    else (describing_part(donor.config, stack, old) or ("", {}, None))[1:]
-                )
-                known[lead.model] = (
-                    *own,
-                    hidden_layers(checkpoint.config, stack, held),
-                    layer_kinds(checkpoint, stack),
-                )
-            config, kind, count, kinds = known[lead.model]
-            start, stop = lead.layers or (0, count)
-            picks += [Pick(config, count, i, kind, kinds, self.inputs[lead.model].ref) for i in range(start, stop)]
-        config = donor.config
-        counts = config.get("model_type") in _BY_NUMBER or config.get("scale_attn_by_inverse_layer_idx")
-        if counts and [p.layer for p in picks] != list(range(len(picks))):
-            self.notes.append(
-                f"{donor.ref}: its layers compute with their own number, which is another one for some of them in the output"
-            )
-        stacks = donor.layers().stacks
-        self.check_outside(donor, stack, [p.layer for p in picks] != list(range(old)))
-        return Layers(stack, old, picks, alone=all(n != old for s, n in stacks.items() if s != stack))
-
-    def check_outside(self, donor: Checkpoint, stack: str, changed: bool) -> None:
-        """Nothing outside the layers may have an entry for each of them. Raises MismatchError."""
-        numbered: dict[str, list[str]] = {}
-        for name in donor.names() if changed else ():
-            if not name.startswith(f"{stack}."):
-                head, _, last = name.rpartition(".")
-                key = head if last.isdigit() else name if "per_layer" in name else ""
-                numbered.setdefault(key, []).append(name)
-        old = donor.layers().stacks[stack]
-        for key, names in numbered.items():
-            if key and ("per_layer" in key or abs(len(names) - old) <= 1):
-                raise MismatchError(
-                    f"{names[0]!r} {list(donor.spec(names[0]).shape)} has an entry for each layer, but lies outside of them, so "
-                    "that other layers can't be chosen: merge it with 'models'"
                 )
 
     def tokenizer_donor(self, donor: int) -> int:

@@ -39,7 +39,9 @@ def unify_names(
         if "mlx" in (like.dialect, model.checkpoint.dialect) and like.dialect != model.checkpoint.dialect:
             turned = next((n for n in like.names() if len(like.spec(n).shape) > 2), None)
             if turned is not None:
-                why = f"{model.ref}: one of it and {inputs[donor].ref} is of MLX, where {turned!r} has its channels last"
+                why = (
+                    f"{model.ref}: one of it and {inputs[donor].ref} is of MLX, where {turned!r} has its channels last"
+                )
                 problems.append(MismatchError(f"{why}; convert it back with mlx_lm.convert").within(*model.places))
         found = unify(like, model.checkpoint)
         for why in found.problems:
