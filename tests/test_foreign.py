@@ -145,8 +145,9 @@ def test_empty_shells(tmp_path: Path, shape: tuple[int, ...], form: str) -> None
 
 def test_empty_tensors_that_are_the_models_own(tmp_path: Path) -> None:
     """A width of nothing, as MobileBERT may have, and integers: not what gathering leaves."""
-    save_file({"w": torch.empty(4, 0), "n": torch.empty(0, dtype=torch.int64)}, tmp_path / "model.safetensors")
-    assert len(open_checkpoint(tmp_path)) == 2
+    own = {"w": torch.empty(4, 0), "n": torch.empty(0, dtype=torch.int64), "v": torch.empty(0, 4)}
+    save_file(own | {f"{i}": torch.ones(2) for i in range(8)}, tmp_path / "model.safetensors")
+    assert len(open_checkpoint(tmp_path)) == 11
 
 
 def test_an_adapter_of_mlx(tmp_path: Path) -> None:

@@ -616,3 +616,42 @@ def test_heads_are_one_file_whatever_the_size(tmp_path: Path) -> None:
     assert [f.name for f in (tmp_path / "out/2_Dense").glob("*.safetensors")] == ["model.safetensors"]
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     stockpot.verify(tmp_path / "out")
+
+
+def test_factors_without_a_config_are_not_averaged(tmp_path: Path) -> None:
+    """kohya's and diffusers' LoRA files."""
+    for n in (0, 1):
+        names = ("lora_unet_down_0.lora_down.weight", "lora_unet_down_0.lora_up.weight", "lora_unet_down_0.alpha")
+        save_file({name: torch.ones(4, 4) for name in names}, tmp_path / f"{n}.safetensors")
+    with pytest.raises(MismatchError, match=r"'lora_unet_down_0.lora_down.weight' is a factor of a LoRA"):
+        stockpot.plan(linear(tmp_path / "0.safetensors", tmp_path / "1.safetensors"))
+    stockpot.inspect(tmp_path / "0.safetensors")
+
+
+def test_an_adapter_of_a_compiled_model(tmp_path: Path) -> None:
+    """PEFT finds what is averaged: no part of its names is the compiler's."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    llamas(tmp_path)
+    for n in (0, 1):
+        base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "0")
+        torch.manual_seed(n)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / f"lora{n}")
+        file = tmp_path / f"lora{n}/adapter_model.safetensors"
+        save_file({f"_orig_mod.{k}": v for k, v in load_file(file).items()}, file)
+    for mode in ("factors", "product"):
+        stockpot.merge(linear(tmp_path / "lora0", tmp_path / "lora1", adapter=mode), tmp_path / mode)
+        loaded = PeftModel.from_pretrained(tf.LlamaForCausalLM.from_pretrained(tmp_path / "0"), tmp_path / mode)
+        assert all(p.abs().max() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+
+
+def test_tokens_whose_rows_are_cut_off(tmp_path: Path) -> None:
+    for n, size in ((0, 96), (1, 90)):
+        model = tf.LlamaForCausalLM(tiny.tiny(tf.LlamaForCausalLM, tf.LlamaConfig, n).config)
+        model.resize_token_embeddings(size)
+        model.save_pretrained(tmp_path / str(n))
+        (tmp_path / str(n) / "vocab.json").write_text(json.dumps({f"t{i}": i for i in range(size)}))
+    with pytest.raises(MismatchError, match=r"gives 't95' row 95, and 90 rows are kept; .*tokenizer_source: .*/1"):
+        stockpot.plan(linear(tmp_path / "0", tmp_path / "1", vocab="crop"))
+    stockpot.plan(linear(tmp_path / "0", tmp_path / "1", vocab="crop", tokenizer_source=str(tmp_path / "1")))

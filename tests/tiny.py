@@ -210,7 +210,7 @@ def wrong_with_layers(cls: type, folder: Path, config: Any, ranges: list[tuple[i
     try:
         stockpot.merge({"merge_method": "passthrough", "slices": pieces}, folder / "out", overwrite=True)
     except stockpot.StockpotError as e:
-        return f"refused: {e.what.removeprefix(str(folder / 'a') + ': ')}"
+        return f"refused: {e.what.replace(str(folder / 'a'), 'its model')}"
     made, info = cls.from_pretrained(folder / "out", output_loading_info=True, dtype=torch.float32)
     keys = {k: sorted(map(str, info[k]))[:2] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
     if keys:

@@ -48,7 +48,7 @@ def tried(model_type: str) -> tuple[str, str, str]:
         try:
             merged = tiny.wrong_with(cls, folder, first, second) or "right"
         except Exception as e:
-            merged = f"{type(e).__name__}: {str(e)[:150]}"
+            merged = f"{type(e).__name__}: {' '.join(str(e).replace(str(folder), '').split())[:150]}"
         layers = ""
         if model_type in tiny.causal_types():
             found = [tiny.wrong_with_layers(cls, folder, model.config, r) for r in tiny.TAKEN.values()]
@@ -71,7 +71,7 @@ def main() -> None:
     text += f"\n## Merged: {len(right)} types\n\n{', '.join(right)}.\n"
     text += f"\n## Layers taken apart: {len(follows)} types\n\n{', '.join(follows)}.\n"
     text += f"\n## Layers refused: {len(refused)} types\n\nTheir configs can't say what the layers would be.\n\n"
-    text += "".join(f"- {t}: {why.removeprefix('refused: ')}\n" for t, why in refused)
+    text += "".join(f"- {t}: {why.removeprefix('refused: ').removeprefix('its model: ')}\n" for t, why in refused)
     if odd:
         text += f"\n## Not right: {len(odd)} types\n\n" + "".join(f"- {t}: {m} {d}\n" for t, m, d in odd)
     text += f"\n## Not tried: {len(skipped)} types\n\nThey can't be made of their default configs with small numbers in them.\n\n"

@@ -15,8 +15,10 @@ from stockpot.checkpoints.files import LocalFile, check_link
 from stockpot.checkpoints.foreign import check_whole
 from stockpot.checkpoints.formats import read_description
 from stockpot.checkpoints.header import Header
+from stockpot.checkpoints.meaning.memory import without_wrappers
 from stockpot.checkpoints.quantised import loadable
 from stockpot.checkpoints.transposed import in_order
+from stockpot.checkpoints.views import renamed
 from stockpot.errors import CheckpointError
 from stockpot.files import is_url, without_file_scheme
 
@@ -98,7 +100,17 @@ class LocalFolder:
 def _open(folder: Folder) -> Checkpoint:
     found = contents_of(folder)
     check_whole(found, lambda: [] if folder.only else folder.names)
-    return loadable(in_order(found))
+    return _unwrapped(loadable(in_order(found)))
+
+
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """An adapter under the names that PEFT looks for: without what torch.compile and the like put into them."""
+    if checkpoint.kind != "adapter":
+        return checkpoint
+    plain, wrapped = without_wrappers(checkpoint.names())
+    if not wrapped or len(set(plain.values())) < len(plain):
+        return checkpoint
+    return renamed(checkpoint, {new: old for old, new in plain.items()})
 
 
 def _close_name(text: str, path: str) -> str:

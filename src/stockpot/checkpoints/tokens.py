@@ -12,7 +12,7 @@ from typing import Any
 from stockpot.checkpoints.beside import part_folders
 from stockpot.errors import CheckpointError
 
-__all__ = ["Difference", "compared"]
+__all__ = ["Difference", "compared", "highest"]
 
 #: where tokens are listed, the first that both models have counts
 _FILES = (
@@ -38,6 +38,18 @@ def compared(own: str, theirs: str, rows: int | None = None) -> Difference | Non
         if found is not None:
             return Difference(found.moved, f"{place}: {found.why}" if place else found.why)
     return None
+
+
+def highest(directory: str) -> tuple[str, int] | None:
+    """The token with the highest row that the tokenizer of a directory gives; None where that is not known."""
+    found = _added(directory)
+    for name in _FILES:
+        path = os.path.join(directory, name)
+        if os.path.isfile(path):
+            read = _READERS[name] if name in _READERS else _READERS[os.path.splitext(name)[1]]
+            found |= read(_read(path)) or {}
+            break
+    return max(found.items(), key=lambda pair: pair[1], default=None)
 
 
 def _places(own: str, theirs: str) -> list[str]:

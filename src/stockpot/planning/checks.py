@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 
 from stockpot.checkpoints.meaning.roles import is_vocabulary
@@ -13,6 +14,7 @@ from stockpot.recipes.schema import Recipe
 
 __all__ = ["check_fit", "check_kinds", "check_patterns", "check_statistics"]
 
+_FACTOR = re.compile(r"(\.|_)lora_?(up|down|A|B|a|b|mid)(\.|$)|\.hada_w\d_|\.lokr_w\d")
 #: settings of a LoRA that must agree before its factors can be combined
 _ADAPTER_KEYS = (
     "peft_type", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
@@ -32,6 +34,16 @@ def check_kinds(
     said: the user chose the factors; factors: they are combined module by module, whatever their settings.
     """
     kinds = {m.checkpoint.kind for m in inputs}
+    for model in inputs if len(inputs) > 1 else ():
+        factor = next((n for n in model.checkpoint.names() if _FACTOR.search(n)), None)
+        if model.checkpoint.kind == "model" and factor is not None:
+            why = (
+                f"{model.ref}: {factor!r} is a factor of a LoRA, in a file of no adapter_config.json (kohya's, diffusers'): "
+                "averaging factors and their scales apart is not averaging what they do; convert it to PEFT's format, or apply "
+                "it to its base, and merge that"
+            )
+            problems.append(MismatchError(why).within(*model.places))
+            return
     if len(kinds) > 1:
         adapters = [m.ref for m in inputs if m.checkpoint.kind == "adapter"]
         others = [m.ref for m in inputs if m.checkpoint.kind != "adapter"]

@@ -30,7 +30,7 @@ from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
 from stockpot.planning.unifying import unify_names
-from stockpot.planning.vocabulary import check_vocabularies, crop_vocabularies
+from stockpot.planning.vocabulary import check_cut_off, check_vocabularies, crop_vocabularies
 from stockpot.recipes.schema import ModelEntry, Recipe, Source
 from stockpot.runs import Run, Soup
 
@@ -170,6 +170,8 @@ class _Planner(Inputs):
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
         check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
+        if vocabulary is not None:
+            check_cut_off(self.inputs, self.tokenizer_donor(donor), vocabulary[1], recipe, self.problems)
         self.stop_if_bad()
         taken = self.inputs[donor].checkpoint
         holders = [taken, *(m.checkpoint for m in models if m.index != donor)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stockpot.checkpoints.meaning.roles import is_vocabulary
-from stockpot.checkpoints.tokens import compared
+from stockpot.checkpoints.tokens import compared, highest
 from stockpot.checkpoints.views import first_rows
 from stockpot.errors import MismatchError, StockpotError
 from stockpot.planning.plan import ModelInput, TensorPlan
@@ -54,6 +54,27 @@ def check_vocabularies(
             notes.append(f"{there}; rows are combined by position")
         if why is not None:
             problems.append(MismatchError(why).within(*model.places))
+
+
+def check_cut_off(
+    inputs: Sequence[ModelInput], tokenizer: int, rows: int, recipe: Recipe, problems: list[StockpotError]
+) -> None:
+    """A tokenizer may give no token whose row was cut off."""
+    last = highest(inputs[tokenizer].checkpoint.directory)
+    if last is None or last[1] < rows:
+        return
+    fits = [
+        m.ref
+        for m in inputs
+        if m.role == "model" and (own := highest(m.checkpoint.directory)) is not None and own[1] < rows
+    ]
+    way = f"take another one's: tokenizer_source: {fits[0]}" if fits else "take those tokens out of it first"
+    problems.append(
+        MismatchError(
+            f"vocab: crop: the tokenizer of {inputs[tokenizer].ref} gives {last[0]!r} row {last[1]}, and {rows} rows are kept; "
+            f"{way}"
+        ).within(*inputs[tokenizer].places)
+    )
 
 
 def crop_vocabularies(
