@@ -93,6 +93,15 @@ def test_periods(given: dict[str, int], taken: list[int], wanted: dict[str, int]
     assert [i % period == offset for i in range(len(taken))] == [i % old_period == old_offset for i in taken]
 
 
+def test_intervals_that_begin_with_the_first_layer() -> None:
+    config = base(global_attn_every_n_layers=2)
+    assert followed(config, [0, 1])["global_attn_every_n_layers"] == 2
+    assert followed(config, [0, 2])["global_attn_every_n_layers"] == 1
+    for taken in ([1, 2], [0, 2, 3, 3]):
+        with pytest.raises(MismatchError, match="global_attn_every_n_layers"):
+            followed(config, taken)
+
+
 def test_what_cannot_be_said_is_refused_with_the_layer() -> None:
     with pytest.raises(
         MismatchError, match=r"layer 3 of the output is layer 0 of ./m, of another kind than first_k_dense"
@@ -124,7 +133,7 @@ def test_defaults_that_the_file_leaves_out_are_written() -> None:
     # an interval of its own
     found = followed({"model_type": "exaone4", "num_hidden_layers": 4, "sliding_window_pattern": 2}, [1, 2, 3])
     assert found["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
-    found = followed({"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2}, [1, 2])
+    found = followed({"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 3}, [2, 3])
     assert found["no_rope_layers"] == [0, 1]
 
 

@@ -126,5 +126,13 @@ def test_ties() -> None:
     assert alias("lm_head.weight", {"model_type": "llama"}) is None
     assert alias("lm_head.weight", {"model_type": "gemma2"}) == "model.embed_tokens.weight"
     assert alias("x.weight", {"tie_word_embeddings": True}) is None
+    biases = {"cls.predictions.decoder.bias": other, "cls.predictions.bias": other, "x.bias": other}
+    found = find_ties(biases, {}, lambda a, b: True)
+    assert found.duplicates == {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+    assert {t.second for t in found.pairs} == {"cls.predictions.decoder.bias"}
+    # a copy of the embedding is no head of its own, and one that differs is
+    both = {"model.embed_tokens.weight": matrix, "lm_head.weight": matrix}
+    assert not find_ties(both, {}, lambda a, b: True).stands_alone("lm_head.weight", set(both))
+    assert find_ties(both, {}, lambda a, b: False).stands_alone("lm_head.weight", set(both))
     t5 = {"shared.weight": matrix, "encoder.embed_tokens.weight": matrix}
     assert find_ties(t5, {}, lambda a, b: True).duplicates == {"encoder.embed_tokens.weight": "shared.weight"}
