@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
 
+import stockpot
 from stockpot.checkpoints.meaning.architectures import default_of, list_rule_of, part_types
 from stockpot.checkpoints.meaning.depth import Pick, config_parts, describing_part, follow, hidden_layers
 from stockpot.errors import MismatchError
@@ -254,3 +257,18 @@ def test_rules_of_lists_are_those_of_transformers() -> None:
             assert _entries_of({}, model_type, "layer_types", n) == list(made), model_type
             seen += 1
     assert seen > 100
+
+
+def test_layers_that_compute_with_their_number_are_said_to_move(tmp_path: Path) -> None:
+    tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            n_embd=16, n_layer=3, n_head=2, vocab_size=32, n_positions=16, scale_attn_by_inverse_layer_idx=True
+        )
+    ).save_pretrained(tmp_path / "m")
+
+    def notes(first: int) -> tuple[str, ...]:
+        pieces = [{"sources": [{"model": str(tmp_path / "m"), "layer_range": [first, 3]}]}]
+        return stockpot.plan({"merge_method": "passthrough", "slices": pieces}).notes
+
+    assert any("compute with their own number" in n for n in notes(1))
+    assert not any("compute with their own number" in n for n in notes(0))
