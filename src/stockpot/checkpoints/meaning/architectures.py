@@ -74,7 +74,7 @@ class Rename:
             target = target.replace(r"\1", found.group(self.compiled.groupindex[group] + 1) or "")
         number = None
         if "*." in self.sources[which]:
-            numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", found.group(0))
+            numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", found.group(0)) or re.findall(r"_(\d+)(?=\.)", found.group(0))
             number = int(numbers[-1]) if numbers else None
         return at + rest.replace(found.group(0), target, 1), which, number
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import files_of
 from stockpot.checkpoints.joined import Joined, JoinedCheckpoint, Run, join
-from stockpot.checkpoints.meaning.architectures import Architecture, architecture_of, renames_of
+from stockpot.checkpoints.meaning.architectures import architecture_of, renames_of
 from stockpot.checkpoints.meaning.buffers import is_computed
 from stockpot.checkpoints.meaning.memory import Piece, pieces_of, without_wrappers
 from stockpot.specs import TensorSpec
@@ -27,14 +27,11 @@ __all__ = ["Dialect", "Unified", "dialect_of", "unify"]
 class Dialect:
     """How the tensors of one checkpoint are named and laid out.
 
-    pieces    tensor -> what of memory lies in it, in order
-    wrapped   the prefixes of wrappers that its names have
+    pieces  tensor -> what of memory lies in it, in order
     """
 
     checkpoint: Checkpoint
-    architecture: Architecture | None
     pieces: Mapping[str, tuple[Piece, ...]]
-    wrapped: str = ""
 
     def keys(self) -> dict[str, int]:
         """Names in memory, without the model's prefix -> elements."""
@@ -48,16 +45,16 @@ class Dialect:
 
 def dialect_of(checkpoint: Checkpoint) -> Dialect:
     """Where every tensor of a checkpoint stands in memory."""
-    plain, wrapped = without_wrappers(checkpoint.names())
+    plain, _ = without_wrappers(checkpoint.names())
     architecture = architecture_of(checkpoint.config, plain.values())
     prefix = architecture.prefix if architecture is not None else ""
     renames = renames_of(architecture, checkpoint.config)
+    head = f"{prefix}." if prefix else ""
     pieces = {}
     for name in checkpoint.names():
-        head = f"{prefix}." if prefix else ""
         found = pieces_of(plain[name], renames, prefix)
-        pieces[name] = tuple(Piece(p.key.removeprefix(head), p.part, p.how) for p in found)
-    return Dialect(checkpoint, architecture, pieces, wrapped)
+        pieces[name] = tuple(replace(p, key=p.key.removeprefix(head)) for p in found)
+    return Dialect(checkpoint, pieces)
 
 
 @dataclass
