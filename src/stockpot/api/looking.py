@@ -59,11 +59,9 @@ def inspect(ref: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    states = checkpoint.states
     out: dict[str, dict[str, Any]] = {}
-    for part, prefix in states.items():
-        others = tuple(p for key, p in states.items() if key != part and p.startswith(prefix) and p != prefix)
-        names = [n for n in checkpoint.names() if n.startswith(prefix) and not (others and n.startswith(others))]
+    for part, prefix in checkpoint.states.items():
+        names = checkpoint.members(part)
         out[part] = {"prefix": prefix, "tensors": len(names), "bytes": sum(checkpoint.spec(n).nbytes for n in names)}
     return out
 
@@ -75,7 +73,8 @@ def _dialect(checkpoint: Checkpoint) -> dict[str, Any]:
     row: dict[str, Any] = {"format": checkpoint.dialect or None, "wrappers": wrapped or None}
     if found is not None:
         prefix = f"{found.prefix}." if found.prefix else ""
-        renamed = [n for n in plain.values() if any(p.key != n for p in pieces_of(n, renames_of(found), found.prefix))]
+        renames = renames_of(found, checkpoint.config)
+        renamed = [n for n in plain.values() if any(p.key != n for p in pieces_of(n, renames, found.prefix))]
         row |= {
             "class": found.name,
             "prefix": prefix,

@@ -115,7 +115,7 @@ class Matcher:
         seen = {*names, *self.apart}
         for other in others:
             theirs = self.checkpoint(other)
-            tied, ties = theirs.tied(), theirs.ties
+            tied, ties, stored = theirs.tied(), theirs.ties, set(theirs.names())
             self.note_untied(other)
             for name in theirs.names():
                 if name in seen or name in tied or self.leaves(other, name, (donor,)):
@@ -124,7 +124,7 @@ class Matcher:
                     names.append(name)
                     seen.add(name)
                     continue
-                if ties.stands_alone(name, set(theirs.names())) and checkpoint.resolve(name):
+                if ties.stands_alone(name, stored) and checkpoint.resolve(name):
                     names.append(name)
                     seen.add(name)
                     self.untied.add(name)

@@ -80,18 +80,17 @@ class Ties:
         own = [t for t in self.pairs if t.second == name]
         return is_head(name) if not own else not any(t.tied and t.first not in stored for t in own)
 
-    def alias(self, name: str, stored: Iterable[str]) -> str | None:
+    def alias(self, name: str, stored: Container[str]) -> str | None:
         """The stored tensor that an absent name stands for; None where the config unties them, or there is none."""
-        held = set(stored)
         for tie in self.pairs:
             if tie.tied is not False:
-                if name == tie.second and tie.first in held:
+                if name == tie.second and tie.first in stored:
                     return tie.first
-                if name == tie.first and tie.second in held and tie.tied:
+                if name == tie.first and tie.second in stored and tie.tied:
                     return tie.second
         if is_head(name) and all(t.second != name for t in self.pairs):  # another class's name for the head
             head = next((t for t in self.pairs if is_head(t.second)), None)
-            return head.first if head is not None and head.tied is not False and head.first in held else None
+            return head.first if head is not None and head.tied is not False and head.first in stored else None
         return None
 
     def together(self, names: Iterable[str]) -> list[str]:
