@@ -38,6 +38,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "FSDP by ranks": (touch("pytorch_model_fsdp_rank0.bin", "pytorch_model_fsdp_rank1.bin"), "FSDP shards"),
     "DCP": (touch(".metadata", "__0_0.distcp", "__1_0.distcp"), "dcp_to_torch"),
     "verl": (touch("model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"), "verl.model_merger"),
+    "fairseq": (touch("checkpoint_last-shard0.pt", "checkpoint_last-shard1.pt"), "fairseq.checkpoint_utils.load_model_ensemble"),
+    "fairseq, model parallel": (touch("model-model_part-0.pt"), "shards of fairseq"),
     "verl, a step": (touch("actor/model_world_size_2_rank_0.pt", "data.pt"), "verl.model_merger"),
     "Megatron": (touch("iter_0000010/mp_rank_00/model_optim_rng.pt", "latest_checkpointed_iteration.txt"), "Megatron"),
     "Orbax": (touch("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "d/0"), "Orbax"),
@@ -63,7 +65,7 @@ def test_folders(tmp_path: Path, case: str) -> None:
 
 FILES = {
     "model.nemo": "tar -xf", "weights.npz": "numpy.load", "flax_model.msgpack": "Flax", "tf_model.h5": "TensorFlow",
-    "model.onnx": "ONNX", "__0_0.distcp": "FSDP shards", "model_world_size_4_rank_3.pt": "verl",
+    "model.onnx": "ONNX", "last-shard1.pt": "fairseq", "__0_0.distcp": "FSDP shards", "model_world_size_4_rank_3.pt": "verl",
     "bf16_zero_pp_rank_0_mp_rank_00_model_states.pt": "zero_to_fp32", "pytorch_model_fsdp_rank3.bin": "FSDP shards",
 }  # fmt: skip
 

@@ -590,7 +590,7 @@ def test_folders_that_nothing_names_are_named(tmp_path: Path) -> None:
     (tmp_path / "0/vision-lora").mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "0/vision-lora/model.safetensors")
     assert any(
-        "vision-lora/: left out: a folder with weights" in n for n in stockpot.plan(linear(tmp_path / "0")).notes
+        "vision-lora/': left out: a folder with weights" in n for n in stockpot.plan(linear(tmp_path / "0")).notes
     )
 
 
@@ -606,7 +606,7 @@ def test_settings_of_parts_that_differ_are_said(tmp_path: Path) -> None:
         pipeline(tmp_path / str(n), n)
     (tmp_path / "1/scheduler/scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
     notes = stockpot.plan(linear(tmp_path / "0", tmp_path / "1")).notes
-    assert any("scheduler/scheduler_config.json: not the settings of" in n for n in notes)
+    assert any("scheduler/scheduler_config.json': not the settings of" in n for n in notes)
 
 
 def test_heads_are_one_file_whatever_the_size(tmp_path: Path) -> None:
@@ -655,3 +655,12 @@ def test_tokens_whose_rows_are_cut_off(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"gives 't95' row 95, and 90 rows are kept; .*tokenizer_source: .*/1"):
         stockpot.plan(linear(tmp_path / "0", tmp_path / "1", vocab="crop"))
     stockpot.plan(linear(tmp_path / "0", tmp_path / "1", vocab="crop", tokenizer_source=str(tmp_path / "1")))
+
+
+def test_a_folder_of_folders_names_them(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "unet").mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, folder / "unet/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no weights of its own, but folders with some \(unet/\): name one") as e:
+        open_checkpoint(folder)
+    assert list(open_checkpoint(str(e.value).rpartition("them, ")[2]).names()) == ["w"]

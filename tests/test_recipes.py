@@ -655,7 +655,7 @@ def test_only_rows_of_vocabularies_are_cropped(tmp_path: Path) -> None:
         ("good", (8, 4), (6, 4)),
     ):
         tensors = {"model.embed_tokens.weight": torch.ones(vocabulary), "model.layers.0.mlp.weight": torch.ones(inner)}
-        write_model(tmp_path / model, tensors)
+        write_model(tmp_path / model, tensors, CONFIG | {"architectures": ["LlamaModel"]})
     for other, message in (
         ("rows", r"'model.layers.0.mlp.weight' is \[6, 4\] in .* but \[5, 4\] in "),
         ("width", r"'model.embed_tokens.weight' is \[9, 4\] in .* but \[8, 3\] in "),

@@ -202,6 +202,12 @@ def raise_problems(problems: Sequence[StockpotError]) -> None:
         raise ProblemsError(problems)
 
 
+def few_of(names: Sequence[object], most: int = 5) -> str:
+    """The first of some names, quoted, and how many there are: `'a', 'b', ... (7 in all)`."""
+    shown = ", ".join(repr(n) for n in names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
 def nearest(got: str, known: Iterable[str]) -> str:
     """The ending of an error message: `; did you mean 'weight'?`, or an empty string."""
     options = sorted(set(known))

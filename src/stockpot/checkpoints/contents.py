@@ -309,6 +309,12 @@ def _no_weights(folder: Folder) -> CheckpointError:
         return CheckpointError(
             f"{text}: an empty directory; expected model.safetensors or model.safetensors.index.json"
         )
+    inside = _other_folders(folder, set(), "model")
+    if inside:
+        names = ", ".join(name for name, _ in inside[:4])
+        return CheckpointError(
+            f"{text}: no weights of its own, but folders with some ({names}): name one of them, {text}/{inside[0][0]}"
+        )
     more = ", ..." if len(listing) > 6 else ""
     return CheckpointError(f"{text}: no safetensors file; found {', '.join(listing[:6])}{more}")
 

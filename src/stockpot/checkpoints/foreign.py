@@ -52,6 +52,10 @@ _ONNX = "an ONNX graph, which is compiled for inference; merge the model that it
 _MLX_ADAPTER = (
     "an adapter of MLX, whose factors lie the other way round; fuse it with `mlx_lm.fuse` and merge the fused models"
 )
+_FAIRSEQ = (
+    "shards of fairseq, which have to be joined first: fairseq.checkpoint_utils.load_model_ensemble([FILE without -shard0], "
+    "num_shards=N) loads them, and torch.save(models[0].state_dict(), 'model.pt') saves the whole"
+)
 _NEMO_FOLDER = (
     "a NeMo 2 checkpoint (weights/ and context/), which has to be exported first: `nemo llm export` with target hf"
 )
@@ -68,6 +72,7 @@ _FILES: tuple[tuple[str, str], ...] = (
     (r"mp_rank_\d+_model_states\.pt", _ZERO),
     (r"model_world_size_\d+_rank_\d+\.pt", _VERL),
     (r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin", _FSDP),
+    (r".*(-shard\d+|-model_part-\d+)\.pt", _FAIRSEQ),
 )
 #: a directory by the names in it, and what in it is meant
 _FOLDERS: tuple[tuple[str, str], ...] = (
@@ -84,6 +89,7 @@ _FOLDERS: tuple[tuple[str, str], ...] = (
     (r"__\d+_\d+\.distcp", _FSDP),
     (r"flax_model\.msgpack(\.index\.json)?", _FLAX),
     (r"tf_model\.h5(\.index\.json)?|saved_model\.pb|.*\.ckpt\.index", _TENSORFLOW),
+    (r".*(-shard\d+|-model_part-\d+)\.pt", _FAIRSEQ),
     (r".*\.nemo", _NEMO),
     (r"weights\.npz", _NPZ),
     (r"adapters\.(npz|safetensors)", _MLX_ADAPTER),

@@ -10,6 +10,7 @@ from typing import Any
 from stockpot.checkpoints.beside import NOT_WEIGHTS, copied_files, part_files
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.buffers import is_computed
+from stockpot.errors import few_of
 from stockpot.planning.matching import Matcher
 from stockpot.planning.plan import Action, ModelInput, TensorPlan
 
@@ -92,7 +93,7 @@ def _reasons(model: ModelInput, matcher: Matcher, why: dict[int, dict[str, str]]
             reason = "computed anew by models"
         elif model.role != "model":
             reason = f"beside tensors that take no {model.role}"
-        elif not matcher.included(name):
+        elif not matcher.recipe.includes(name):
             reason = "left out by the recipe (include, exclude)"
         elif matcher.recipe.slices:
             reason = "of layers that the recipe does not take"
@@ -163,8 +164,7 @@ def note_other_settings(inputs: Sequence[ModelInput], donor: int) -> Iterator[st
             if os.path.isfile(there := os.path.join(model.checkpoint.directory, name)) and _json(path) != _json(there)
         ]
         if other:
-            shown = ", ".join(other[:4]) + (f", ... ({len(other)} in all)" if len(other) > 4 else "")
-            yield f"{model.ref}: {shown}: not the settings of {inputs[donor].ref}, which are copied"
+            yield f"{model.ref}: {few_of(other)}: not the settings of {inputs[donor].ref}, which are copied"
 
 
 def _json(path: str) -> Any:
@@ -187,5 +187,4 @@ def note_left_files(inputs: Sequence[ModelInput]) -> Iterator[str]:
                     if not held.endswith(_TRAINERS):
                         by_reason.setdefault(f"{leaf.relative(header)} is read without it", []).append(held)
             for reason, names in by_reason.items():
-                shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-                yield f"{leaf.ref}: {shown}: left out: {reason}"
+                yield f"{leaf.ref}: {few_of(names)}: left out: {reason}"

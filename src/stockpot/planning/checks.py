@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
+from stockpot.checkpoints.meaning.architectures import architecture_of, base_class_of
 from stockpot.checkpoints.meaning.roles import is_vocabulary
+from stockpot.checkpoints.meaning.ties import is_head
 from stockpot.errors import MismatchError, RecipeError, StockpotError
 from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
 from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe
 
-__all__ = ["check_fit", "check_kinds", "check_patterns", "check_statistics"]
+__all__ = ["check_fit", "check_head", "check_kinds", "check_patterns", "check_statistics"]
 
 _FACTOR = re.compile(r"(\.|_)lora_?(up|down|A|B|a|b|mid)(\.|$)|\.hada_w\d_|\.lokr_w\d")
 #: settings of a LoRA that must agree before its factors can be combined
@@ -164,3 +166,30 @@ def check_statistics(
 
 def _at(recipe: Recipe, key: str, why: str) -> RecipeError:
     return RecipeError(f"{why}").within(recipe.at(recipe.lines.get(key, 1)))
+
+
+def check_head(donor: ModelInput, names: Container[str], problems: list[StockpotError], notes: list[str]) -> None:
+    """A class that has an output head of its own finds one in the output: else who loads it gets a new one, at random.
+
+    names: of the output's tensors.
+    """
+    checkpoint = donor.checkpoint
+    for tie in checkpoint.ties.pairs:
+        if tie.tied is not False or tie.second in names or tie.known == "its class does not tie them":
+            continue
+        architecture = architecture_of(checkpoint.config, checkpoint.names())
+        named = architecture is not None and architecture.name in (checkpoint.config.get("architectures") or ())
+        what = (
+            f"by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: who loads the output gets"
+        )
+        if not named or architecture is None or not is_head(tie.second):
+            notes.append(f"{donor.ref}: {what} a new one")
+            continue
+        where = f"{tie.key}." if tie.key not in ("", "?") else ""
+        base = base_class_of(architecture.model_type)
+        bare = f", or the class without a head: 'architectures': [\"{base}\"]" if base else ""
+        why = (
+            f"{donor.ref}: {what} a new one, at random. Say in its config.json what it is: '{where}tie_word_embeddings': true "
+            f"where the embedding is the head{bare}"
+        )
+        problems.append(MismatchError(why).within(*donor.places))

@@ -146,7 +146,7 @@ class Factoring:
             return None
         absent = self.recipe.absent
         entries = [i for i, m in enumerate(lows) if m is not None or absent == "zero"]
-        left_out = {n: not self.matcher.included(n) for n in (lead.a, lead.b)}
+        left_out = {n: not self.matcher.recipe.includes(n) for n in (lead.a, lead.b)}
         if len(set(left_out.values())) > 1:
             where = self.recipe.at(self.recipe.lines.get("exclude", self.recipe.lines.get("include", 1)))
             why = f"{lead.a!r} and {lead.b!r} are one module's: include or exclude both (*{module}*)"

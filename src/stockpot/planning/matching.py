@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.buffers import is_computed
 from stockpot.checkpoints.meaning.layers import LayerMap, map_layers
-from stockpot.errors import MismatchError, StockpotError, nearest
+from stockpot.errors import MismatchError, StockpotError, few_of, nearest
 from stockpot.methods.declaration import Method, Space
 from stockpot.planning.plan import ModelInput, Operand
 from stockpot.planning.template import Slot
@@ -17,8 +16,6 @@ from stockpot.recipes.schema import Recipe, Settings
 from stockpot.specs import TensorSpec
 
 __all__ = ["Match", "Matcher", "Member", "Section", "layer_of", "match_models"]
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,6 @@ class Matcher:
     def checkpoint(self, model: int) -> Checkpoint:
         return self.inputs[model].checkpoint
 
-    def included(self, name: str) -> bool:
-        include, exclude = self.recipe.include, self.recipe.exclude
-        if include and not any(fnmatch.fnmatchcase(name, p) for p in include):
-            return False
-        return not any(fnmatch.fnmatchcase(name, p) for p in exclude)
-
     # names
 
     def wanted(self, donor: int, others: Sequence[int]) -> list[str]:
@@ -120,7 +111,7 @@ class Matcher:
             for name in theirs.names():
                 if name in seen or name in tied or self.leaves(other, name, (donor,)):
                     continue
-                if self.recipe.absent != "error" and not checkpoint.resolve(name) and self.included(name):
+                if self.recipe.absent != "error" and not checkpoint.resolve(name) and self.recipe.includes(name):
                     names.append(name)
                     seen.add(name)
                     continue
@@ -152,8 +143,12 @@ class Matcher:
         """Whether a tensor of a model is left out because it is no weight, and not all have it."""
         if self.checkpoint(model).kind != "model" or not is_computed(name, self.checkpoint(model).spec(name)):
             return False
-        if all(name in self.checkpoint(other) for other in others) or not self.included(name):
+        if all(name in self.checkpoint(other) for other in others) or not self.recipe.includes(name):
             return False
+        return self.leave(model, name)
+
+    def leave(self, model: int, name: str) -> bool:
+        """Keep in mind what is left out."""
         held = self.left.setdefault(model, [])
         held += [name] if name not in held else []
         return True
@@ -169,15 +164,15 @@ class Matcher:
             if n not in names
             and n not in tied
             and n not in copies
-            and self.included(n)
+            and self.recipe.includes(n)
             and n not in self.left.get(model, ())
         ]
         if extra:
             self.problems.append(
                 MismatchError(
                     f"{self.inputs[model].ref}: {len(extra)} tensors are not in {self.inputs[donor].ref}: "
-                    f"{_few(extra)}; exclude them to leave them out, or say what they count as in models without them: "
-                    f"'absent: zero' or 'absent: skip'{_prefix_hint(extra, names)}"
+                    f"{few_of(extra)}; exclude them to leave them out, or say what they count as in models without them: "
+                    "'absent: zero' or 'absent: skip'"
                 ).within(*self.inputs[model].places)
             )
 
@@ -200,16 +195,14 @@ class Matcher:
         """Whether a layer's tensor is left out because it is no weight, and not all models have it in their layers."""
         if not is_computed(name, self.checkpoint(model).spec(name)) or all(suffix in held for held in holding):
             return False
-        held = self.left.setdefault(model, [])
-        held += [name] if name not in held else []
-        return True
+        return self.leave(model, name)
 
     def note_left(self) -> None:
         """Say what is no weight and was left out."""
         for model, names in self.left.items():
             self.notes.append(
                 f"{self.inputs[model].ref}: {len(names)} tensors that models compute anew are left out, for not all have them: "
-                f"{_few(names)}"
+                f"{few_of(names)}"
             )
 
     def note_absent(self) -> None:
@@ -219,7 +212,7 @@ class Matcher:
                 unique = list(dict.fromkeys(names))
                 self.notes.append(
                     f"absent: {self.recipe.absent}: {self.inputs[model].ref} lacks {len(unique)} tensors, which {how}: "
-                    f"{_few(unique)}"
+                    f"{few_of(unique)}"
                 )
 
     def report_missing(self, missing: dict[int, list[str]], donor: int) -> None:
@@ -231,7 +224,7 @@ class Matcher:
             self.problems.append(
                 MismatchError(
                     f"{self.inputs[model].ref}: {len(unique)} tensors of {self.inputs[donor].ref} are missing: "
-                    f"{_few(unique)}{hint}"
+                    f"{few_of(unique)}{hint}"
                 ).within(*self.inputs[model].places)
             )
 
@@ -242,7 +235,7 @@ class Matcher:
         self, slot: Slot, source: Mapping[int, str], part: Section, base_name: str, missing: dict[int, list[str]]
     ) -> Match:
         """A match from the name that the tensor has in each entry. Excluded tensors need only be in the donor."""
-        if not self.included(slot.name) or is_computed(slot.name, slot.spec):
+        if not self.recipe.includes(slot.name) or is_computed(slot.name, slot.spec):
             return Match(slot, part, (), None, merged=False)
         operands = [self.operand(e.model, slot, source[i], e.position, missing) for i, e in enumerate(part.entries)]
         base = None
@@ -280,16 +273,3 @@ def layer_of(layers: LayerMap, name: str) -> tuple[str, int] | None:
     """(stack, number) of a tensor that lies in numbered layers."""
     place = layers.places.get(name)
     return None if place is None else (place.stack, place.layer)
-
-
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(n) for n in names[:_SHOWN])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
-
-
-def _prefix_hint(extra: Sequence[str], names: set[str]) -> str:
-    """A word on names that differ by a prefix only, such as `bert.`."""
-    for name in names:
-        if name.endswith("." + extra[0]) or extra[0].endswith("." + name):
-            return f" (names differ by a prefix: {name!r} there)"
-    return ""

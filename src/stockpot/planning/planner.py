@@ -15,7 +15,7 @@ from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.account import account_of, note_left_files, note_other_settings
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
-from stockpot.planning.checks import check_kinds, check_patterns, check_statistics
+from stockpot.planning.checks import check_head, check_kinds, check_patterns, check_statistics
 from stockpot.planning.companions import check_companions
 from stockpot.planning.config import output_config
 from stockpot.planning.factoring import Factoring, check_space, open_adapters
@@ -29,7 +29,7 @@ from stockpot.planning.slicing import match_slices, output_layers
 from stockpot.planning.snapshots import compute_adapters, expand_run
 from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
-from stockpot.planning.unifying import unify_names
+from stockpot.planning.unifying import check_other_names, unify_names
 from stockpot.planning.vocabulary import check_cut_off, check_vocabularies, crop_vocabularies
 from stockpot.recipes.schema import ModelEntry, Recipe, Source
 from stockpot.runs import Run, Soup
@@ -148,6 +148,7 @@ class _Planner(Inputs):
         self.stop_if_bad()
         donor = base if base is not None else parts[0].entries[-1 if factors else 0].model
         unify_names(self.inputs, donor, parts, self.problems, self.notes)
+        check_other_names(self.inputs, donor, recipe, self.problems)
         self.stop_if_bad()
 
         vocabulary = (
@@ -157,7 +158,7 @@ class _Planner(Inputs):
         filler = Filler(recipe, self.inputs, resolver, self.problems, main, methods, matcher.zeros)
         factoring = self.factoring(parts[0], filler, matcher) if factors else None
         self.note_batch_norm(donor)
-        matches = match_slices(matcher, parts)[0] if recipe.slices else match_models(matcher, parts[0], donor)
+        matches = match_slices(matcher, parts) if recipe.slices else match_models(matcher, parts[0], donor)
         self.stop_if_bad()
         names = [*sorted(matcher.apart), *(m.name for m in matches)]
         resolver.check_filters(all_settings(recipe), names)
@@ -169,6 +170,7 @@ class _Planner(Inputs):
         tensors = [*(made[1] if made else ()), *filler.fill(matches)]
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
+        check_head(self.inputs[donor], names, self.problems, self.notes)
         check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
         if vocabulary is not None:
             check_cut_off(self.inputs, self.tokenizer_donor(donor), vocabulary[1], recipe, self.problems)
@@ -186,12 +188,6 @@ class _Planner(Inputs):
         groups, stats = plan_statistics(placed, resolver.groups)
         check_statistics(recipe, stats, placed, self.problems)
         self.stop_if_bad()
-        for tie in self.inputs[donor].checkpoint.ties.pairs:
-            if tie.tied is False and tie.second not in names and tie.known != "its class does not tie them":
-                self.notes.append(
-                    f"{self.inputs[donor].ref}: by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: "
-                    "who loads the output gets a new one"
-                )
         template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
         self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
         self.notes += note_other_settings(self.inputs, donor)

@@ -38,8 +38,8 @@ def primary_stack(checkpoint: Checkpoint) -> tuple[str, int, list[str]]:
     return ordered[0], layers.stacks[ordered[0]], rivals
 
 
-def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int]:
-    """`slices:` output layers one after the other. Returns the matches and the number of output layers.
+def match_slices(m: Matcher, parts: Sequence[Section]) -> list[Match]:
+    """`slices:` output layers one after the other.
 
     What comes before the layers follows the first slice, what comes after them the last one.
     """
@@ -52,10 +52,10 @@ def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int
                 f"{m.inputs[donor].ref}: no numbered layers found in its tensor names, so slices can't apply; use 'models'"
             ).within(*m.inputs[donor].places)
         )
-        return [], 0
+        return []
     known = _check_ranges(m, parts, prefix)
     if not known:
-        return [], 0
+        return []
     missing: dict[int, list[str]] = {}
     before, after = _outside(m, first, last, donor, prefix, missing)
     holding = [
@@ -89,7 +89,7 @@ def match_slices(m: Matcher, parts: Sequence[Section]) -> tuple[list[Match], int
     m.report_missing(missing, donor)
     m.note_left()
     _check_slices(m, parts, prefix, known)
-    return before + inside + after, total
+    return before + inside + after
 
 
 def _check_slices(
@@ -110,7 +110,7 @@ def _check_slices(
                 odd = [
                     s
                     for s in sorted(set(shapes) | set(reference))
-                    if shapes.get(s) != reference.get(s) and m.included(f"{prefix}.0.{s}")
+                    if shapes.get(s) != reference.get(s) and m.recipe.includes(f"{prefix}.0.{s}")
                 ]
                 if odd and not _differs_within(m, checkpoint, prefix, odd):
                     source = m.inputs[entry.model]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.dialects import Unified, unify
 from stockpot.checkpoints.meaning.memory import without_wrappers
 from stockpot.checkpoints.views import renamed
 from stockpot.errors import MismatchError, StockpotError
 from stockpot.planning.matching import Section
 from stockpot.planning.plan import ModelInput
+from stockpot.recipes.schema import Recipe
+from stockpot.specs import TensorSpec
 
-__all__ = ["unify_names"]
+__all__ = ["check_other_names", "unify_names"]
 
 
 def unify_names(
@@ -68,3 +72,86 @@ def _said(ref: str, like: str, found: Unified) -> str:
         f"{ref}: {found.renamed} tensors are called otherwise in {like} and read under its names{packed}: "
         f"{own!r} is {there!r} there"
     )
+
+
+#: so many tensors of one kind without their likes are not looked through: what they would be is not plain
+_MOST = 64
+
+
+def check_other_names(inputs: Sequence[ModelInput], donor: int, recipe: Recipe, problems: list[StockpotError]) -> None:
+    """What nothing knows to be one tensor, and plainly is, by name and shape: not something that only some models have.
+
+    `absent:` would take each for a tensor of one model alone, and merge nothing of them.
+    """
+    like = inputs[donor].checkpoint
+    for model in inputs:
+        if model.role != "model" or model.index == donor or {like.kind, model.checkpoint.kind} != {"model"}:
+            continue
+        ours = _without(like, model.checkpoint, recipe)
+        theirs = _without(model.checkpoint, like, recipe)
+        pairs = _by_components(ours, theirs) or _by_beginning(
+            ours, theirs, max(len(list(c.names())) for c in (like, model.checkpoint))
+        )
+        if pairs:
+            own, there = next(iter(pairs.items()))
+            why = (
+                f"{model.ref}: {len(pairs)} tensors seem to be those of {inputs[donor].ref} under other names: {there!r} is "
+                f"{own!r} there{_WAY_OUT}. If they are others, leave both out with 'exclude'"
+            )
+            problems.append(MismatchError(why).within(*model.places))
+
+
+def _without(held: Checkpoint, other: Checkpoint, recipe: Recipe) -> dict[str, TensorSpec]:
+    """What another model has nothing for, of what is merged."""
+    return {n: held.spec(n) for n in held.names() if recipe.includes(n) and other.resolve(n) is None}
+
+
+def _alike(specs: Mapping[str, TensorSpec]) -> dict[object, list[str]]:
+    """Names by what a tensor keeps under another one: its shape, its numbers, the last of its words."""
+    out: dict[object, list[str]] = {}
+    for name, spec in specs.items():
+        words = name.split(".")
+        out.setdefault((spec.shape, tuple(w for w in words if w.isdigit()), words[-1]), []).append(name)
+    return out
+
+
+def _by_components(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Pairs where one name has the words of the other and more: all of the side that has fewer, or none."""
+    there = _alike(theirs)
+    pairs: dict[str, str] = {}
+    for key, names in _alike(ours).items():
+        others = there.get(key, [])
+        if len(names) > _MOST or len(others) > _MOST:
+            return {}
+        words = {n: Counter(n.split(".")) for n in (*names, *others)}
+        for name in names:
+            found = [o for o in others if words[name] <= words[o] or words[o] <= words[name]]
+            if len(found) == 1:
+                pairs[name] = found[0]
+    unique = len(set(pairs.values())) == len(pairs)
+    return pairs if unique and len(pairs) == min(len(ours), len(theirs)) else {}
+
+
+def _by_beginning(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec], total: int) -> dict[str, str]:
+    """Pairs whose names begin otherwise, all in one way: where that is most of both models."""
+    there = _alike(theirs)
+    ways: dict[tuple[str, str], None] = {}
+    for key, names in _alike(ours).items():
+        ways.update(dict.fromkeys(_beginnings(names[0], other) for other in there.get(key, ())[:_MOST]))
+        if len(ways) > _MOST:
+            break
+    for old, new in list(ways)[:_MOST]:
+        pairs = {n: new + n[len(old) :] for n in ours if n.startswith(old)}
+        pairs = {a: b for a, b in pairs.items() if b in theirs and theirs[b].shape == ours[a].shape}
+        if 2 * len(pairs) > total:
+            return pairs
+    return {}
+
+
+def _beginnings(a: str, b: str) -> tuple[str, str]:
+    """What two names begin with, without what they end with alike."""
+    left, right = a.split("."), b.split(".")
+    while left and right and left[-1] == right[-1]:
+        left.pop()
+        right.pop()
+    return "".join(f"{w}." for w in left), "".join(f"{w}." for w in right)

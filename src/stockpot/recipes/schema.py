@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -134,6 +135,12 @@ class Recipe:
         found |= {b for b in bases if b}
         found |= {self.adapter.base} if self.adapter is not None and self.adapter.base else set()
         return found | {half for ref in found if "+" in ref for half in ref.split("+")}
+
+    def includes(self, name: str) -> bool:
+        """Whether a tensor is merged: `include` and `exclude`."""
+        if self.include and not any(fnmatch.fnmatchcase(name, p) for p in self.include):
+            return False
+        return not any(fnmatch.fnmatchcase(name, p) for p in self.exclude)
 
     def told(self, line: int, text: str) -> str:
         """A note, after the place that it is about."""

@@ -17,6 +17,7 @@ __all__ = [
     "Architecture",
     "Rename",
     "architecture_of",
+    "base_class_of",
     "default_of",
     "list_rule_of",
     "part_types",
@@ -182,6 +183,12 @@ def _architecture(model_type: str | None, name: str, entry: Mapping[str, Any]) -
     return Architecture(
         str(model_type), name, entry["prefix"], entry["is_base"], ties, entry.get("rules"), entry.get("at", {})
     )
+
+
+def base_class_of(model_type: str) -> str | None:
+    """The class of a type that is its base model, without a head."""
+    entry = _table()["types"].get(model_type) or {"classes": {}}
+    return next((c for c, e in entry["classes"].items() if e["is_base"] and c.endswith("Model")), None)
 
 
 def default_of(model_type: object, key: str) -> Any:

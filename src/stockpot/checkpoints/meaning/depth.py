@@ -73,9 +73,10 @@ def _counts(part: Mapping[str, Any], kind: Any, stack: str) -> list[str]:
 
 def describing_part(config: Mapping[str, Any], stack: str, layers: int) -> tuple[str, Mapping[str, Any], Any] | None:
     """(path, part, type) of the part of a config that says how many layers a stack has; None where none says so many."""
+    parts = list(config_parts(config))
     found = [
         (path, part, kind)
-        for path, part, kind in config_parts(config)
+        for path, part, kind in parts
         if any(
             effective(part, kind, k) + extra == layers
             for k in _counts(part, kind, stack)
@@ -83,7 +84,7 @@ def describing_part(config: Mapping[str, Any], stack: str, layers: int) -> tuple
         )
         or any(isinstance(part.get(k), (list, str)) and len(part[k]) == layers for k in _COUNTING_LISTS)
     ]
-    if len(list(config_parts(config))) > 1:
+    if len(parts) > 1:
         found = [f for f in found if sees(stack) == sees(f[0]) or (sees(stack) and kind_sees(f[2]))]
     inner = [f for f in found if f[0]]
     found = inner or found  # a root that repeats what its text model says

@@ -83,6 +83,9 @@ def unify(like: Checkpoint, other: Checkpoint) -> Unified:
     if not theirs - own or not own - theirs:
         return Unified(other)
     a, b = dialect_of(like), dialect_of(other)
+    twice = [why for why in (_twice(a), _twice(b)) if why]
+    if twice:
+        return Unified(other, problems=twice)
     found = _Translation(a, b)
     layout, specs = found.translated()
     if not layout:
@@ -100,6 +103,19 @@ def unify(like: Checkpoint, other: Checkpoint) -> Unified:
 def _weights(checkpoint: Checkpoint) -> Iterable[str]:
     tied = checkpoint.tied()
     return (n for n in checkpoint.names() if n not in tied and not is_computed(n, checkpoint.spec(n)))
+
+
+def _twice(dialect: Dialect) -> str:
+    """Two weights of a file that are one in memory, in words: which of them counts, nobody can say."""
+    weights = set(_weights(dialect.checkpoint))
+    seen: dict[object, str] = {}
+    for name, pieces in dialect.pieces.items():
+        for piece in pieces if name in weights else ():
+            place = (piece.key, piece.index) if piece.part is None else (piece.key, piece.part, None)
+            first = seen.setdefault(place, name)
+            if first != name:
+                return f"{first!r} and {name!r} of {dialect.checkpoint.ref} are one in memory: {piece.key!r}"
+    return ""
 
 
 class _Translation:

@@ -109,7 +109,7 @@ def find_ties(specs: Mapping[str, TensorSpec], config: Mapping[str, Any], same: 
     """The ties of a checkpoint. same: whether two stored tensors of one shape hold the same bytes."""
     architecture = architecture_of(config, specs)
     pairs = {t.second: t for t in _declared(architecture, specs, config)}
-    general = _declared_word(config, architecture)
+    general = _said_anywhere(config)
     for tie in _by_suffix(specs, general, described=architecture is not None):
         pairs.setdefault(tie.second, tie)
     duplicates: dict[str, str] = {}
@@ -180,13 +180,13 @@ def _word(config: Mapping[str, Any], path: str) -> tuple[bool | None, str]:
     return (default, f"the default of {kind}") if isinstance(default, bool) else (None, "nobody says")
 
 
-def _declared_word(config: Mapping[str, Any], architecture: Architecture | None) -> tuple[bool | None, str]:
-    """For names that no table has: what the config says anywhere, else its type's default."""
+def _said_anywhere(config: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """For classes that no table has: what the config says, in whatever part."""
     for path in ("", "text_config", "decoder"):
         part: Any = config if not path else config.get(path)
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"]), f"config.json{': ' + path if path else ''}"
-    return _word(config, "") if architecture is not None else (None, "nobody says")
+    return None, "nobody says"
 
 
 def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str], *, described: bool) -> Iterable[Tie]:
