@@ -40,7 +40,10 @@ State = Mapping[str, torch.Tensor]
 def write_model(path: Path, tensors: State, config: Mapping[str, Any] | None = None, shards: int = 1) -> Path:
     """A model directory as safetensors writes it, in one file or several with an index."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    chosen = dict(CONFIG if config is None else config)
+    if config is None and not any("lm_head" in n for n in tensors):
+        chosen["architectures"] = ["LlamaModel"]  # a class with a head would miss it
+    (path / "config.json").write_text(json.dumps(chosen))
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     if shards == 1:
         save_file(tensors, path / "model.safetensors", {"format": "pt"})

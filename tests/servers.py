@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ class _Files(BaseHTTPRequestHandler):
     root: Path
     log: list[tuple[str, str, str | None]]
     tells_sizes = True
+    #: which of ETag and Last-Modified are told; called after each answer to a GET
+    stamps = ("ETag",)
+    after: Callable[[], None] | None = None
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -44,7 +48,9 @@ class _Files(BaseHTTPRequestHandler):
 
     def file(self, path: Path, headers: dict[str, str], *, body: bool) -> None:
         data = path.read_bytes()
-        headers = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(data).hexdigest()}"', **headers}
+        modified = formatdate(path.stat().st_mtime, usegmt=True)
+        known = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Last-Modified": modified}
+        headers = {"Accept-Ranges": "bytes", **{k: known[k] for k in self.stamps}, **headers}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and self.tells_sizes:
             start, stop = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
@@ -62,6 +68,8 @@ class _Files(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+            if self.after is not None:
+                self.after()
 
     def json(self, doc: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(doc).encode(), {"Content-Type": "application/json", **(headers or {})}, body=True)
@@ -131,11 +139,16 @@ class _Hub(_Files):
 
 @contextlib.contextmanager
 def serving(
-    root: Path, *, hub: bool = False, tells_sizes: bool = True
+    root: Path, *, hub: bool = False, tells_sizes: bool = True, **more: Any
 ) -> Iterator[tuple[str, list[tuple[str, str, str | None]]]]:
-    """(the address, what was asked of it) of a server of the files below `root`. One that tells no sizes knows no ranges."""
+    """(the address, what was asked of it) of a server of the files below `root`. One that tells no sizes knows no ranges.
+
+    more: attributes of the handler
+    """
     log: list[tuple[str, str, str | None]] = []
-    handler = type("Handler", (_Hub if hub else _Files,), {"root": root, "log": log, "tells_sizes": tells_sizes})
+    handler = type(
+        "Handler", (_Hub if hub else _Files,), {"root": root, "log": log, "tells_sizes": tells_sizes, **more}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -247,7 +247,7 @@ def test_journal_cut_short_or_scribbled_on(wide_family: Path, tmp_path: Path, re
     path, out, reference = partial_of(wide_family, tmp_path, recipe)
     journal = Path(f"{out}.partial", "stockpot.journal")
     good = journal.read_bytes()
-    for i, bad in enumerate([good[:-7], good[:40], good + b"nonsense\n", b"", good.replace(b"[", b"{", 2)]):
+    for i, bad in enumerate([good[:-7], good[:40], good + b"nonsense\n", good.replace(b"[", b"{", 2)]):
         journal.write_bytes(bad)
         target = tmp_path / f"copy{i}"
         import shutil
@@ -402,9 +402,13 @@ def test_out_is_never_half_there(family: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not empty"):
         stockpot.merge(text, tmp_path / "full")
     assert (tmp_path / "full/x").read_text() == "keep me"
+    with pytest.raises(OutputError, match=r"no output of stockpot .*it holds 'x'.*removes nothing else"):
+        stockpot.merge(text, tmp_path / "full", overwrite=True)
+    (tmp_path / "full").rename(tmp_path / "elsewhere")  # as it says
     stockpot.merge(text, tmp_path / "full", overwrite=True)
-    assert not (tmp_path / "full/x").exists()
+    stockpot.merge(text, tmp_path / "full", overwrite=True)
     assert not list(tmp_path.glob("full.*"))
+    assert (tmp_path / "elsewhere/x").read_text() == "keep me"
     (tmp_path / "empty").mkdir()
     stockpot.merge(text, tmp_path / "empty")
     stockpot.merge(text, tmp_path / "deep/er")

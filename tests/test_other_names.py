@@ -145,6 +145,8 @@ def test_no_head(tmp_path: Path, name: str, head: str, said: bool | None) -> Non
     with pytest.raises(MismatchError, match=r"lm_head.weight' is not tied to .*, and there is none: ") as e:
         stockpot.plan(linear(headless, headless))
     assert "tie_word_embeddings': true" in str(e.value)
+    notes = stockpot.plan(linear(headless, headless, absent="skip")).notes  # as it says
+    assert any("there is none: who loads the output gets a new one" in n for n in notes)
     edited(headless, tie_word_embeddings=True)
     assert not stockpot.plan(linear(headless)).notes or name == "llava"
     base = str(e.value).partition("'architectures': [\"")[2].partition('"')[0]
@@ -164,6 +166,10 @@ def test_a_class_without_a_head(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "classifier")
     assert not stockpot.plan(linear(tmp_path / "classifier")).notes
     model.save_pretrained(tmp_path / "0")
+    encoder = changed(tmp_path / "0", tmp_path / "2", lambda t: {k: v for k, v in t.items() if "lm_head" not in k})
+    (encoder / "modules.json").write_text("[]")
+    edited(encoder, tie_word_embeddings=False)
+    assert any("there is none: who loads the output gets" in n for n in stockpot.plan(linear(encoder)).notes)
     own = changed(tmp_path / "0", tmp_path / "1", lambda t: {k: v for k, v in t.items() if "lm_head" not in k})
     edited(own, tie_word_embeddings=False, architectures=None)
     assert any("there is none: who loads the output gets a new one" in n for n in stockpot.plan(linear(own)).notes)

@@ -16,7 +16,7 @@ import torch
 import stockpot
 from servers import serving
 from stockpot.checkpoints import ReadRequest, open_checkpoint
-from stockpot.checkpoints.remote import RemoteStore
+from stockpot.checkpoints.stores import RemoteStore
 from stockpot.errors import CheckpointError, OutputError, ReadError
 
 from fp8 import write_fp8
@@ -124,7 +124,7 @@ def test_an_input_is_never_overwritten(s3, out):
 
 def test_an_upload_that_fails_keeps_the_result(s3, local, tmp_path, monkeypatch):
     monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("stockpot.checkpoints.stores._FIRST_PAUSE", 0.001)
     real = s3.put_file
 
     def broken(source, target, **kwargs):
@@ -251,7 +251,7 @@ def test_memory_and_torch_files(family, local, tmp_path):
 
 def test_a_failing_line_is_tried_again(family, tmp_path, local, monkeypatch):
     """Every third read fails; the result is the same."""
-    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("stockpot.checkpoints.stores._FIRST_PAUSE", 0.001)
     fs = fsspec.filesystem("memory")
     fs.put(str(family / "a"), "/flaky/a", recursive=True)
     fs.put(str(family / "b"), "/flaky/b", recursive=True)
@@ -272,7 +272,7 @@ def test_a_failing_line_is_tried_again(family, tmp_path, local, monkeypatch):
 
 
 def test_a_dead_line_is_an_error(family, monkeypatch):
-    monkeypatch.setattr("stockpot.checkpoints.remote._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("stockpot.checkpoints.stores._FIRST_PAUSE", 0.001)
     fs = fsspec.filesystem("memory")
     fs.put(str(family / "a"), "/dead/a", recursive=True)
     checkpoint = open_checkpoint("memory://dead/a")
@@ -327,7 +327,7 @@ def test_read_ahead_gives_the_same_bytes_and_stays_within_its_bounds(family):
 
 
 def test_long_ranges_come_in_parts(monkeypatch):
-    monkeypatch.setattr("stockpot.checkpoints.remote._PART", 1000)
+    monkeypatch.setattr("stockpot.checkpoints.stores.PART", 1000)
     fs = fsspec.filesystem("memory")
     data = os.urandom(12_345)
     fs.pipe_file("/parts/x", data)

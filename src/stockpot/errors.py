@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -200,6 +201,32 @@ def raise_problems(problems: Sequence[StockpotError]) -> None:
         raise problems[0]
     if problems:
         raise ProblemsError(problems)
+
+
+#: what moves a terminal's cursor, hides text or turns it round: control characters and those of writing direction
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def visible(text: str, *, line: bool = False) -> str:
+    """Text of strangers as it may be shown: what can't be seen in it is written out (`\\x1b`). line: line breaks and tabs too."""
+
+    def written(m: re.Match[str]) -> str:
+        code = ord(m[0])
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    text = _UNSEEN.sub(written, text)
+    return text.replace("\n", "\\n").replace("\t", "\\t") if line else text
+
+
+def visible_json(text: str) -> str:
+    """The same for JSON, which stays JSON of the same content."""
+    return _UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+def brief(value: object, most: int = 160) -> str:
+    """How a message shows what a file holds, cut short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def few_of(names: Sequence[object], most: int = 5) -> str:

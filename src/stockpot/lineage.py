@@ -8,22 +8,30 @@ import json
 import os
 import platform
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from stockpot.adapters import FactoredAdapter, product_report
 from stockpot.checkpoints.beside import copied_files, part_files
 from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.opening import open_checkpoint
-from stockpot.engine.digests import ALGORITHM, file_digest
-from stockpot.engine.journal import NAME as JOURNAL_NAME
+from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest
 from stockpot.engine.measures import nonfinite_report
-from stockpot.engine.publish import LINEAGE as NAME
+from stockpot.engine.outdir import JOURNAL
+from stockpot.engine.outdir import LINEAGE as NAME
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
 from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
-from stockpot.files import is_url, read_json, replace_file, write_file
+from stockpot.files import (
+    copy_file,
+    is_url,
+    make_folders,
+    open_regular,
+    read_bytes,
+    read_json,
+    replace_file,
+    write_file,
+)
 from stockpot.planning.plan import MergeGroup, ModelInput, Plan
 from stockpot.planning.steps import steps_in, why_written
 from stockpot.version import __version__
@@ -37,8 +45,7 @@ def check_side_files(plan: Plan) -> None:
     """Find out before the merge whether what is to be copied beside the tensors can be read. Raises CheckpointError."""
     for source, _ in side_sources(plan):
         try:
-            with open(source, "rb") as f:
-                f.read(1)
+            os.close(open_regular(source))
         except OSError as e:
             raise CheckpointError(f"{source}: is to be copied, but can't be read: {e.strerror or e}") from e
 
@@ -69,16 +76,16 @@ def _copy_and_write(plan: Plan, directory: str) -> list[str]:
         generated[config_name] = json.dumps(plan.template.config, indent=2) + "\n"
     generated |= _indexes(plan)
     names = []
-    taken = {*generated, *(s.name for s in plan.shards), NAME, JOURNAL_NAME}
+    taken = {*generated, *(s.name for s in plan.shards), NAME, JOURNAL}
     for source, relative in side_sources(plan):
         if relative in taken:
             continue
         target = os.path.join(directory, relative)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        shutil.copyfile(source, target)
+        make_folders(os.path.dirname(target))
+        copy_file(source, target)
         names.append(relative)
     for name, text in generated.items():
-        os.makedirs(os.path.dirname(os.path.join(directory, name)), exist_ok=True)
+        make_folders(os.path.dirname(os.path.join(directory, name)))
         write_file(os.path.join(directory, name), text)
     return sorted([*names, *generated])
 
@@ -334,11 +341,55 @@ def read_lineage(directory: str) -> tuple[dict[str, Any], Checkpoint]:
         )
     try:
         lineage = read_json(path)
+        wrong = damage(lineage)
+        if wrong:
+            raise VerificationError(f"{path}: is no lineage of stockpot, or a damaged one: {wrong}")
         checkpoint = checkpoint or open_checkpoint(directory)
-        _ = lineage["output"]["files"], lineage["output"]["tensors"]
-    except (CheckpointError, KeyError, TypeError) as e:
+    except CheckpointError as e:
         raise VerificationError(f"{directory}: {e}") from e
     return lineage, checkpoint
+
+
+def damage(lineage: Mapping[str, Any]) -> str:
+    """What of a lineage is not what it should be, as far as anything here uses it; "" where all is."""
+    text, number, rows, mapping = str, int, list, dict
+    wanted: list[tuple[str, Any]] = [
+        ("format", number), ("digests", text), ("recipe", mapping), ("recipe.text", text), ("recipe.sha256", text),
+        ("inputs", rows), ("output", mapping), ("output.files", rows), ("output.side_files", mapping),
+        ("output.tensors", mapping),
+    ]  # fmt: skip
+    for path, kind in wanted:
+        found: Any = lineage
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if not isinstance(found, kind):
+            return f"{path}: expected {_KINDS[kind]}, got {type(found).__name__}"
+    output = lineage["output"]
+    inner: list[tuple[str, Iterable[Any], Mapping[str, type]]] = [
+        ("output.files", output["files"], {"name": text, "bytes": number, "digest": text}),
+        ("output.tensors", output["tensors"].values(), {"dtype": text, "shape": rows, "digest": text}),
+        ("inputs", lineage["inputs"], {"model": text, "path": text}),
+    ]
+    for path, entries, keys in inner:
+        for entry in entries:
+            for key, kind in keys.items():
+                if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
+                    return f"{path}: an entry without its {key} ({_KINDS[kind]})"
+    if not all(isinstance(d, str) for d in output["side_files"].values()):
+        return "output.side_files: expected digests"
+    parts = [p for entry in lineage["inputs"] for p in (entry.get("parts") or [])]
+    if not all(isinstance(p, Mapping) and isinstance(p.get("path"), str) for p in parts):
+        return "inputs: a part without its path"
+    for key in ("gates", "soup", "options", "adapter"):
+        if not isinstance(lineage.get(key, {}), Mapping):
+            return f"{key}: expected a mapping"
+    for key in ("warnings", "notes", "card_before", "steps"):
+        if not isinstance(lineage.get(key, []), list):
+            return f"{key}: expected a list"
+    return ""
+
+
+_KINDS: Mapping[Any, str] = {str: "text", int: "a number", list: "a list", dict: "a mapping"}
 
 
 _GATES = "\n## Release gates\n"
@@ -350,12 +401,16 @@ def record_verdict(directory: str, verdict: Mapping[str, Any]) -> None:
     lineage = read_json(path)
     card = os.path.join(directory, "README.md")
     try:
-        with open(card, encoding="utf-8", errors="surrogateescape") as f:
-            text = f.read().split(_GATES)[0].rstrip("\n") + "\n"
-        replace_file(card, text + _GATES + _gates_text(verdict))
+        known = {lineage["output"]["side_files"]["README.md"], *lineage.get("card_before", ())}
+        before = side_digest(card)
+        text = read_bytes(card).decode("utf-8", "surrogateescape").split(_GATES)[0].rstrip("\n") + "\n"
+        new = (text + _GATES + _gates_text(verdict)).encode("utf-8", "surrogateescape")
         lineage["gates"] = dict(verdict)
-        lineage["output"]["side_files"]["README.md"] = side_digest(card)
+        lineage["output"]["side_files"]["README.md"] = piece_digest(new).hex()
+        # who is killed between the two leaves the card as it was, which the lineage knows as well
+        lineage["card_before"] = [before] if before in known else []
         replace_file(path, readable(lineage))
+        replace_file(card, new)
     except (OSError, KeyError, TypeError) as e:
         raise OutputError(f"{directory}: the verdict of the gates can't be written: {e}") from e
 

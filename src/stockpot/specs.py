@@ -13,6 +13,10 @@ __all__ = ["DType", "Shape", "TensorSpec", "format_count", "format_size", "parse
 
 Shape = tuple[int, ...]
 
+#: dimensions of a tensor, and characters of its name, at most: far more than any model has
+MOST_AXES = 64
+MOST_NAME = 1024
+
 
 class DType(enum.Enum):
     """A dtype of the safetensors format: its name there, bytes per element, whether it can be averaged, and the name that

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stockpot.adapters.patterns import Patterns
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.errors import CheckpointError
+from stockpot.errors import CheckpointError, brief
 
 __all__ = ["Adapter", "LowRank", "changes_the_base", "config_for", "read_adapter"]
 
@@ -77,15 +78,18 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
         else:
             plain.append(name)
     modules = {}
+    patterns = {key: _patterns(checkpoint, key) for key in ("rank_pattern", "alpha_pattern")}
     for prefix, parts in found.items():
-        low_rank = _low_rank(checkpoint, prefix, parts)
+        low_rank = _low_rank(checkpoint, prefix, parts, patterns)
         modules[low_rank.module] = low_rank
     if not modules:
         raise CheckpointError(f"{checkpoint.ref}: a LoRA adapter without lora_A and lora_B tensors")
     return Adapter(checkpoint, modules, tuple(plain))
 
 
-def _low_rank(checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str]) -> LowRank:
+def _low_rank(
+    checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str], patterns: Mapping[str, Patterns]
+) -> LowRank:
     module = prefix.removeprefix(PREFIX)
     embedding = "lora_embedding_A" in parts
     a = parts.get("lora_embedding_A" if embedding else "lora_A.weight")
@@ -103,8 +107,8 @@ def _low_rank(checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str]) -> 
         raise CheckpointError(f"{checkpoint.ref}: {module}: B of {list(shape_b)} is not a 1x1 convolution")
     rank = shape_a[0]
     config = checkpoint.config
-    r = _patterned(checkpoint, "rank_pattern", module, config.get("r", rank))
-    alpha = _patterned(checkpoint, "alpha_pattern", module, config.get("lora_alpha", rank))
+    r = _patterned(checkpoint, "rank_pattern", patterns["rank_pattern"], module, config.get("r", rank))
+    alpha = _patterned(checkpoint, "alpha_pattern", patterns["alpha_pattern"], module, config.get("lora_alpha", rank))
     if r != rank:
         raise CheckpointError(f"{checkpoint.ref}: {module}: factors of rank {rank}, adapter_config.json says {r}")
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
@@ -112,21 +116,24 @@ def _low_rank(checkpoint: Checkpoint, prefix: str, parts: Mapping[str, str]) -> 
     return LowRank(module, a, b, rank, float(scale), transposed, parts.get("lora_B.bias"), embedding)
 
 
-def _patterned(checkpoint: Checkpoint, key: str, module: str, default: Any) -> float:
+def _patterns(checkpoint: Checkpoint, key: str) -> Patterns:
+    found = checkpoint.config.get(key) or {}
+    try:
+        return Patterns(found if isinstance(found, dict) else {})
+    except ValueError as e:
+        raise CheckpointError(f"{checkpoint.ref}: {key}: {e}") from e
+
+
+def _patterned(checkpoint: Checkpoint, key: str, patterns: Patterns, module: str, default: Any) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name."""
-    value = default
-    patterns = checkpoint.config.get(key) or {}
-    if isinstance(patterns, dict):
-        for pattern, own in patterns.items():
-            try:
-                matches = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as e:
-                raise CheckpointError(f"{checkpoint.ref}: {key}: {pattern!r} is not a pattern: {e}") from e
-            if matches:
-                value = own
-                break
+    try:
+        value = patterns.of(module, default)
+    except ValueError as e:
+        raise CheckpointError(f"{checkpoint.ref}: {key}: {e}") from e
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
-        raise CheckpointError(f"{checkpoint.ref}: adapter_config.json: {key} of {module} is {value!r}, not a number")
+        raise CheckpointError(
+            f"{checkpoint.ref}: adapter_config.json: {key} of {module} is {brief(value)}, not a number"
+        )
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -160,15 +160,20 @@ def merge_planned(
     release  called with the finished directory before it is published: what it raises keeps it from that, and the work is kept
     """
     from stockpot.engine.devices import open_device
-    from stockpot.engine.publish import LINEAGE, publish
+    from stockpot.engine.outdir import LINEAGE, remove_scratch, scratch_path
+    from stockpot.engine.publish import publish
     from stockpot.engine.run import run_plan
-    from stockpot.engine.steps import prepare_steps, scratch_path
+    from stockpot.engine.steps import prepare_steps
     from stockpot.lineage import check_side_files, write_side_files
 
     if isinstance(out, str):
         out = without_file_scheme(out)
     url = out if isinstance(out, str) and is_url(out) else None
-    target = check_target(planned, out, overwrite=overwrite)
+    if url is None and resume:
+        published = finished(planned, os.fspath(out), gated=release is not None)
+        if published is not None:
+            return published
+    target = check_target(planned, out, overwrite=overwrite, also=getattr(release, "files", ()))
     device = open_device(options.device)
     notes = [*planned.notes, *device_notes(planned, options.device)]
     planned = fetched(planned, options, sources)
@@ -194,11 +199,15 @@ def merge_planned(
         if url is not None:
             from stockpot.engine.upload import upload
 
-            upload(outcome.partial, url, overwrite=overwrite)
+            assert outcome.journal is not None
+            upload(outcome.partial, url, outcome.journal, overwrite=overwrite)
         if steps:  # before the output appears: who is killed in between finds nothing left beside it
-            shutil.rmtree(scratch_path(target), ignore_errors=True)
+            remove_scratch(scratch_path(target))
         if url is None:
-            publish(outcome.partial, target, overwrite=overwrite)
+            assert outcome.journal is not None
+            kept = publish(outcome.partial, target, outcome.journal, overwrite=overwrite)
+            if kept is not None:
+                notes.append(f"what was in {target} could not be removed whole, and lies in {kept}")
     return MergeResult(
         url or os.path.abspath(target),
         lineage,
@@ -233,11 +242,30 @@ def check_finite(planned: Plan, outcome: Outcome) -> None:
         )
 
 
-def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool) -> str:
-    """Where the merge is made, if it can go to OUT: free, writable, no input, large enough. For a URL that is a directory
-    here. Raises ArgumentError, OutputError.
+def finished(planned: Plan, out: str, *, gated: bool = False) -> MergeResult | None:
+    """What is in OUT, where this very merge was published there and killed before it had tidied up; it is tidied up then.
+
+    gated: whether it must have passed gates. Raises OutputError.
     """
-    from stockpot.engine.publish import check_out
+    from stockpot.engine.outdir import LINEAGE
+    from stockpot.engine.publish import tidy
+
+    if not out or "\0" in out or tidy(out) != planned.identity:
+        return None
+    lineage = read_json(os.path.join(out, LINEAGE))
+    if gated and "gates" not in lineage:
+        return None
+    told = "published by an earlier run, which was stopped while it tidied up; that is done now"
+    seconds, read, written = (lineage.get(k, 0) for k in ("seconds", "bytes_read", "bytes_written"))
+    return MergeResult(os.path.abspath(out), lineage, seconds, read, written, tuple(lineage["warnings"]), (told,))
+
+
+def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool, also: Iterable[str] = ()) -> str:
+    """Where the merge is made, if it can go to OUT: free, writable, nothing that is read, large enough. For a URL that is a
+    directory here. also: files that are read besides the models and the recipe. Raises ArgumentError, OutputError.
+    """
+    from stockpot.engine.outdir import check_out
+    from stockpot.engine.steps import written_steps
 
     target = os.fspath(out)
     if not isinstance(target, str) or not target or "\0" in target:
@@ -246,14 +274,15 @@ def check_target(planned: Plan, out: str | os.PathLike[str], *, overwrite: bool)
     files = [
         h.path for m in planned.inputs for h in m.checkpoint.files
     ]  # OUT may lie within an input, but not hold its files
-    inputs = [*(m.checkpoint.path for m in planned.inputs), *parts, *files]
+    recipe = [planned.recipe.origin] if os.path.isfile(planned.recipe.origin) else []
+    inputs = [*(m.checkpoint.path for m in planned.inputs), *parts, *files, *recipe, *also]
     if is_url(target):
         from stockpot.engine.upload import check_url, scratch_for
 
         check_url(target, overwrite=overwrite, inputs=inputs)
         target = scratch_for(target)
         overwrite = True
-    check_out(target, overwrite=overwrite, inputs=inputs)
+    check_out(target, overwrite=overwrite, inputs=inputs, steps=written_steps(planned))
     check_space(planned, target)
     return target
 
@@ -291,7 +320,7 @@ def _factors_report(planned: Plan) -> dict[str, Any] | None:
 
 def check_space(planned: Plan, out: str) -> None:
     """Refuse when the disk has less room than the output needs."""
-    from stockpot.engine.publish import partial_path
+    from stockpot.engine.outdir import partial_path
     from stockpot.errors import OutputError
 
     partial = partial_path(out)

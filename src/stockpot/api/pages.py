@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stockpot.api.measuring import ScoringShown, SuiteLike, opened_suite
 from stockpot.api.release import lineage_of
-from stockpot.errors import ArgumentError, CheckpointError, OutputError
+from stockpot.errors import ArgumentError, CheckpointError, OutputError, StockpotError
 from stockpot.evaluation.parts import open_parts
 from stockpot.evaluation.suite import parse_suite
-from stockpot.files import replace_file
+from stockpot.files import read_json, replace_file
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import open_run
 from stockpot.search import PathResult, SweepResult, interpolation_path
@@ -84,6 +87,25 @@ def report(out: str | os.PathLike[str]) -> str:
         kept, place, gates = store.meta("suite"), store.meta("run"), store.meta("gates")
     finally:
         store.close()
+    try:
+        return _report(folder, kept, place, gates)
+    except _ODD as e:
+        if isinstance(e, StockpotError):
+            raise
+        raise ArgumentError(
+            f"{os.path.join(folder, STORE)}: holds what this version of stockpot does not store ({type(e).__name__}: {e}); run "
+            "the sweep again, or report with the version that made it"
+        ) from e
+
+
+#: what comes of taking data of other types, or of another version, for one's own
+_ODD = (
+    AttributeError, EOFError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def _report(folder: str, kept: Any, place: Any, gates: Any) -> str:
     suite = parse_suite(kept["text"], kept["path"])
     run = None
     if place is not None:
@@ -102,9 +124,13 @@ def write_report(
     from stockpot.reports.table import leaderboard_csv
 
     along = None
-    if os.path.isfile(os.path.join(folder, PATH)):
-        with open(os.path.join(folder, PATH), encoding="utf-8") as f, contextlib.suppress(ValueError, KeyError):
-            along = path_from_dict(json.load(f), result.suite)
+    kept = os.path.join(folder, PATH)
+    if os.path.isfile(kept):
+        try:
+            along = path_from_dict(read_json(kept), result.suite)
+        except _ODD as e:
+            note = f"{kept}: is left out, for it is no path that this version of stockpot wrote ({e})"
+            result = replace(result, notes=(*result.notes, note))
     charts: list[Chart] = sweep_charts(result, along)
     lineage = published_lineage(folder, result)
     page = os.path.join(folder, PAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stockpot.api.measuring import ScoringShown, SuiteLike, opened_suite
@@ -16,7 +16,7 @@ from stockpot.evaluation.suite import Suite
 from stockpot.lineage import NAME, read_lineage, record_verdict
 from stockpot.recipes.parsing import load_recipe
 
-__all__ = ["check_verdict", "decide", "gate", "lineage_of", "release_check"]
+__all__ = ["ReleaseCheck", "check_verdict", "decide", "gate", "lineage_of", "release_check"]
 
 
 def gate(
@@ -39,21 +39,34 @@ def release_check(
     suite: SuiteLike, *, base: str | None = None, device: str | None = None, force: bool = False,
     shown: ScoringShown | None = None,
     told: Callable[[Verdict], None] | None = None,
-) -> Callable[[str], None]:  # fmt: skip
+) -> ReleaseCheck:  # fmt: skip
     """What merge_planned calls with the finished directory before it publishes it: raises GateError to keep it from that."""
     opened = opened_suite(suite, base=base, device=device)
     if not opened.gates:
         raise SuiteError(f"{opened.path}: has no gates to decide a release by")
     open_parts(opened, light=True)
+    return ReleaseCheck(opened, shown, told, force)
 
-    def check(partial: str) -> None:
-        verdict = decide(partial, opened, shown, force=force)
+
+@dataclass(frozen=True)
+class ReleaseCheck:
+    """Called with a finished directory; files: what it reads besides."""
+
+    suite: Suite
+    shown: ScoringShown | None
+    told: Callable[[Verdict], None] | None
+    force: bool
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.suite.path,) if os.path.isfile(self.suite.path) else ()
+
+    def __call__(self, partial: str) -> None:
+        verdict = decide(partial, self.suite, self.shown, force=self.force)
         record_verdict(partial, verdict.to_dict())
-        if told is not None:
-            told(verdict)
-        check_verdict(verdict, partial, force=force, publishes=True)
-
-    return check
+        if self.told is not None:
+            self.told(verdict)
+        check_verdict(verdict, partial, force=self.force, publishes=True)
 
 
 def check_verdict(verdict: Verdict, what: str, *, force: bool, publishes: bool) -> None:

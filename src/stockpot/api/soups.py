@@ -68,15 +68,17 @@ def window_recipe(run: Run, made: Soup, **adapter: Any) -> dict[str, Any]:
 
 def window_done(out: str, step: int, made: Soup) -> bool:
     """Whether the soup of a window stands complete where it belongs."""
-    from stockpot.engine.publish import LINEAGE
+    from stockpot.engine.outdir import LINEAGE
+    from stockpot.engine.publish import tidy
 
+    tidy(os.path.join(out, f"checkpoint-{step}"))
     path = os.path.join(out, f"checkpoint-{step}", LINEAGE)
     return os.path.isfile(path) and read_json(path).get("soup") == made.to_dict()
 
 
 def check_windows(run: Run, windows: Sequence[tuple[int, Soup]], out: str, *, overwrite: bool) -> None:
     """Whether every window's directory can be made, before the first is. Raises OutputError."""
-    from stockpot.engine.publish import check_out
+    from stockpot.engine.outdir import check_out
 
     if is_url(out):
         raise ArgumentError(f"{out}: the windows of LAWA go to a directory on this machine; upload them from there")

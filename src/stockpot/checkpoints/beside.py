@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import re
@@ -12,6 +11,7 @@ from typing import Any
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.files import check_link
 from stockpot.errors import CheckpointError
+from stockpot.files import read_any_json
 
 __all__ = ["NOT_WEIGHTS", "TEMPLATE_FOLDERS", "copied_files", "part_files", "part_folders"]
 
@@ -65,13 +65,7 @@ def _within(directory: str, file: str, name: str) -> str:
 
 
 def _json(path: str) -> Any:
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON: {e}") from e
+    return read_any_json(path) if os.path.exists(path) else None
 
 
 def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

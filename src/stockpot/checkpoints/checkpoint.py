@@ -13,12 +13,14 @@ from stockpot.checkpoints.meaning.layers import LayerMap, map_layers
 from stockpot.checkpoints.meaning.ties import Ties, find_ties
 from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.errors import CheckpointError, ReadError
+from stockpot.files import open_regular
 from stockpot.specs import TensorSpec
 
 __all__ = ["Checkpoint", "FilePart"]
 
 #: elements of two tensors that are compared at once
 _COMPARED = 2**20
+_CHANGED = "was changed after its header was read"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Checkpoint(TensorSource):
     _where: dict[str, tuple[int, Entry]] = field(default_factory=dict, repr=False)
     _fds: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    #: when each open file was last touched, as it was opened
+    _opened: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
     _ties: list[Ties] = field(default_factory=list, repr=False, compare=False)
     #: called with (request, its bytes) after each read: how what is read inside a computed checkpoint gets its digests
     observers: list[Callable[[ReadRequest, memoryview[Any]], None]] = field(
@@ -72,7 +76,12 @@ class Checkpoint(TensorSource):
     )
 
     #: what belongs to this process: a checkpoint that was sent to another one makes its own
-    held: ClassVar[Mapping[str, Callable[[], Any]]] = {"_fds": dict, "_lock": threading.Lock, "observers": list}
+    held: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        "_fds": dict,
+        "_opened": dict,
+        "_lock": threading.Lock,
+        "observers": list,
+    }
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self.held}
@@ -227,11 +236,21 @@ class Checkpoint(TensorSource):
             with self._lock:
                 fd = self._fds.get(index)
                 if fd is None:
-                    path = self.files[index].path
+                    header = self.files[index]
                     try:
-                        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                        fd = open_regular(header.path)
                     except OSError as e:
-                        raise ReadError(f"{path}: can't be opened any more: {e.strerror or e}") from e
+                        raise ReadError(f"{header.path}: can't be opened any more: {e.strerror or e}") from e
+                    found = os.fstat(fd)
+                    same = header.is_that(found)
+                    if same and not header.is_untouched(found) and header.path.endswith(".safetensors"):
+                        same = (
+                            os.pread(fd, len(header.raw), 0) == header.raw
+                        )  # new permissions, another name: or new content
+                    if not same:
+                        os.close(fd)
+                        raise ReadError(f"{header.path}: {_CHANGED}")
+                    self._opened[index] = found.st_ctime_ns
                     self._fds[index] = fd
         return fd
 
@@ -300,12 +319,19 @@ class Checkpoint(TensorSource):
         """What happened to a file since its header was read, in words; None where nothing did."""
         for header in self.files:
             try:
-                stat = os.stat(header.path)
+                found = [
+                    os.stat(header.path),
+                    *(os.fstat(fd) for i, fd in self._fds.items() if self.files[i] is header),
+                ]
             except OSError as e:
                 return f"{header.path}: {e.strerror or e}"
-            if (stat.st_size, stat.st_mtime_ns) != (header.size, header.mtime_ns):
-                return f"{header.path}: was changed after its header was read"
+            if not all(map(header.is_that, found)):
+                return f"{header.path}: {_CHANGED}"
         return None
+
+    def touched(self) -> bool:
+        """Whether anything has happened to a file since it was opened, although size and time are as they were."""
+        return any(os.fstat(fd).st_ctime_ns != self._opened.get(i) for i, fd in list(self._fds.items()))
 
     def will_read(self, request: ReadRequest) -> None:
         """Ask the kernel to start reading a range."""

@@ -138,6 +138,9 @@ class DerivedCheckpoint(Checkpoint):
     def changed(self) -> str | None:
         return next((why for why in (s.changed() for s in self.sources) if why), None)
 
+    def touched(self) -> bool:
+        return any(s.touched() for s in self.sources)
+
     def close(self) -> None:
         for source in self.sources:
             source.close()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import struct
 import zipfile
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from stockpot.errors import CheckpointError
+from stockpot.files import open_regular
 
-__all__ = ["ByteFile", "FileStream", "LocalFile", "check_link", "stored_range"]
+__all__ = ["ByteFile", "FileStream", "LocalFile", "check_link", "inode_of", "stored_range"]
 
 
 class ByteFile(Protocol):
-    """label names it in errors; stamp changes when the file does (its time of change, or what a store has instead)."""
+    """label names it in errors; stamp changes when the file does (its time of change, or what a store has instead); inode is what
+    else shows that it is this file, see Header.
+    """
 
     label: str
 
@@ -25,6 +27,9 @@ class ByteFile(Protocol):
 
     @property
     def stamp(self) -> int: ...
+
+    @property
+    def inode(self) -> tuple[int, ...] | None: ...
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start..stop, fewer only where the file ends. Raises OSError."""
@@ -40,20 +45,18 @@ class LocalFile:
     label: str
     size: int
     stamp: int
+    inode: tuple[int, ...] | None
     _fd: int
 
     @classmethod
     def open(cls, path: str) -> LocalFile:
         """Raises CheckpointError."""
         try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                os.close(fd)
-                raise CheckpointError(f"{path}: is not a regular file")
+            fd = open_regular(path)
         except OSError as e:
             raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
-        return cls(path, found.st_size, found.st_mtime_ns, fd)
+        found = os.fstat(fd)
+        return cls(path, found.st_size, found.st_mtime_ns, inode_of(found), fd)
 
     def read(self, start: int, stop: int) -> bytes:
         parts = []
@@ -67,6 +70,11 @@ class LocalFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def inode_of(found: os.stat_result) -> tuple[int, ...]:
+    """What shows that a file is the one it was, beside its size and time: where it lies, and when anything about it changed."""
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 class FileStream(io.RawIOBase):

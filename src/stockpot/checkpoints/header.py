@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from stockpot.checkpoints.files import ByteFile, LocalFile
-from stockpot.errors import CheckpointError
-from stockpot.specs import BY_LABEL, TensorSpec
+from stockpot.checkpoints.files import ByteFile, LocalFile, inode_of
+from stockpot.errors import CheckpointError, brief
+from stockpot.specs import BY_LABEL, MOST_AXES, MOST_NAME, TensorSpec
 
-__all__ = ["MAX_HEADER_BYTES", "Entry", "Header", "encode_header", "header_of", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Entry", "Header", "check_name", "encode_header", "header_of", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_ELEMENTS = 2**62
@@ -37,6 +38,8 @@ class Header:
 
     path       where reads will find the file: a path, or a URL
     mtime_ns   its time of change; of a file behind a URL whatever stands for it there
+    inode      what else shows that the file is the same: device, number and time of its last change of any kind; () where the
+               stamp of a store says it all, None where nothing does but size and header
     strides    of tensors whose elements lie in another order than theirs: the axes from the outermost to the innermost
     parts      what the names of the file's parts begin with, by part: several state dicts in one file
     members    the names of each part's tensors
@@ -50,10 +53,21 @@ class Header:
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
     raw: bytes = b""
+    inode: tuple[int, ...] | None = ()
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     members: dict[str, frozenset[str]] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+
+    def is_that(self, found: os.stat_result) -> bool:
+        """Whether a local file is the one whose header this is, of the same size and time; see `is_untouched`."""
+        if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns):
+            return False
+        return not self.inode or inode_of(found)[:2] == self.inode[:2]
+
+    def is_untouched(self, found: os.stat_result) -> bool:
+        """Whether nothing at all has happened to it: no new permissions or names, no writing with the time set back."""
+        return self.is_that(found) and (not self.inode or inode_of(found) == self.inode)
 
 
 class _DuplicateKey(ValueError):
@@ -102,7 +116,7 @@ def header_of(file: ByteFile, path: str) -> Header:
     if len(raw) != n:
         raise CheckpointError(f"{label}: truncated inside its header")
     entries, metadata = _parse(label, raw, 8 + n, size)
-    return Header(path, size, file.stamp, 8 + n, entries, metadata, head + raw)
+    return Header(path, size, file.stamp, 8 + n, entries, metadata, head + raw, file.inode)
 
 
 def _parse(path: str, raw: bytes, data_start: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -135,27 +149,38 @@ def _entry(path: str, name: str, value: Any, data_start: int) -> tuple[str, Entr
     def bad(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {why}")
 
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise bad("its name is not valid Unicode") from None
+    check_name(name, path)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad("expected exactly the keys dtype, shape, data_offsets")
     dtype = BY_LABEL.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise bad(f"dtype {value['dtype']!r} is not supported; known are {', '.join(BY_LABEL)}")
+        raise bad(f"dtype {brief(value['dtype'])} is not supported; known are {', '.join(BY_LABEL)}")
     shape, offsets = value["shape"], value["data_offsets"]
+    if isinstance(shape, list) and len(shape) > MOST_AXES:
+        raise bad(f"a shape of {len(shape)} dimensions; at most {MOST_AXES} are taken")
     if not isinstance(shape, list) or not all(type(d) is int and 0 <= d <= _MAX_ELEMENTS for d in shape):
-        raise bad(f"shape {shape!r} is not a list of non-negative integers")
+        raise bad(f"shape {brief(shape)} is not a list of non-negative integers")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int and o >= 0 for o in offsets)):
-        raise bad(f"data_offsets {offsets!r} is not a pair of non-negative integers")
+        raise bad(f"data_offsets {brief(offsets)} is not a pair of non-negative integers")
     spec = TensorSpec(dtype, tuple(shape))
     if spec.numel > _MAX_ELEMENTS:
-        raise bad(f"shape {shape!r} overflows")
+        raise bad(f"shape {brief(shape)} overflows")
     start, stop = offsets
     if stop - start != spec.nbytes:
         raise bad(f"{dtype} x {shape} needs {spec.nbytes} bytes, data_offsets give {stop - start}")
     return name, Entry(spec, data_start + start, data_start + stop)
+
+
+def check_name(name: str, path: str) -> None:
+    """Raise CheckpointError for a tensor's name that is no text, or far longer than any model's."""
+    if len(name) > MOST_NAME:
+        raise CheckpointError(
+            f"{path}: a tensor's name of {len(name)} characters ({name[:40]!r}...): at most {MOST_NAME} are taken"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: tensor {name!r}: its name is not valid Unicode") from None
 
 
 def encode_header(entries: dict[str, tuple[TensorSpec, int]], metadata: dict[str, str] | None = None) -> bytes:

@@ -10,179 +10,32 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import random
 import shutil
 import tempfile
 import threading
-import time
 import weakref
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from stockpot.checkpoints.beside import TEMPLATE_FOLDERS, part_folders
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.formats import endings, read_description
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import ReadRequest
+from stockpot.checkpoints.stores import BLOCK, PART, SMALL, Found, RemoteFile, RemoteStore, open_store
 from stockpot.errors import ArgumentError, CheckpointError, ReadError
 
 __all__ = ["RemoteCheckpoint", "RemoteStore", "open_remote_folder", "open_store", "remote_folder"]
 
-T = TypeVar("T")
-
-_TRIES = 5
-_FIRST_PAUSE = 0.2
-#: bytes of one request
-_PART = 4 * 2**20
 #: bytes between two ranges that are rather read than asked for separately
 _GAP = 2**16
 #: bytes that may be read ahead, for one checkpoint
 _AHEAD = 48 * 2**20
-#: bytes of a header's first request, and of the blocks in which small reads are kept
-_BLOCK = 2**18
-_SMALL = 64 * 2**20
 #: weights that can't be opened, and are left where they lie
 _WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".pkl", ".npz", ".tflite", ".ot")
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file: path in the store, size in bytes (-1 where a listing does not tell), and a stamp that changes when it does."""
-
-    path: str
-    size: int
-    stamp: int
-
-
-class RemoteStore:
-    """One fsspec file system; every call is tried again. Raises OSError for what does not get better."""
-
-    def __init__(self, fs: Any, url: str) -> None:
-        self.fs = fs
-        self.url = url
-
-    def persist(self, what: str, call: Callable[[], T]) -> T:
-        """The result of a call that may fail now and then."""
-        for attempt in range(_TRIES):
-            try:
-                return call()
-            except _HOPELESS:
-                raise
-            except Exception as e:
-                if attempt == _TRIES - 1:
-                    raise OSError(f"{what} failed {_TRIES} times; the last time: {type(e).__name__}: {e}") from e
-                time.sleep(_FIRST_PAUSE * 2**attempt * (0.5 + random.random()))
-        raise AssertionError("unreachable")
-
-    def find(self, path: str) -> Found:
-        """One file as it is now. Raises FileNotFoundError."""
-        self.fs.invalidate_cache()
-        return _found(self.persist(f"looking up {path}", lambda: self.fs.info(path)))
-
-    def list(self, path: str) -> tuple[dict[str, Found], list[str]]:
-        """(files by name, names of folders) of a directory. Raises FileNotFoundError."""
-        rows = self.persist(f"listing {path}", lambda: self.fs.ls(path, detail=True, refresh=True))
-        files, folders = {}, []
-        for row in rows:
-            name = posixpath.basename(str(row["name"]).rstrip("/"))
-            if row.get("type") == "directory":
-                folders.append(name)
-            elif str(row["name"]).rstrip("/") != path.rstrip("/"):
-                files[name] = _found(row)
-        return files, folders
-
-    def whole(self, path: str) -> bytes:
-        """All of a file."""
-        data: bytes = self.persist(f"reading {path}", lambda: self.fs.cat_file(path))
-        return data
-
-    def read(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes start..stop of a file, parts of a long range side by side."""
-        data = self._read(path, start, stop)
-        if len(data) != stop - start:
-            why = "the server may ignore ranges, or the file was replaced"
-            raise OSError(f"{path}: asked for bytes {start} to {stop}, got {len(data)} bytes: {why}")
-        return data
-
-    def _read(self, path: str, start: int, stop: int) -> bytes:
-        edges = list(range(start, stop, _PART))
-        stops = [min(e + _PART, stop) for e in edges]
-        if len(edges) <= 1:
-            data: bytes = self.persist(f"reading {path}", lambda: self.fs.cat_file(path, start=start, end=stop))
-            return data
-        parts = self.persist(
-            f"reading {path}", lambda: self.fs.cat_ranges([path] * len(edges), edges, stops, on_error="raise")
-        )
-        return b"".join(parts)
-
-
-def _found(row: Mapping[str, Any]) -> Found:
-    size = row.get("size")
-    if row.get("type") == "directory":
-        raise IsADirectoryError(row["name"])
-    stamp = row.get("ETag") or row.get("etag") or row.get("LastModified") or row.get("mtime") or row.get("created")
-    stamp = stamp or row.get("blob_id") or row.get("generation") or size
-    return Found(str(row["name"]), -1 if size is None else int(size), zlib.crc32(str(stamp).encode()))
-
-
-def open_store(url: str) -> tuple[RemoteStore, str]:
-    """(the file system of a URL, the path in it). Raises CheckpointError where a package is missing."""
-    try:
-        import fsspec
-    except ImportError as e:
-        raise CheckpointError(f"{url}: reading URLs needs fsspec: pip install 'stockpot[remote]'") from e
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as e:
-        raise CheckpointError(f"{url}: {e}; pip install 'stockpot[remote]' brings S3 and HTTP") from e
-    except ValueError as e:
-        raise ArgumentError(f"{url}: {e}") from e
-    except Exception as e:
-        raise CheckpointError(f"{url}: can't be reached: {type(e).__name__}: {e}") from e
-    return RemoteStore(fs, url), path
-
-
-@dataclass
-class RemoteFile:
-    """A ByteFile of a store. Small reads are kept by blocks: zip files are read in many."""
-
-    store: RemoteStore
-    found: Found
-    label: str
-    _blocks: OrderedDict[int, bytes] = field(default_factory=OrderedDict)
-
-    @property
-    def size(self) -> int:
-        return self.found.size
-
-    @property
-    def stamp(self) -> int:
-        return self.found.stamp
-
-    def read(self, start: int, stop: int) -> bytes:
-        stop = min(stop, self.size)
-        if start >= stop:
-            return b""
-        first, last = start // _BLOCK, (stop - 1) // _BLOCK
-        if last > first + 1:
-            return self.store.read(self.found.path, start, stop)
-        data = b"".join(self._block(k) for k in range(first, last + 1))
-        return data[start - first * _BLOCK : stop - first * _BLOCK]
-
-    def _block(self, k: int) -> bytes:
-        if k not in self._blocks:
-            self._blocks[k] = self.store.read(self.found.path, k * _BLOCK, min((k + 1) * _BLOCK, self.size))
-            if len(self._blocks) > 16:
-                self._blocks.popitem(last=False)
-        return self._blocks[k]
-
-    def close(self) -> None:
-        self._blocks.clear()
 
 
 class RemoteFolder:
@@ -231,7 +84,7 @@ class RemoteFolder:
         chosen = [
             (n, f)
             for n, f in files.items()
-            if (folder or not n.endswith(weights)) and f.size <= _SMALL and os.path.basename(n) == n and n != ".."
+            if (folder or not n.endswith(weights)) and f.size <= SMALL and os.path.basename(n) == n and n != ".."
         ]
         if self.only:
             chosen = [(n, f) for n, f in chosen if n == "config.json"]
@@ -240,7 +93,7 @@ class RemoteFolder:
             name, found = item
             if found.size < 0:
                 found = self.store.find(found.path)
-            if found.size > _SMALL:
+            if found.size > SMALL:
                 return
             # a server that tells no size is asked for the whole
             whole = found.size < 0
@@ -400,7 +253,7 @@ class RemoteCheckpoint(Checkpoint):
                 last
                 and last[0] == extent[0]
                 and extent[1] - last[2] <= _GAP
-                and extent[2] - groups[-1][0][1] <= 4 * _PART
+                and extent[2] - groups[-1][0][1] <= 4 * PART
             ):
                 groups[-1].append(extent)
             else:
@@ -418,7 +271,7 @@ class RemoteCheckpoint(Checkpoint):
 
     def will_read(self, request: ReadRequest) -> None:
         for index, start, stop in self._extents([request]):
-            if stop - start < _BLOCK:
+            if stop - start < BLOCK:
                 continue  # small ones are fetched together when they are read
             self._ahead.ask((index, start, stop), lambda i=index, a=start, b=stop: self._fetch(i, a, b))  # type: ignore[misc]
 
@@ -429,9 +282,19 @@ class RemoteCheckpoint(Checkpoint):
                 found = self.folder.store.find(header.path)
             except OSError as e:
                 return f"{self.ref}: {header.path}: {e}"
-            if (found.size, found.stamp) != (header.size, header.mtime_ns):
+            if (found.size, found.stamp) != (header.size, header.mtime_ns) or not self._reads_the_same(header):
                 return f"{self.ref}: {header.path}: was changed after its header was read"
         return None
+
+    def _reads_the_same(self, header: Header) -> bool:
+        """Where the server has nothing that changes with a file: whether its header is the one that was read."""
+        assert self.folder is not None
+        if header.inode is not None:
+            return True
+        try:
+            return self.folder.headers([self.relative(header)])[0].raw == header.raw
+        except (CheckpointError, OSError):
+            return False
 
     def close(self) -> None:
         self._ahead.close()

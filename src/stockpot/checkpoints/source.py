@@ -120,6 +120,10 @@ class TensorSource(Protocol):
         """What happened to it since it was opened, in words; None where nothing did."""
         return None
 
+    def touched(self) -> bool:
+        """Whether anything has happened to its files that may be no change: a new name, permissions."""
+        return False
+
     def close(self) -> None:
         """Let go of files. Reading again opens them again."""
         return

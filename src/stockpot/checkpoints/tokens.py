@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from stockpot.checkpoints.beside import part_folders
 from stockpot.errors import CheckpointError
+from stockpot.files import read_bytes, read_json
 
 __all__ = ["Difference", "compared", "highest"]
 
@@ -19,6 +21,10 @@ _FILES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "qwen.tiktoken", "tokenizer.tiktoken", "tiktoken.model",
 )  # fmt: skip
+
+
+#: bytes of a tokenizer's file that are read, at most
+_MOST = 2**28
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,10 @@ def _compared(own: str, theirs: str, rows: int | None) -> Difference | None:
 
 
 def _read(path: str) -> bytes:
-    with open(path, "rb") as f:
-        return f.read()
+    try:
+        return read_bytes(path, _MOST)
+    except OSError as e:
+        raise CheckpointError(f"{path}: can't be read: {e.strerror or e}") from e
 
 
 def _difference(own: Mapping[str, int], theirs: Mapping[str, int], rows: int | None) -> Difference | None:
@@ -102,16 +110,11 @@ def _difference(own: Mapping[str, int], theirs: Mapping[str, int], rows: int | N
 def _added(directory: str) -> dict[str, int]:
     """Tokens that were added beside the tokenizer's own file."""
     found: dict[str, int] = {}
-    try:
-        with open(os.path.join(directory, "added_tokens.json"), encoding="utf-8") as f:
-            found |= {str(t): int(i) for t, i in json.load(f).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        pass
-    try:
-        with open(os.path.join(directory, "tokenizer_config.json"), encoding="utf-8") as f:
-            found |= {str(t["content"]): int(i) for i, t in json.load(f)["added_tokens_decoder"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
+    with contextlib.suppress(CheckpointError, ValueError, TypeError):
+        found |= {str(t): int(i) for t, i in read_json(os.path.join(directory, "added_tokens.json")).items()}
+    with contextlib.suppress(CheckpointError, ValueError, TypeError, KeyError, AttributeError):
+        listed = read_json(os.path.join(directory, "tokenizer_config.json"))["added_tokens_decoder"]
+        found |= {str(t["content"]): int(i) for i, t in listed.items()}
     return found
 
 

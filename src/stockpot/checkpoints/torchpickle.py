@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.specs import BY_ARRAY, DType
+from stockpot.specs import BY_ARRAY, MOST_AXES, DType
 
 __all__ = ["Inert", "PickledTensor", "TensorReader", "Unreadable"]
 
@@ -40,6 +39,15 @@ class PickledTensor(_Sealed):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+class _Table(dict[Any, Any]):
+    """An OrderedDict, without attributes that a pickle could put in the way of its methods."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class Inert:
@@ -94,7 +102,14 @@ class _Named(_Sealed):
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
     if not isinstance(storage, _Storage):
         return Inert()
-    return PickledTensor(storage, offset, tuple(shape), tuple(stride))
+    return PickledTensor(storage, offset, _sizes(shape), _sizes(stride))
+
+
+def _sizes(found: Any) -> tuple[int, ...]:
+    """A shape or a stride. ValueError for what is none: a long text would be copied for each tensor that names it."""
+    if not isinstance(found, (tuple, list)) or len(found) > MOST_AXES:
+        raise ValueError(f"a shape or stride that is no short list of numbers ({type(found).__name__})")
+    return tuple(found)
 
 
 def _rebuild_v3(
@@ -104,7 +119,7 @@ def _rebuild_v3(
     if not isinstance(storage, _Storage):
         return Inert()
     known = dtype.value if isinstance(dtype, _Named) else None
-    return PickledTensor(_Storage(storage.key, known, storage.numel), offset, tuple(shape), tuple(stride))
+    return PickledTensor(_Storage(storage.key, known, storage.numel), offset, _sizes(shape), _sizes(stride))
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -115,8 +130,8 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("collections", "OrderedDict"): lambda *args: OrderedDict(),
-    ("collections", "defaultdict"): lambda *args: OrderedDict(),
+    ("collections", "OrderedDict"): lambda *args: _Table(),
+    ("collections", "defaultdict"): lambda *args: _Table(),
 }
 
 

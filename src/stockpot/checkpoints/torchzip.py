@@ -12,19 +12,21 @@ import io
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.checkpoints.files import ByteFile, FileStream, LocalFile, stored_range
-from stockpot.checkpoints.header import Entry, Header
+from stockpot.checkpoints.header import Entry, Header, check_name
+from stockpot.checkpoints.opcodes import check_pickle
 from stockpot.checkpoints.torchpickle import Inert, PickledTensor, TensorReader, Unreadable
 from stockpot.errors import CheckpointError, LayoutError
 from stockpot.specs import DType, TensorSpec
 
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
-_MAX_PICKLE = 256 * 2**20
+_MAX_PICKLE = 64 * 2**20
 #: how deep in a document state dicts are looked for
 _DEPTH = 8
 #: keys under which trainers keep the model's tensors: the first that is there gives names of its own, other parts' names
@@ -79,6 +81,7 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
             raise
         raise CheckpointError(f"{path}: not a readable zip file: {e}; an interrupted save?") from e
     try:
+        check_pickle(pickled)
         document = TensorReader(io.BytesIO(pickled)).load()
     except Exception as e:  # whatever a damaged pickle leads to
         raise CheckpointError(f"{path}: its pickle can't be read: {type(e).__name__}: {e}") from e
@@ -111,6 +114,7 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
         entries,
         {},
         pickled,
+        file.inode,
         strides=strides,
         parts=found.parts,
         members=found.members,
@@ -126,6 +130,12 @@ def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], byt
         if len(found) != 1:
             raise CheckpointError(f"{path}: a zip file, but not one that torch.save writes (no data.pkl)")
         root = found[0].filename[: -len("data.pkl")]
+        counts = Counter(i.filename for i in archive.infolist())
+        twice = next((n for n, count in counts.items() if count > 1), None)
+        if twice is not None:
+            raise CheckpointError(f"{path}: has {twice[:80]!r} twice: which of them counts, readers don't agree on")
+        if min(i.header_offset for i in archive.infolist()) > 0:
+            raise CheckpointError(f"{path}: something stands before the zip file in it, which torch does not take")
         places = {}
         for info in archive.infolist():
             if not info.filename.startswith(root):
@@ -190,6 +200,8 @@ class _States:
         """
         for own, tensor in state.items():
             name = f"{prefix}{own}"
+            if isinstance(tensor, (Unreadable, PickledTensor)):
+                check_name(name, self.path)
             if isinstance(tensor, Unreadable):
                 raise CheckpointError(f"{self.path}: tensor {name!r}: of a kind that can't be read ({tensor.how})")
             if not isinstance(tensor, PickledTensor):

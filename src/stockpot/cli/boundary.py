@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from stockpot.cli.terminal import tell
 from stockpot.errors import ProblemsError, StockpotError
 
 __all__ = ["boundary"]
@@ -54,7 +55,7 @@ def boundary(command: F) -> F:
         except Exception:
             import traceback
 
-            traceback.print_exc()
+            _say(traceback.format_exc().rstrip())
             _say("error: this is a bug in stockpot; please report it with the lines above")
             raise typer.Exit(1) from None
 
@@ -63,7 +64,7 @@ def boundary(command: F) -> F:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr)
+        tell(text)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

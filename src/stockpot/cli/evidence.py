@@ -294,13 +294,13 @@ def report(
 ) -> None:
     """Write the report of a sweep again, from what it stored."""
     from stockpot.api import pages
-    from stockpot.cli.show import print_json
+    from stockpot.cli.terminal import print_json, say
 
     page = pages.report(out)
     if as_json:
         print_json({"report": page})
     else:
-        print(page)
+        say(page)
 
 
 def release_of(publishing: Publishing, shown: Shown) -> Any:
@@ -312,8 +312,8 @@ def release_of(publishing: Publishing, shown: Shown) -> Any:
             raise ArgumentError("--force publishes against the gates of a suite: it needs --suite")
         return None
     from stockpot.api.release import release_check
-    from stockpot.cli.show import print_json
     from stockpot.cli.show_evidence import show_verdict
+    from stockpot.cli.terminal import print_json
 
     def told(verdict: Any) -> None:
         if not shown.as_json:

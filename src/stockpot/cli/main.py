@@ -39,8 +39,9 @@ register(app)
 def _version(value: bool) -> None:
     if value:
         import stockpot
+        from stockpot.cli.terminal import say
 
-        print(f"stockpot {stockpot.__version__}")
+        say(f"stockpot {stockpot.__version__}")
         raise typer.Exit
 
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from stockpot.cli.terminal import tell
+from stockpot.errors import visible
 from stockpot.specs import format_size
 
 __all__ = ["progress_bar", "scoring_bar", "sweep_bar"]
@@ -45,9 +47,8 @@ def _plain() -> Callable[[int, int], None]:
             last = now
             rate = done / (now - began)
             left = (total - done) / rate if rate else 0
-            print(
+            tell(
                 f"merging: {done / total:.0%} of {format_size(total)}, {format_size(rate)}/s, {left:.0f} s left",
-                file=sys.stderr,
                 flush=True,
             )
 
@@ -84,7 +85,9 @@ def _counted(*, enabled: bool) -> Iterator[Callable[[int, int, str], None] | Non
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=None)
-            yield lambda done, total, what: progress.update(task, completed=done, total=total or None, description=what)
+            yield lambda done, total, what: progress.update(
+                task, completed=done, total=total or None, description=visible(what, line=True)
+            )
     else:
         last = time.monotonic()
 
@@ -93,6 +96,6 @@ def _counted(*, enabled: bool) -> Iterator[Callable[[int, int, str], None] | Non
             now = time.monotonic()
             if now - last >= _PLAIN_SECONDS:
                 last = now
-                print(f"scoring: {done} of {total or '?'}: {what}", file=sys.stderr, flush=True)
+                tell(f"scoring: {done} of {total or '?'}: {what}", flush=True)
 
         yield say

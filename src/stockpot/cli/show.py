@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stockpot.cli.terminal import add_row, console, print_json, say, tell
+from stockpot.errors import visible
 from stockpot.specs import format_count, format_size
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stockpot.planning.plan import Plan
 
 __all__ = [
-    "print_json",
     "print_table",
     "show_checkpoint",
     "show_doctor",
@@ -28,36 +27,31 @@ __all__ = [
 ]
 
 
-def print_json(doc: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(doc, indent=2, ensure_ascii=False))
-
-
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """A plain table; columns whose name begins with # hold numbers."""
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=visible(title, line=True) or None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     for column in columns:
         numeric = column.startswith("#")
         table.add_column(column.lstrip("#"), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-    console.print(table)
+        add_row(table, *row)
+    console().print(table)
 
 
 def show_notes(notes: Iterable[str], *, quiet: bool) -> None:
     """Notes go to stderr, so that they never mix with output."""
     if not quiet:
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            tell(f"note: {note}")
 
 
 def show_merge(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     if as_json:
         print_json(
             {
@@ -73,7 +67,7 @@ def show_merge(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
         )
     elif not quiet:
         rate = (result.bytes_read + result.bytes_written) / max(result.seconds, 1e-9)
-        print(
+        say(
             f"{result.path}: {len(result.lineage['output']['tensors'])} tensors, {format_size(result.bytes_written)} written, "
             f"{format_size(result.bytes_read)} read in {result.seconds:.1f} s ({format_size(rate)}/s)"
         )
@@ -107,7 +101,7 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
             for m in plan.inputs
         ),
     )
-    print()
+    say()
     rows = plan.group_rows()
     shown = rows if len(rows) <= 40 else rows[:40]
     print_table(
@@ -128,17 +122,17 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         ),
     )
     if len(rows) > len(shown):
-        print(f"... and {len(rows) - len(shown)} more groups (--json shows all)")
+        say(f"... and {len(rows) - len(shown)} more groups (--json shows all)")
     budget = plan.budget
-    print(
+    say(
         f"\nreads {format_size(plan.bytes_in)}, writes {format_size(plan.bytes_out)} in {len(plan.shards)} "
         f"file{'s' if len(plan.shards) != 1 else ''}; holds at most {format_size(budget.peak)} of {format_size(budget.limit)} "
         f"over the interpreter ({budget.workers} worker{'s' if budget.workers != 1 else ''}); seed {plan.seed}"
     )
     for row in plan.account:
-        print(f"accounted for: {_accounted(row)}")
+        say(f"accounted for: {_accounted(row)}")
     for note in plan.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _accounted(row: Mapping[str, Any]) -> str:
@@ -158,25 +152,25 @@ def show_checkpoint(info: dict[str, Any], *, as_json: bool) -> None:
         print_json(info)
         return
     architecture = f", {info['architecture']}" if info["architecture"] else ""
-    print(f"{info['path']}: {info['kind']}{architecture}")
-    print(
+    say(f"{info['path']}: {info['kind']}{architecture}")
+    say(
         f"{format_count(info['parameters'])} parameters, {format_size(info['bytes'])} in {len(info['files'])} "
         f"file{'s' if len(info['files']) != 1 else ''}, {len(info['tensors'])} tensors"
     )
     for dtype, row in info["dtypes"].items():
-        print(f"  {dtype}: {row['tensors']} tensors, {format_size(row['bytes'])}")
+        say(f"  {dtype}: {row['tensors']} tensors, {format_size(row['bytes'])}")
     for stack, count in info["layers"].items():
-        print(f"  layers: {stack} x {count}")
+        say(f"  layers: {stack} x {count}")
     for part, row in info["parts"].items():
         begins = f", names begin with {row['prefix']!r}" if row["prefix"] else ""
-        print(f"  part: {part or 'the model'}: {row['tensors']} tensors, {format_size(row['bytes'])}{begins}")
+        say(f"  part: {part or 'the model'}: {row['tensors']} tensors, {format_size(row['bytes'])}{begins}")
     for tie in info["ties"]:
         word = {True: "tied", False: "not tied"}.get(tie["tied"], "perhaps tied")
-        print(f"  {word}: {tie['second']} = {tie['first']} ({tie['known']}{'' if tie['stored'] else '; stored once'})")
-    print(f"  names: {_names(info['dialect'])}")
+        say(f"  {word}: {tie['second']} = {tie['first']} ({tie['known']}{'' if tie['stored'] else '; stored once'})")
+    say(f"  names: {_names(info['dialect'])}")
     for file in info["beside"]:
-        print(f"  beside: {file['name']}: not read: {file['why']}")
-    print()
+        say(f"  beside: {file['name']}: not read: {file['why']}")
+    say()
     print_table("", ("tensor", "dtype", "shape"), ((n, t["dtype"], t["shape"]) for n, t in info["tensors"].items()))
 
 
@@ -199,7 +193,7 @@ def show_verified(out: str, lineage: Mapping[str, Any], *, as_json: bool) -> Non
     if as_json:
         print_json({"path": out, "verified": True, "tensors": len(tensors), "created": lineage.get("created")})
     else:
-        print(f"{out}: {len(tensors)} tensors are what was written on {lineage.get('created')}")
+        say(f"{out}: {len(tensors)} tensors are what was written on {lineage.get('created')}")
 
 
 def _method_row(method: Any) -> dict[str, Any]:
@@ -261,12 +255,12 @@ def show_method(name: str, *, as_json: bool) -> None:
         return
     low, high = method.models
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
-    print(f"{method.name}: {inspect.getdoc(method.function)}\n")
+    say(f"{method.name}: {inspect.getdoc(method.function)}\n")
     sees = {"delta": "deltas (a base is needed)", "weight": "weights", "factors": "the factors of LoRA adapters"}
-    print(f"works on {sees[method.space.value]}; models: {count}")
+    say(f"works on {sees[method.space.value]}; models: {count}")
     if method.cite:
-        print(f"source: {method.cite}")
-    print()
+        say(f"source: {method.cite}")
+    say()
     print_table(
         "",
         ("parameter", "value", "for each model", "default"),
@@ -300,6 +294,6 @@ def show_doctor(facts: Mapping[str, Any], *, as_json: bool) -> None:
     ]
     print_table("", ["", ""], rows)
     for line in facts["missing"]:
-        print(f"missing: {line}")
+        say(f"missing: {line}")
     if not facts["missing"]:
-        print("nothing is missing")
+        say("nothing is missing")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from stockpot.api import Evaluation, Sweep
-from stockpot.cli.show import print_json
+from stockpot.cli.terminal import add_row, console, print_json, say
+from stockpot.errors import visible
 from stockpot.evaluation.aggregate import Aggregate
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.statistics import Interval
@@ -21,13 +21,14 @@ __all__ = ["show_aggregate", "show_evaluation", "show_path", "show_sweep", "show
 _SHOWN = 12
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
 def _table(*heads: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=visible(title or "", line=True) or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for head in heads:
         words = head in (
             "name",
@@ -55,11 +56,11 @@ def show_evaluation(found: Evaluation, *, as_json: bool) -> None:
         metric = found.suite.slice(name).metric
         for key in [metric, *(k for k in scores if k != metric and "," not in k)]:
             about = (name, split, str(scores.n or "?"), f"{scores.seconds:.1f}") if key == metric else ("", "", "", "")
-            table.add_row(about[0], about[1], key, f"{scores[key]:.5g}", about[2], about[3])
-    _console().print(table)
+            add_row(table, about[0], about[1], key, f"{scores[key]:.5g}", about[2], about[3])
+    console(140).print(table)
     if found.score is not None:
         better = "lower" if found.suite.direction == "min" else "higher"
-        print(f"score {_span(found.score)} ({better} is better)")
+        say(f"score {_span(found.score)} ({better} is better)")
 
 
 def _span(i: Interval) -> str:
@@ -75,8 +76,8 @@ def show_aggregate(rows: Sequence[Aggregate], *, as_json: bool) -> None:
     references = list(rows[0].percent) if rows else []
     table = _table("name", "average", *(f"% vs {r}" for r in references))
     for r in rows:
-        table.add_row(r.name, f"{r.score:.5f}", *(f"{r.percent[x]:+.2f}" for x in references))
-    _console().print(table)
+        add_row(table, r.name, f"{r.score:.5f}", *(f"{r.percent[x]:+.2f}" for x in references))
+    console(140).print(table)
 
 
 def show_sweep(found: Sweep, *, as_json: bool, quiet: bool) -> None:
@@ -96,25 +97,24 @@ def show_sweep(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     table = _table("#", "name", "stage", "score", *(f"minus {x.replace('_', ' ')}" for x in labels), "report score",
                    title=f"{result.suite.name}: {better} is better; differences are signed so that more is better")  # fmt: skip
     for r in shown:
-        table.add_row(*_row(r, board.index(r) + 1, labels, winner=r.name == result.winner))
-    console = _console()
-    console.print(table)
+        add_row(table, *_row(r, board.index(r) + 1, labels, winner=r.name == result.winner))
+    console(140).print(table)
     if len(board) > len(shown):
-        print(f"... {len(board) - len(shown)} more in leaderboard.csv")
+        say(f"... {len(board) - len(shown)} more in leaderboard.csv")
     failed = [r for r in board if r.error]
     for r in failed[:5]:
-        print(f"failed: {r.name}: {r.error}")
-    print()
+        say(f"failed: {r.name}: {r.error}")
+    say()
     for line in result.conclusion:
-        print(line)
+        say(line)
     for note in result.notes:
-        print(f"note: {note}")
-    print(f"{result.evaluations} evaluations, {result.reused} known before")
+        say(f"note: {note}")
+    say(f"{result.evaluations} evaluations, {result.reused} known before")
     if found.verdict is not None:
         show_verdict(found.verdict, as_json=False, quiet=False)
     if found.best is not None:
-        print(f"published: {found.best}")
-    print(f"report: {os.path.abspath(found.page)}" if found.page else "")
+        say(f"published: {found.best}")
+    say(f"report: {os.path.abspath(found.page)}" if found.page else "")
 
 
 def _row(r: Row, rank: int, labels: Sequence[str], *, winner: bool) -> list[str]:
@@ -138,10 +138,10 @@ def show_verdict(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:
         return
     table = _table("gate", "severity", "status", "why")
     for o in verdict.outcomes:
-        table.add_row(o.gate.describe(), o.gate.severity, o.status, o.why)
-    _console().print(table)
+        add_row(table, o.gate.describe(), o.gate.severity, o.status, o.why)
+    console(140).print(table)
     warned = sum(o.status != "pass" and o.gate.severity == "warning" for o in verdict.outcomes)
-    print(("gates passed" if verdict.passed else "gates not passed") + (f", {warned} with a warning" if warned else ""))
+    say(("gates passed" if verdict.passed else "gates not passed") + (f", {warned} with a warning" if warned else ""))
 
 
 def show_path(found: PathResult, out: str | None, *, as_json: bool) -> None:
@@ -151,10 +151,10 @@ def show_path(found: PathResult, out: str | None, *, as_json: bool) -> None:
     table = _table("t", "score", "95 % interval", "over the line", "accepted")
     for p in found.points:
         span = "" if p.score.low is None or p.score.high is None else f"{p.score.low:.5g} to {p.score.high:.5g}"
-        table.add_row(f"{p.t:.3g}", f"{p.score.value:.5g}", span, f"{p.excess:+.4g}", "yes" if p.accepted else "no")
-    _console().print(table)
+        add_row(table, f"{p.t:.3g}", f"{p.score.value:.5g}", span, f"{p.excess:+.4g}", "yes" if p.accepted else "no")
+    console(140).print(table)
     if found.base is not None:
-        print(f"base: {_span(found.base)}")
-    print(f"{found.verdict[:1].upper()}{found.verdict[1:]}.")
+        say(f"base: {_span(found.base)}")
+    say(f"{found.verdict[:1].upper()}{found.verdict[1:]}.")
     if out is not None:
-        print(f"written: {os.path.abspath(out)}")
+        say(f"written: {os.path.abspath(out)}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stockpot.cli.show import print_json, print_table, show_merge
+from stockpot.cli.show import print_table, show_merge
+from stockpot.cli.terminal import print_json, say, tell
 from stockpot.errors import ArgumentError
 from stockpot.runs.metrics import known_objective
 
@@ -48,20 +48,20 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
         raise ArgumentError(f"smooth: expected a whole number of at least 0, got {smooth}")
     smooth = max(smooth, 1)
     for warning in run.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     if as_json:
         print_json(_as_data(run, smooth))
         return
     kinds = sorted({s.kind for s in run.snapshots})
     what = {"adapter": "adapters", "model": "full models"}
     count = len(run.snapshots)
-    print(
+    say(
         f"{run.path}: {count} snapshot{'s' if count != 1 else ''} ({', '.join(what.get(k, k) for k in kinds)}), "
         f"{run.layout} layout"
     )
     names = run.metrics.names()
     if names:
-        print()
+        say()
         print_table(
             "",
             ("metric", "over the run", "#first", "#last", "#lowest", "#highest", "#values", "better"),
@@ -80,11 +80,11 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
             ),
         )
     else:
-        print("no metrics" + (f" ({run.metrics.source})" if run.metrics.source else " were logged"))
+        say("no metrics" + (f" ({run.metrics.source})" if run.metrics.source else " were logged"))
     dull = ("epoch", "learning_rate", "grad_norm")
     telling = [n for n in names if n not in dull and len(run.metrics.series[n]) > 1]
     shown = telling[:6]
-    print()
+    say()
     rows = []
     inexact = False
     for s in run.snapshots:
@@ -101,9 +101,9 @@ def show_run(run: Run, *, smooth: int, as_json: bool) -> None:
         rows.append((s.step, *cells, _mark(run, s.step)))
     print_table("", ("#epoch" if run.epochs_as_steps else "#step", *(f"#{n}" for n in shown), ""), rows)
     if len(telling) > len(shown):
-        print(f"{len(telling) - len(shown)} more metrics by snapshot: --json")
+        say(f"{len(telling) - len(shown)} more metrics by snapshot: --json")
     if inexact:
-        print("* the last value logged before the step")
+        say("* the last value logged before the step")
 
 
 def _mark(run: Run, step: int) -> str:
@@ -172,7 +172,7 @@ def show_soup(soup: Soup) -> None:
         found = (_short(i.metric.value), i.metric.rule) if i.metric else (() if metric is None else ("", ""))
         rows.append((i.snapshot.step, *found, f"{i.weight:.6f}", "█" * max(round(abs(i.weight) / top * 24), 0)))
     print_table("", columns, rows)
-    print(f"{soup.name}: {len(soup.ingredients)} snapshots, {soup.effective_snapshots:.2f} effective (1 / sum of w²)")
+    say(f"{soup.name}: {len(soup.ingredients)} snapshots, {soup.effective_snapshots:.2f} effective (1 / sum of w²)")
 
 
 def show_soup_result(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
@@ -194,14 +194,14 @@ def show_soup_result(result: MergeResult, *, as_json: bool, quiet: bool) -> None
     report = result.adapter
     if report and not quiet:
         if report["mode"] == "factors":
-            print(
+            say(
                 f"A and B were averaged apart: {report['relative_error']:.2%} from the average of the products B A "
                 f"(worst {report['worst_error']:.2%}, {report['worst_module']}); --adapter product is exact"
             )
         elif report.get("rank"):
-            print(
+            say(
                 f"products recompressed to rank {report['rank']}: {report['relative_error']:.2%} lost "
                 f"(worst {report['worst_error']:.2%}, {report['worst_module']})"
             )
         else:
-            print("the products B A were averaged exactly, as stacked factors")
+            say("the products B A were averaged exactly, as stacked factors")

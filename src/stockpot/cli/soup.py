@@ -188,8 +188,9 @@ def _one(
 ) -> None:
     from stockpot.api.merging import check_target, merge_planned, plan
     from stockpot.cli.progress import progress_bar
-    from stockpot.cli.show import print_json, show_notes
+    from stockpot.cli.show import show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
+    from stockpot.cli.terminal import print_json
 
     options = engine.options()
     planned = plan(recipe, options, run=run)
@@ -220,8 +221,9 @@ def _windows(
 
     from stockpot.api.merging import merge_planned, plan
     from stockpot.api.soups import check_windows, window_done, window_recipe
-    from stockpot.cli.show import print_json, show_notes
+    from stockpot.cli.show import show_notes
     from stockpot.cli.show_run import show_soup, show_soup_result
+    from stockpot.cli.terminal import print_json
     from stockpot.runs import resolve_windows, soup_name
 
     overwrite, options = engine.overwrite, engine.options()

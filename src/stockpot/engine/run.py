@@ -12,23 +12,26 @@ import threading
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from stockpot.engine.allocator import keep_pages
 from stockpot.engine.devices import Device
 from stockpot.engine.digest_book import DigestBook, observer
 from stockpot.engine.executors import Threads
-from stockpot.engine.journal import NAME as JOURNAL_NAME
 from stockpot.engine.journal import Journal
 from stockpot.engine.ledger import Ledger
 from stockpot.engine.limits import allow_open_files
 from stockpot.engine.loop import Loop
 from stockpot.engine.measures import Sizes, far_out
+from stockpot.engine.outdir import JOURNAL, alone_in, check_trusted, is_partial, partial_path
 from stockpot.engine.pieces import Pieces
-from stockpot.engine.publish import partial_path
-from stockpot.engine.resume import take_over
+from stockpot.engine.resume import Inputs, take_over
 from stockpot.engine.signals import noted_signals
 from stockpot.engine.sink import ShardSink
 from stockpot.errors import Interrupted, OutputError, ReadError
+from stockpot.files import make_folders
 from stockpot.planning.plan import Plan
 
 __all__ = ["Outcome", "Progress", "run_plan"]
@@ -84,37 +87,38 @@ class _Runner:
         began = time.monotonic()
         self._check_unchanged()
         partial = self.outcome.partial
-        try:
-            os.makedirs(partial, exist_ok=True)
-        except OSError as e:
-            raise OutputError(f"{partial}: can't be created: {e.strerror or e}") from e
         sink: ShardSink | None = None
         journal = Journal(
-            os.path.join(partial, JOURNAL_NAME),
+            os.path.join(partial, JOURNAL),
             self.plan.identity,
             self.ledger,
             lambda: sink.flush() if sink is not None else None,
+            inputs=_identities(self.plan),
         )
+        resumed = _claimed(partial, journal)
+        if resumed and not resume:
+            journal.forget()
+            resumed = False
         try:
-            resumed = journal.open() and resume
+            _clear(partial, keep={JOURNAL, *(s.name for s in self.plan.shards if resumed)})
         except OSError as e:
-            if isinstance(e, OutputError):
-                raise
-            raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
-        if not resumed:
-            journal.found.clear()
-            journal.warnings.clear()
-        _clear(partial, keep={JOURNAL_NAME, *(s.name for s in self.plan.shards if resumed)})
+            journal.unlock()
+            raise OutputError(f"{partial}: can't be cleared: {e.strerror or e}") from e
         finished = False
         part_books = self._observe_parts()
         try:
             sink = ShardSink(partial, self.plan.shards, fresh=not resumed)
-            self.outcome.resumed_bytes = take_over(self.plan, partial, self.ledger, journal.found)
+            sound = Inputs(self.plan) if resumed and not journal.same_inputs else None
+            self.outcome.resumed_bytes = take_over(self.plan, partial, self.ledger, journal.found, sound)
             self.outcome.warnings += dict.fromkeys(journal.warnings)
+            if sound is not None:  # what is not sound must not be taken for it by the next run
+                journal.forget()
+                journal.keep(np.flatnonzero(self.ledger.done), self.outcome.warnings)
             journal.found.clear()
-            journal.begin(resumed=resumed)
+            journal.begin()
             self._work(sink, journal, progress)
             self._check_unchanged()
+            self._check_untouched()
             finished = True
         finally:
             try:
@@ -156,6 +160,22 @@ class _Runner:
             why = model.checkpoint.changed()
             if why:
                 raise ReadError(f"{why}; merge again to take it as it is now")
+
+    def _check_untouched(self) -> None:
+        """Where something has happened to an input that may be no change (a backup's hard link, new permissions), what was read
+        is compared with what is there. Raises ReadError.
+        """
+        touched = [m for m in self.plan.inputs if m.checkpoint.touched()]
+        if not touched:
+            return
+        inputs, pieces = Inputs(self.plan), self.ledger.pieces
+        for row in np.flatnonzero(self.ledger.done):
+            start, stop = int(pieces.start[row]), int(pieces.stop[row])
+            if not inputs.hold(int(pieces.tensor[row]), start, stop, self.ledger.digests[1:, row]):
+                raise ReadError(
+                    f"{touched[0].ref}: was touched during the merge (written to, given another name or other permissions), and "
+                    "what was read of it can't be shown to be what is there; merge again to take it as it is now"
+                )
 
     def _observe_parts(self) -> dict[str, DigestBook]:
         """Hash what is read inside computed checkpoints: whole pieces as they come by."""
@@ -208,6 +228,33 @@ class _Runner:
                     self.outcome.part_digests.setdefault(origin.source.path, {})[origin.name] = digest
 
 
+def _identities(plan: Plan) -> list[list[Any]] | None:
+    """What shows that files are those that they were; None where for one of them nothing does."""
+    leaves = {id(c): c for m in plan.inputs for c in (m.checkpoint.parts or (m.checkpoint,))}
+    headers = {h.path: h for c in leaves.values() for h in c.files}
+    if any(h.inode is None for h in headers.values()):
+        return None
+    return [[h.path, h.size, h.mtime_ns, *(h.inode or ())] for h in headers.values()]
+
+
+def _claimed(partial: str, journal: Journal) -> bool:
+    """Make the directory, or take over one of ours, and lock its journal. Whether there is work of this plan in it.
+
+    Raises OutputError.
+    """
+    try:
+        make_folders(os.path.dirname(partial))
+        with alone_in(os.path.dirname(partial)):
+            make_folders(partial)
+            check_trusted(partial)
+            held = sorted(os.listdir(partial))
+            if os.path.islink(partial) or (held and not is_partial(partial, held)):
+                raise OutputError(f"{partial}: needed for unfinished work, but it holds something else; move it away")
+            return journal.open()
+    except OSError as e:
+        raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
+
+
 def _clear(directory: str, keep: Set[str] = frozenset()) -> None:
     """Remove the files of an unfinished merge but for those to `keep`, and the directory if there are none."""
     for name in os.listdir(directory):
@@ -215,7 +262,12 @@ def _clear(directory: str, keep: Set[str] = frozenset()) -> None:
         within = {k.partition("/")[2] for k in keep if k.startswith(name + "/")}
         if within and os.path.isdir(path) and not os.path.islink(path):
             _clear(path, within)
-        elif name not in keep or os.path.islink(path):
+        elif name not in keep or os.path.islink(path) or _shared(path):
             shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
     if not keep:
         os.rmdir(directory)
+
+
+def _shared(path: str) -> bool:
+    """Whether a file has another name besides: what is written into it would be written there too."""
+    return os.lstat(path).st_nlink > 1 and not os.path.isdir(path)

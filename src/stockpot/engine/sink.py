@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -69,8 +70,10 @@ class ShardSink:
         try:
             for path, shard in zip(self.paths, shards, strict=True):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+                fd = os.open(path, _FLAGS, 0o666)
                 self._fds.append(fd)
+                if os.fstat(fd).st_nlink > 1:
+                    raise OSError(errno.EMLINK, "has another name besides; remove it", path)
                 if fresh or os.fstat(fd).st_size != shard.size:
                     _reserve(fd, shard.size)
                 self._write(len(self._fds) - 1, shard.header, 0)  # again on resume: a crash may have taken it
@@ -118,6 +121,10 @@ class ShardSink:
         self._fds = []
 
 
+#: a link in place of a shard is not followed
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+
+
 def _reserve(fd: int, size: int) -> None:
     """Take the space now, so that a full disk is found before the work and not after it."""
     os.ftruncate(fd, 0)
@@ -126,8 +133,6 @@ def _reserve(fd: int, size: int) -> None:
             os.posix_fallocate(fd, 0, size)
             return
         except OSError as e:
-            import errno
-
             if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.ftruncate(fd, size)

@@ -11,17 +11,13 @@ from stockpot.checkpoints.header import read_header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import Device
 from stockpot.engine.loop import Arithmetic
+from stockpot.engine.outdir import claim_scratch, scratch_path
 from stockpot.engine.run import Outcome, Progress, run_plan
 from stockpot.errors import OutputError
 from stockpot.planning.plan import Plan
 from stockpot.planning.steps import MergedCheckpoint, steps_in, why_written
 
-__all__ = ["prepare_steps", "scratch_path", "stream_step", "stream_steps"]
-
-
-def scratch_path(out: str) -> str:
-    """Where the steps of a merge into `out` are written that can't be streamed."""
-    return os.path.abspath(out).rstrip(os.sep) + ".steps"
+__all__ = ["prepare_steps", "stream_step", "stream_steps", "written_steps"]
 
 
 def prepare_steps(plan: Plan, out: str, device: Device, *, resume: bool, progress: Progress | None) -> list[Outcome]:
@@ -53,12 +49,18 @@ def _prepare(
         if why_written(step.step) is None:
             step.reader.append(_Streamed(step.step, device))
             continue
-        os.makedirs(scratch, exist_ok=True)
+        claim_scratch(scratch)
         outcome = run_plan(step.step, os.path.join(scratch, step.ref), device, resume=resume, progress=progress)
         outcomes.append(outcome)
         for (index, name), digest in outcome.input_digests.items():
             outcome.part_digests.setdefault(step.step.inputs[index].checkpoint.path, {})[name] = digest
         step.reader.append(_Written(step.step, outcome.partial))
+
+
+def written_steps(plan: Plan) -> bool:
+    """Whether any step that a plan reads is written, rather than streamed."""
+    found = [step for model in plan.inputs for step in steps_in(model.checkpoint)]
+    return any(why_written(s.step) is not None or written_steps(s.step) for s in found)
 
 
 def stream_steps(plan: Plan, device: Device) -> None:

@@ -12,15 +12,16 @@ import json
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from stockpot.checkpoints.remote import RemoteStore, open_store
-from stockpot.engine.journal import NAME as JOURNAL_NAME
-from stockpot.engine.publish import LINEAGE, partial_path
-from stockpot.errors import OutputError, StockpotError
-from stockpot.files import is_url
+from stockpot.checkpoints.stores import RemoteStore, open_store
+from stockpot.engine.journal import Journal, noted_files
+from stockpot.engine.outdir import JOURNAL, LINEAGE, partial_path
+from stockpot.errors import OutputError, StockpotError, few_of
+from stockpot.files import is_url, make_folders
 
 __all__ = ["check_url", "scratch_for", "upload"]
 
@@ -35,12 +36,39 @@ _PROBE = ".stockpot-writable"
 def scratch_for(url: str) -> str:
     """The directory here that stands for OUT until it is uploaded: always the same one, so that a merge can go on.
 
-    It lies in STOCKPOT_SCRATCH, else where temporary files do.
+    It lies in a directory of ours alone, in STOCKPOT_SCRATCH, else where temporary files do. Raises OutputError where somebody
+    else has, or can get into, a directory of that name.
     """
-    folder = os.environ.get("STOCKPOT_SCRATCH") or tempfile.gettempdir()
-    return os.path.join(
-        os.path.abspath(folder), f"stockpot-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
-    )
+    return os.path.join(_private_folder(), _scratch_name(url))
+
+
+def _scratch_name(url: str) -> str:
+    return f"out-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+
+
+def _private_name() -> str:
+    above = os.path.abspath(os.environ.get("STOCKPOT_SCRATCH") or tempfile.gettempdir())
+    return os.path.join(above, f"stockpot-{os.geteuid() if hasattr(os, 'geteuid') else 0}")
+
+
+def _private_folder() -> str:
+    """A directory that nobody else can get into, made where there is none: what lies in it is uploaded as ours."""
+    path = _private_name()
+    uid = int(path.rpartition("-")[2])
+    try:
+        make_folders(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+    except OSError as e:
+        raise OutputError(f"{path}: needed for unfinished work: {e.strerror or e}") from e
+    ours = stat.S_ISDIR(found.st_mode) and (os.name == "nt" or (found.st_uid == uid and not found.st_mode & 0o077))
+    if not ours:
+        raise OutputError(
+            f"{path}: needed for unfinished work, but others can get into it, or it is not ours (a directory of mode 0700 is "
+            "expected); move it away, or name another place in STOCKPOT_SCRATCH"
+        )
+    return path
 
 
 def _open(url: str) -> tuple[RemoteStore, str]:
@@ -77,9 +105,19 @@ def check_url(url: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
             if type(other.fs) is type(store.fs) and (held + "/").startswith(path + "/"):
                 raise OutputError(f"{url}: is or holds the input {source}; choose another OUT")
     there = _listing(store, path, url) - {_PROBE}
-    begun = LINEAGE not in there and os.path.isdir(partial_path(scratch_for(url)))  # an upload that did not finish
+    scratch = os.path.join(_private_name(), _scratch_name(url))
+    begun = LINEAGE not in there and os.path.isdir(partial_path(scratch))  # an upload that did not finish
     if there and not overwrite and not begun:
         raise OutputError(f"{url}: exists and is not empty; use --overwrite to replace it")
+    if there and not begun:
+        # what else lies there stays, but for weights: a reader would take them for the new model's
+        written = _written(store, path, there)
+        others = sorted(n for n in there - written if n.endswith((".safetensors", ".safetensors.index.json")))
+        if others:
+            raise OutputError(
+                f"{url}: holds weights that stockpot did not write ({few_of(others, 3)}), and --overwrite removes nothing else: "
+                "move them away, or choose another OUT"
+            )
     _check_writable(store, path, url)
 
 
@@ -109,20 +147,19 @@ def _check_writable(store: RemoteStore, path: str, url: str) -> None:
         store.fs.rm_file(probe)
 
 
-def _of_older_merge(store: RemoteStore, root: str, there: Iterable[str]) -> set[str]:
-    """What an older lineage there lists, and weights that a reader would take for the new model's."""
-    found = {n for n in there if n.endswith((".safetensors", ".safetensors.index.json"))}
-    if LINEAGE in there:
-        path = posixpath.join(root, LINEAGE)
-        try:
-            recorded = json.loads(store.read(path, 0, store.find(path).size))["output"]
-            found |= {name for name in recorded["side_files"] if name in there}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-    return found
+def _written(store: RemoteStore, root: str, there: Iterable[str]) -> set[str]:
+    """What a lineage there lists."""
+    if LINEAGE not in there:
+        return set()
+    try:
+        recorded = json.loads(store.whole(posixpath.join(root, LINEAGE)))["output"]
+        names = [*(f["name"] for f in recorded["files"]), *recorded["side_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    return {n for n in names if isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")}
 
 
-def upload(partial: str, url: str, *, overwrite: bool) -> None:
+def upload(partial: str, url: str, journal: Journal, *, overwrite: bool) -> None:
     """Upload every file of `partial`: tensors, then what lies beside them, then the config, and the lineage after all others.
     Files of an older merge are removed, nothing else. Then `partial` goes.
     """
@@ -130,12 +167,16 @@ def upload(partial: str, url: str, *, overwrite: bool) -> None:
     before = _listing(store, root, url)
     if LINEAGE in before and not overwrite:
         raise OutputError(f"{url}: something has appeared there meanwhile; the result is in {partial}")
-    outdated = _of_older_merge(store, root, before)
+    outdated = _written(store, root, before) - {LINEAGE}
+    if LINEAGE in before:
+        journal.note({"files": sorted(outdated)})  # the lineage that lists them is the first that goes
+    else:
+        outdated = set(noted_files(partial))
     names = [
         os.path.relpath(os.path.join(base, name), partial)
         for base, _, found in os.walk(partial)
         for name in found
-        if name != JOURNAL_NAME
+        if name != JOURNAL
     ]
 
     def send(name: str) -> None:
@@ -158,8 +199,11 @@ def upload(partial: str, url: str, *, overwrite: bool) -> None:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 list(pool.map(send, [n for n in names if rank(n) == level]))
         for name in sorted(outdated - {n.replace(os.sep, "/") for n in names}):
-            store.persist(f"removing {name}", lambda n=name: store.fs.rm_file(posixpath.join(root, n)))  # type: ignore[misc]
+            with contextlib.suppress(FileNotFoundError):
+                store.persist(f"removing {name}", lambda n=name: store.fs.rm_file(posixpath.join(root, n)))  # type: ignore[misc]
         send(LINEAGE)
     except Exception as e:
         raise OutputError(f"{url}: upload failed: {e}; the result is in {partial}, and the same command goes on") from e
     shutil.rmtree(partial)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(partial))

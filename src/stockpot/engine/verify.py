@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from blake3 import blake3
+
 from stockpot.checkpoints.checkpoint import Checkpoint
+from stockpot.checkpoints.files import check_link
 from stockpot.checkpoints.header import Header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import byte_buffer
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest, tensor_digest
+from stockpot.errors import CheckpointError
+from stockpot.files import open_regular
 from stockpot.grid import grid_of
 
 __all__ = ["checkpoint_digests", "compare", "side_digest", "stored_digest"]
@@ -39,9 +44,12 @@ def stored_digest(checkpoint: Checkpoint, name: str) -> str:
 
 
 def side_digest(path: str) -> str:
-    """BLAKE3 of a small file (config, tokenizer), hexadecimal."""
-    with open(path, "rb") as f:
-        return piece_digest(f.read()).hex()
+    """BLAKE3 of a file beside the tensors (config, tokenizer), hexadecimal; read in pieces. Raises OSError."""
+    digest = blake3()
+    with open(open_regular(path), "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return str(digest.hexdigest())
 
 
 def _digests(actual: Mapping[str, str], header: Header, prefixes: Mapping[str, str]) -> list[str]:
@@ -85,9 +93,21 @@ def compare(lineage: Mapping[str, Any], checkpoint: Checkpoint, threads: int) ->
             wrong.append(f"{name!r}: its bytes are not those that were written")
     wrong += [f"{name!r}: not in the lineage" for name in actual if name not in tensors]
     for name, digest in lineage["output"]["side_files"].items():
-        path = os.path.join(checkpoint.directory, name)
-        if not os.path.isfile(path):
-            wrong.append(f"{name}: missing")
-        elif side_digest(path) != digest:
-            wrong.append(f"{name}: is not the file that was written")
+        known = {digest, *(lineage.get("card_before", ()) if name == "README.md" else ())}
+        why = _beside(checkpoint.directory, name, known)
+        wrong += [f"{name}: {why}"] if why else []
     return wrong
+
+
+def _beside(directory: str, name: str, digests: Container[str]) -> str:
+    """What is wrong with a file beside the tensors; nothing outside of the directory is looked at."""
+    path = os.path.join(directory, name)
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name or ":" in name:
+        return "lies outside of the directory, and is not looked at"
+    try:
+        check_link(directory, path)
+        if not os.path.isfile(path):
+            return "missing"
+        return "" if side_digest(path) in digests else "is not the file that was written"
+    except (OSError, CheckpointError) as e:
+        return f"can't be read: {e}"

@@ -17,7 +17,7 @@ from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.candidates import Candidate
 from stockpot.errors import EvaluationError, SuiteError
 from stockpot.evaluation.suite import Suite
-from stockpot.files import read_json
+from stockpot.files import read_bytes, read_json
 
 __all__ = ["LoadedModel"]
 
@@ -426,6 +426,5 @@ def _digest_of_files(place: str) -> str:
     ):
         path = os.path.join(place, name)
         if os.path.isfile(path):
-            with open(path, "rb") as f:
-                digest.update(name.encode() + hashlib.sha256(f.read()).digest())
+            digest.update(name.encode() + hashlib.sha256(read_bytes(path, 2**28)).digest())
     return digest.hexdigest()

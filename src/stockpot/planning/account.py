@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from stockpot.checkpoints.beside import NOT_WEIGHTS, copied_files, part_files
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.buffers import is_computed
-from stockpot.errors import few_of
+from stockpot.errors import CheckpointError, few_of
+from stockpot.files import read_any_json
 from stockpot.planning.matching import Matcher
 from stockpot.planning.plan import Action, ModelInput, TensorPlan
 
@@ -169,9 +169,8 @@ def note_other_settings(inputs: Sequence[ModelInput], donor: int) -> Iterator[st
 
 def _json(path: str) -> Any:
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError, RecursionError) as e:
+        return read_any_json(path)
+    except CheckpointError as e:
         return str(e)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from stockpot.checkpoints.meaning.architectures import architecture_of, base_class_of
 from stockpot.checkpoints.meaning.roles import is_vocabulary
 from stockpot.checkpoints.meaning.ties import is_head
-from stockpot.errors import MismatchError, RecipeError, StockpotError
+from stockpot.errors import MismatchError, RecipeError, StockpotError, few_of
 from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
 from stockpot.planning.template import Slot
 from stockpot.recipes.schema import Recipe
 
-__all__ = ["check_fit", "check_head", "check_kinds", "check_patterns", "check_statistics"]
+__all__ = ["check_fit", "check_head", "check_kinds", "check_patterns", "check_statistics", "note_unstamped"]
 
 _FACTOR = re.compile(r"(\.|_)lora_?(up|down|A|B|a|b|mid)(\.|$)|\.hada_w\d_|\.lokr_w\d")
 #: settings of a LoRA that must agree before its factors can be combined
@@ -168,7 +169,21 @@ def _at(recipe: Recipe, key: str, why: str) -> RecipeError:
     return RecipeError(f"{why}").within(recipe.at(recipe.lines.get(key, 1)))
 
 
-def check_head(donor: ModelInput, names: Container[str], problems: list[StockpotError], notes: list[str]) -> None:
+def note_unstamped(inputs: Sequence[ModelInput]) -> Iterator[str]:
+    """Where nothing but its size and header would show that a file is replaced during the merge."""
+    for model in inputs:
+        for leaf in model.checkpoint.parts or (model.checkpoint,):
+            found = [h.path for h in leaf.files if h.inode is None]
+            if found:
+                yield (
+                    f"{leaf.ref}: the server tells neither an ETag nor a time of change of {few_of(found, 1)}: only a new size "
+                    "or a new header would show that it is replaced during the merge"
+                )
+
+
+def check_head(
+    donor: ModelInput, names: Container[str], recipe: Recipe, problems: list[StockpotError], notes: list[str]
+) -> None:
     """A class that has an output head of its own finds one in the output: else who loads it gets a new one, at random.
 
     names: of the output's tensors.
@@ -182,7 +197,8 @@ def check_head(donor: ModelInput, names: Container[str], problems: list[Stockpot
         what = (
             f"by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: who loads the output gets"
         )
-        if not named or architecture is None or not is_head(tie.second):
+        encoder = os.path.isfile(os.path.join(checkpoint.directory, "modules.json"))  # is loaded without its head
+        if not named or architecture is None or not is_head(tie.second) or encoder or recipe.absent != "error":
             notes.append(f"{donor.ref}: {what} a new one")
             continue
         where = f"{tie.key}." if tie.key not in ("", "?") else ""
@@ -190,6 +206,6 @@ def check_head(donor: ModelInput, names: Container[str], problems: list[Stockpot
         bare = f", or the class without a head: 'architectures': [\"{base}\"]" if base else ""
         why = (
             f"{donor.ref}: {what} a new one, at random. Say in its config.json what it is: '{where}tie_word_embeddings': true "
-            f"where the embedding is the head{bare}"
+            f"where the embedding is the head{bare}; or say 'absent: skip' in the recipe, and it stays as it is"
         )
         problems.append(MismatchError(why).within(*donor.places))

@@ -15,7 +15,7 @@ from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.account import account_of, note_left_files, note_other_settings
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
-from stockpot.planning.checks import check_head, check_kinds, check_patterns, check_statistics
+from stockpot.planning.checks import check_head, check_kinds, check_patterns, check_statistics, note_unstamped
 from stockpot.planning.companions import check_companions
 from stockpot.planning.config import output_config
 from stockpot.planning.factoring import Factoring, check_space, open_adapters
@@ -170,7 +170,7 @@ class _Planner(Inputs):
         tensors = [*(made[1] if made else ()), *filler.fill(matches)]
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
-        check_head(self.inputs[donor], names, self.problems, self.notes)
+        check_head(self.inputs[donor], names, recipe, self.problems, self.notes)
         check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
         if vocabulary is not None:
             check_cut_off(self.inputs, self.tokenizer_donor(donor), vocabulary[1], recipe, self.problems)
@@ -191,6 +191,7 @@ class _Planner(Inputs):
         template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
         self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
         self.notes += note_other_settings(self.inputs, donor)
+        self.notes += dict.fromkeys(note_unstamped(self.inputs))
         return Plan(
             recipe=asked,
             inputs=tuple(self.inputs),

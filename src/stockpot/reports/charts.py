@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from stockpot.errors import ArgumentError
@@ -84,7 +85,7 @@ def _draw(name: str, title: str, caption: str, data: Any, draw: Callable[..., bo
         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": _TEXT, "axes.labelcolor": _MUTED,
         "axes.edgecolor": _LINE, "xtick.color": _MUTED, "ytick.color": _MUTED, "axes.spines.top": False, "svg.hashsalt": name,
         "axes.spines.right": False, "axes.grid": False, "figure.facecolor": "none", "axes.facecolor": "none",
-        "legend.frameon": False,
+        "legend.frameon": False, "text.parse_math": False,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
@@ -105,7 +106,10 @@ def _inline(svg: str, name: str, title: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">',
+        svg,
+        count=1,
     )
     return re.sub(r"font: ([\d.]+)px [^;\"]+", r"font: \1px system-ui, sans-serif", svg)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
+from stockpot.errors import visible, visible_json
 from stockpot.evaluation.statistics import Difference, Interval
 from stockpot.reports.charts import Chart, path_chart, sweep_charts
 from stockpot.reports.table import leaderboard_csv, path_csv, recipe_text, settings_text
@@ -55,7 +57,7 @@ def path_page(path: PathResult) -> str:
     ]
     table = _table(["t", "score", "over the straight line", "accepted"], rows)
     words = [f"A: {path.a}", f"B: {path.b}", f"Barrier {path.barrier:.4g}: {path.verdict}."]
-    body = ['<section class="verdict">' + "".join(f"<p>{escape(w)}</p>" for w in words) + "</section>", _charts([chart]),
+    body = ['<section class="verdict">' + "".join(f"<p>{_text(w)}</p>" for w in words) + "</section>", _charts([chart]),
             f"<section><h2>Points</h2>{table}</section>"]  # fmt: skip
     downloads = [("path.csv", "text/csv", path_csv(path).encode()), ("path.png", "image/png", chart.png)]
     return _document("Interpolation path", f"{len(path.points)} points, suite {path.suite.name}", body, downloads, {})
@@ -72,16 +74,23 @@ def _document(
         return resources.files("stockpot.reports").joinpath(name).read_text("utf-8")
 
     links = " · ".join(
-        f'<a download="{name}" href="data:{kind};base64,{base64.b64encode(data).decode()}">{name}</a>'
+        f'<a download="{_text(name)}" href="data:{kind};base64,{base64.b64encode(data).decode()}">{_text(name)}</a>'
         for name, kind, data in downloads
     )
-    held = json.dumps(dict(recipes)).replace("<", "\\u003c")
+    held = visible_json(json.dumps(dict(recipes))).replace("<", "\\u003c")
+    script = f"\n{text('page.js')}"
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{allowed}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{_text(title)}</title>
 <link rel="icon" href="data:,">
 <style>
 {text("page.css")}</style>
@@ -89,8 +98,8 @@ def _document(
 <body>
 <div class="page">
 <a class="skip" href="#main">Skip to the results</a>
-<header><h1>{escape(title)}</h1><button id="theme" type="button">Light or dark</button></header>
-<p class="muted">{escape(about)}</p>
+<header><h1>{_text(title)}</h1><button id="theme" type="button">Light or dark</button></header>
+<p class="muted">{_text(about)}</p>
 <main id="main">
 {"".join(parts)}
 <section><h2>Downloads</h2><p>{links}</p></section>
@@ -98,8 +107,7 @@ def _document(
 <p id="said" class="muted" role="status" aria-live="polite"></p>
 </div>
 <script type="application/json" id="recipes">{held}</script>
-<script>
-{text("page.js")}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -118,7 +126,7 @@ def _about(result: SweepResult) -> str:
 def _verdict(result: SweepResult) -> str:
     return (
         '<section class="verdict" aria-label="Conclusion">'
-        + "".join(f"<p>{escape(line)}</p>" for line in result.conclusion)
+        + "".join(f"<p>{_text(line)}</p>" for line in result.conclusion)
         + "</section>"
     )
 
@@ -131,16 +139,16 @@ def _comparison(result: SweepResult) -> str:
     for label, d in result.final_comparison.items():
         rows.append(
             [
-                escape(label_text(label)),
+                _text(label_text(label)),
                 _number(d.value, "+.4g"),
                 _difference(d),
-                f'<span class="{d.verdict}">{_words(d)}</span>',
+                f'<span class="{_text(d.verdict)}">{_words(d)}</span>',
                 str(d.n),
             ]
         )
     table = _table(["against", "difference", "95 % interval", "verdict", "examples"], rows)
     return (
-        f"<section><h2>{escape(result.winner)} on the report data</h2>"
+        f"<section><h2>{_text(result.winner)} on the report data</h2>"
         f'<p class="muted">Data that nothing was chosen by. Paired bootstrap; above 0 means that the merge is better.</p>{table}</section>'
     )
 
@@ -159,9 +167,9 @@ def _leaderboard(result: SweepResult) -> str:
     for rank, r in enumerate(result.leaderboard(), 1):
         cells = [
             _cell(str(rank), rank),
-            f"<td>{escape(r.name)}{' ★' if r.name == result.winner else ''}</td>",
-            f'<td><button type="button" data-copy="{escape(r.name)}" aria-label="Copy the recipe of {escape(r.name)}">Copy recipe</button></td>',
-            f"<td>{escape(r.tried.stage)}</td>",
+            f"<td>{_text(r.name)}{' ★' if r.name == result.winner else ''}</td>",
+            f'<td><button type="button" data-copy="{_text(r.name)}" aria-label="Copy the recipe of {_text(r.name)}">Copy recipe</button></td>',
+            f"<td>{_text(r.tried.stage)}</td>",
         ]
         score = r.selection
         cells += [
@@ -173,15 +181,17 @@ def _leaderboard(result: SweepResult) -> str:
         for label in labels:
             d = r.against.get(label)
             cells.append(
-                _cell(f'<span class="{d.verdict}">{_number(d.value, "+.4g")}</span>', d.value) if d else _cell("", None)
+                _cell(f'<span class="{_text(d.verdict)}">{_number(d.value, "+.4g")}</span>', d.value)
+                if d
+                else _cell("", None)
             )
         cells.append(_cell(_number(r.report.value), r.report.value) if r.report else _cell("", None))
         cells.append(f'<td class="wrap">{_settings(r)}</td>')
         kind = "winner" if r.name == result.winner else "reference" if r.is_reference else ""
-        rows.append(f'<tr class="{kind}" data-stage="{escape(r.tried.stage)}">{"".join(cells)}</tr>')
-    stages = "".join(f"<option>{escape(s)}</option>" for s in dict.fromkeys(r.tried.stage for r in result.rows))
+        rows.append(f'<tr class="{kind}" data-stage="{_text(r.tried.stage)}">{"".join(cells)}</tr>')
+    stages = "".join(f"<option>{_text(s)}</option>" for s in dict.fromkeys(r.tried.stage for r in result.rows))
     head = "".join(
-        f'<th scope="col"><button type="button">{escape(h)}</button></th>' if h else '<th scope="col">recipe</th>'
+        f'<th scope="col"><button type="button">{_text(h)}</button></th>' if h else '<th scope="col">recipe</th>'
         for h in heads
     )
     return f"""<section><h2>Leaderboard</h2>
@@ -193,15 +203,15 @@ def _leaderboard(result: SweepResult) -> str:
 
 
 def _settings(r: Row) -> str:
-    error = f'<br><span class="fail">{escape(r.error)}</span>' if r.error else ""
-    recipe = f"<details><summary>Recipe</summary><pre>{escape(recipe_text(r.tried.recipe))}</pre></details>"
-    return f"{escape(settings_text(r))}{error}{recipe}"
+    error = f'<br><span class="fail">{_text(r.error)}</span>' if r.error else ""
+    recipe = f"<details><summary>Recipe</summary><pre>{_text(recipe_text(r.tried.recipe))}</pre></details>"
+    return f"{_text(settings_text(r))}{error}{recipe}"
 
 
 def _charts(charts: Sequence[Chart]) -> str:
     figures = "".join(
-        f'<figure id="chart-{c.name}"><h3>{escape(c.title)}</h3><div class="drawing" tabindex="0" role="group" aria-label="{escape(c.title)}">'
-        f"{c.svg}</div><figcaption>{escape(c.caption)}</figcaption></figure>"
+        f'<figure id="chart-{_text(c.name)}"><h3>{_text(c.title)}</h3><div class="drawing" tabindex="0" role="group" aria-label="{_text(c.title)}">'
+        f"{c.svg}</div><figcaption>{_text(c.caption)}</figcaption></figure>"
         for c in charts
     )
     return f'<section><h2>Charts</h2><div class="charts">{figures}</div></section>' if figures else ""
@@ -212,10 +222,10 @@ def _gates(verdict: Mapping[str, Any] | None) -> str:
         return ""
     rows = [
         [
-            escape(g["gate"]),
-            escape(g["severity"]),
-            f'<span class="{g["status"]}">{g["status"]}</span>',
-            escape(g["why"]),
+            _text(g["gate"]),
+            _text(g["severity"]),
+            f'<span class="{_text(g["status"])}">{_text(g["status"])}</span>',
+            _text(g["why"]),
         ]
         for g in verdict["gates"]
     ]
@@ -226,28 +236,33 @@ def _gates(verdict: Mapping[str, Any] | None) -> str:
 def _lineage(lineage: Mapping[str, Any] | None) -> str:
     if not lineage:
         return ""
-    inputs = "".join(f"<li>{escape(str(i.get('path')))}</li>" for i in lineage.get("inputs", ()))
+    inputs = "".join(f"<li>{_text(str(i.get('path')))}</li>" for i in lineage.get("inputs", ()))
     files = ", ".join(f"{f['name']} {f['digest'][:16]}…" for f in lineage.get("output", {}).get("files", ()))
     packages = ", ".join(f"{k} {v}" for k, v in lineage.get("packages", {}).items())
     facts = {"created": lineage.get("created"), "recipe (SHA-256)": lineage.get("recipe", {}).get("sha256"), "files": files,
              "made with": packages, "on": lineage.get("platform")}  # fmt: skip
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v)
+    rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(str(v))}</dd>" for k, v in facts.items() if v)
     return f"<section><h2>Lineage of the published merge</h2><dl>{rows}</dl><details><summary>Inputs</summary><ul>{inputs}</ul></details></section>"
 
 
 def _notes(notes: Sequence[str]) -> str:
     return (
-        f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul></section>" if notes else ""
+        f"<section><h2>Notes</h2><ul>{''.join(f'<li>{_text(n)}</li>' for n in notes)}</ul></section>" if notes else ""
     )
 
 
+def _text(value: object) -> str:
+    """Anybody's text, as a page may hold it: what is markup in it, or can't be seen, is written out."""
+    return escape(visible(str(value)))
+
+
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], wrap: int | None = None) -> str:
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
+    head = "".join(f'<th scope="col">{_text(h)}</th>' for h in heads)
     body = "".join(
         "<tr>" + "".join(f"<td{' class=wrap' if i == wrap else ''}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(heads[0])}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(heads[0])}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str, value: float | None) -> str:

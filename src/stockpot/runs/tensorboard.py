@@ -11,6 +11,7 @@ from stockpot.runs.metrics import MetricLog
 
 __all__ = ["read_events"]
 
+_EVENTS = "events.out.tfevents"
 #: folders with event files that are read, the newest
 _MOST_FOLDERS = 64
 
@@ -20,7 +21,7 @@ def read_events(root: str) -> MetricLog | None:
     folders = [
         folder
         for folder, _, names in os.walk(root)
-        if any(n.startswith("events.out.tfevents") for n in names)
+        if any(n.startswith(_EVENTS) for n in names)
     ]  # fmt: skip
     if not folders:
         return None
@@ -30,8 +31,17 @@ def read_events(root: str) -> MetricLog | None:
     series: dict[str, dict[int, float]] = {}
     newest = sorted(folders, key=os.path.getmtime)[-_MOST_FOLDERS:]
     for folder in newest:
+        if not all(os.path.isfile(os.path.join(folder, n)) for n in os.listdir(folder) if n.startswith(_EVENTS)):
+            return MetricLog(
+                {}, f"{folder} has something that is called like a file of TensorBoard's events, and is none"
+            )
         events = accumulator.EventAccumulator(folder, size_guidance={accumulator.SCALARS: 0, accumulator.TENSORS: 0})
-        events.Reload()
+        try:
+            events.Reload()
+        except Exception as error:  # whatever its parser makes of a damaged file
+            return MetricLog(
+                {}, f"the TensorBoard event files in {folder} can't be read: {type(error).__name__}: {error}"
+            )
         for tag in events.Tags()["scalars"]:
             for e in events.Scalars(tag):
                 series.setdefault(tag.removeprefix("train/"), {})[e.step] = e.value

@@ -7,14 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from stockpot.files import read_bytes
 from stockpot.runs.metrics import MetricLog, log_from_rows
 from stockpot.runs.run import Run, Snapshot
 
 __all__ = ["read_run"]
 
-_FOLDER = re.compile(r"(epoch|step)_(\d+)")
+_FOLDER = re.compile(r"(epoch|step)_(\d{1,18})")
 _LOG = re.compile(r"log_\d+\.txt")
-_LINE = re.compile(r"Step (\d+) \| (.*)")
+_LINE = re.compile(r"Step (\d{1,18}) \| (.*)")
+#: bytes of a log that are read, at most
+_MOST = 2**28
 
 
 def read_run(text: str, root: str, listing: Sequence[str]) -> Run | None:
@@ -47,12 +50,15 @@ def _log(root: str, listing: Sequence[str]) -> MetricLog:
         return MetricLog()
     newest = max(places, key=os.path.getmtime)
     rows: list[dict[str, Any]] = []
-    with open(newest, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            m = _LINE.match(line)
-            if m:
-                pairs = (item.partition(":") for item in m[2].split())
-                rows.append({"step": int(m[1]), **{k: v for k, _, v in pairs}})
+    try:
+        text = read_bytes(newest, _MOST).decode("utf-8", "replace")
+    except OSError as e:
+        return MetricLog({}, f"{newest} can't be read: {e.strerror or e}")
+    for line in text.splitlines():
+        m = _LINE.match(line)
+        if m:
+            pairs = (item.partition(":") for item in m[2].split())
+            rows.append({"step": int(m[1]), **{k: v for k, _, v in pairs}})
     return log_from_rows(rows, newest)
 
 

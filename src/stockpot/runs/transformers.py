@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stockpot.errors import CheckpointError
+from stockpot.files import open_regular, read_bytes
 from stockpot.runs.metrics import MetricLog, log_from_rows
 from stockpot.runs.run import Run, Snapshot
 
@@ -20,6 +21,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DROP = re.compile(r"(_runtime|_per_second|^total_flos|_flos$)")
 STATE = "trainer_state.json"
 #: places at which two files are compared
+#: bytes of a state that are read, at most
+_MOST = 2**28
 _SAMPLES = 256
 _WEIGHTS = re.compile(r"(adapter_model\.(safetensors|bin)|model.*\.safetensors|pytorch_model.*\.bin)")
 
@@ -109,7 +112,7 @@ def _same_file(one: str, two: str) -> bool:
         size = os.path.getsize(one)
         if size != os.path.getsize(two):
             return False
-        with open(one, "rb") as a, open(two, "rb") as b:
+        with open(open_regular(one), "rb") as a, open(open_regular(two), "rb") as b:
             for k in range(_SAMPLES):
                 at = max(size - 4096, 0) * k // (_SAMPLES - 1)
                 a.seek(at)
@@ -150,8 +153,7 @@ def _newest_state(
 
 def _read_state(path: str) -> tuple[dict[str, Any] | None, str]:
     try:
-        with open(path, encoding="utf-8") as f:
-            state = json.load(f)
+        state = json.loads(read_bytes(path, _MOST).decode("utf-8"))
     except OSError as e:
         return None, e.strerror or str(e)
     except (ValueError, RecursionError) as e:

@@ -11,6 +11,7 @@ import math
 import os
 import sqlite3
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = ["NAME", "ScoreStore"]
 
 NAME = "sweep.sqlite"
 _FORMAT = 1
+#: bytes of the scores of a slice's examples, at most: some million examples
+_MOST_UNPACKED = 2**27
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS candidates (
@@ -219,6 +222,10 @@ def _packed(scores: Scores) -> bytes:
 
 
 def _unpacked(metrics: str, blob: bytes, seconds: float) -> Scores:
+    with zipfile.ZipFile(io.BytesIO(blob)) as packed:
+        unpacked = sum(i.file_size for i in packed.infolist())
+    if unpacked > _MOST_UNPACKED:
+        raise OutputError(f"scores of single examples take {unpacked} bytes, more than {_MOST_UNPACKED} are not taken")
     with np.load(io.BytesIO(blob), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
     examples = {k.removeprefix("x_"): v for k, v in arrays.items() if k.startswith("x_")}

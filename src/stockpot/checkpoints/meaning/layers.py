@@ -17,6 +17,8 @@ __all__ = ["LayerMap", "Place", "map_layers", "outside_depth"]
 _USUAL = frozenset(
     "layers layer h blocks block encoder decoder resblocks transformer_blocks encoders decoders stages stage".split()
 )
+#: parts of a name among which numbers are looked for
+_DEEPEST = 24
 _LAYERS = frozenset(("layers", "layer", "h", "blocks", "block"))
 _EXIT_FIRST = ("embed_out", "final", "lm_head", "classifier", "score", "qa_outputs")
 _ENTRY = (
@@ -68,8 +70,14 @@ def map_layers(names: Iterable[str]) -> LayerMap:
     for name in names:
         parts = name.split(".")
         found = []
-        for i, part in enumerate(parts[:-1]):
-            if part.isascii() and part.isdigit() and (part == "0" or part[0] != "0") and len(part) < 6:
+        for i, part in enumerate(parts[:_DEEPEST]):
+            if (
+                i + 1 < len(parts)
+                and part.isascii()
+                and part.isdigit()
+                and (part == "0" or part[0] != "0")
+                and len(part) < 6
+            ):
                 prefix = ".".join(parts[:i])
                 found.append((prefix, int(part)))
                 suffixes.setdefault(prefix, {}).setdefault(int(part), set()).add(".".join(parts[i + 1 :]))

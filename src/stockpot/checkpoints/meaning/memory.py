@@ -16,6 +16,10 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 _STACKED = {("MergeModulelist",), ("MergeModulelist", "Concatenate 1")}
 
 
+#: characters of a name that patterns are tried on: some of them take the square of it in steps
+_LONGEST = 256
+
+
 def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], str]:
     """({name: the name without what torch.compile, FSDP, DDP put in}, what that was)."""
     names = list(names)
@@ -43,6 +47,8 @@ class Piece:
 
 def pieces_of(name: str, renames: Sequence[Rename], prefix: str) -> list[Piece]:
     """Where a file's tensor stands in memory: whole, as a part of one, or several of them one after the other."""
+    if len(name) > _LONGEST:
+        return [Piece(name)]
     for rename in renames:
         if not rename.operations:
             found = rename.applied(name, prefix)

@@ -7,13 +7,14 @@ tensors that differ are never one, whatever the config says: so transformers tak
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stockpot.checkpoints.meaning.architectures import Architecture, architecture_of, default_of, part_types, renames_of
 from stockpot.checkpoints.meaning.memory import pieces_of, without_wrappers
-from stockpot.specs import TensorSpec
+from stockpot.specs import Shape, TensorSpec
 
 __all__ = ["Tie", "Ties", "find_ties", "is_embedding", "is_head"]
 
@@ -77,25 +78,41 @@ class Ties:
         """Whether a stored tensor that elsewhere is tied is one of its own here: no copy, and not the only name of the matrix."""
         if name in self.copies:
             return False
-        own = [t for t in self.pairs if t.second == name]
+        own = self._by_name[0].get(name, [])
         return is_head(name) if not own else not any(t.tied and t.first not in stored for t in own)
 
     def alias(self, name: str, stored: Container[str]) -> str | None:
         """The stored tensor that an absent name stands for; None where the config unties them, or there is none."""
-        for tie in self.pairs:
-            if tie.tied is not False:
-                if name == tie.second and tie.first in stored:
-                    return tie.first
-                if name == tie.first and tie.second in stored and tie.tied:
-                    return tie.second
-        if is_head(name) and all(t.second != name for t in self.pairs):  # another class's name for the head
-            head = next((t for t in self.pairs if is_head(t.second)), None)
+        seconds, firsts = self._by_name
+        for tie in seconds.get(name, ()):
+            if tie.tied is not False and tie.first in stored:
+                return tie.first
+        for tie in firsts.get(name, ()):
+            if tie.tied and tie.second in stored:
+                return tie.second
+        if is_head(name) and name not in seconds:  # another class's name for the head
+            head = self._head
             return head.first if head is not None and head.tied is not False and head.first in stored else None
         return None
 
+    @functools.cached_property
+    def _by_name(self) -> tuple[dict[str, list[Tie]], dict[str, list[Tie]]]:
+        """The pairs by their second names, by those that count."""
+        seconds: dict[str, list[Tie]] = {}
+        firsts: dict[str, list[Tie]] = {}
+        for tie in self.pairs:
+            seconds.setdefault(tie.second, []).append(tie)
+            firsts.setdefault(tie.first, []).append(tie)
+        return seconds, firsts
+
+    @functools.cached_property
+    def _head(self) -> Tie | None:
+        return next((t for t in self.pairs if is_head(t.second)), None)
+
     def together(self, names: Iterable[str]) -> list[str]:
         """Second names that become tensors of their own where some are untied: their config has one word for all of a key."""
-        keys = {t.key for t in self.pairs for n in names if n in (t.second, t.first)}
+        wanted = set(names)
+        keys = {t.key for t in self.pairs if t.second in wanted or t.first in wanted}
         return [t.second for t in self.pairs if t.key in keys and t.tied and t.known != "always"]
 
     def twins(self) -> set[str]:
@@ -194,8 +211,10 @@ def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str], *
     if described:
         word = (False, "its class does not tie them")
     heads = [n for n in specs if is_head(n)] or ["lm_head.weight"]
+    found = _embeddings(specs)
     for name in heads:
-        embedding = _embedding_for(specs.get(name), specs)
+        spec = specs.get(name)
+        embedding = found.get(None if spec is None else spec.shape)
         if embedding is not None and embedding != name:
             yield Tie(name, embedding, *word)
     for name, spec in specs.items():
@@ -209,9 +228,12 @@ def _by_suffix(specs: Mapping[str, TensorSpec], word: tuple[bool | None, str], *
                 yield Tie(second, first, *(word if word[0] is False else (True, "always")))
 
 
-def _embedding_for(spec: TensorSpec | None, specs: Mapping[str, TensorSpec]) -> str | None:
-    for suffix in _EMBEDDINGS:
-        for name in specs:
-            if (name == suffix or name.endswith("." + suffix)) and (spec is None or specs[name].shape == spec.shape):
-                return name
-    return None
+def _embeddings(specs: Mapping[str, TensorSpec]) -> dict[Shape | None, str]:
+    """For each shape the embedding of tokens that has it, by the likeliest of the usual names; under None of whatever shape."""
+    found: dict[Shape | None, tuple[int, str]] = {}
+    for name, spec in specs.items():
+        rank = next((i for i, e in enumerate(_EMBEDDINGS) if name == e or name.endswith("." + e)), None)
+        for key in (spec.shape, None) if rank is not None else ():
+            if key not in found or rank < found[key][0]:  # type: ignore[operator]
+                found[key] = (rank, name)  # type: ignore[assignment]
+    return {key: name for key, (_, name) in found.items()}
