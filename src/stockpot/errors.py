@@ -58,6 +58,10 @@ __all__ = [
 ]
 
 
+#: characters of a message
+_LONGEST = 8000
+
+
 class StockpotError(Exception):
     """The root: everything that stockpot raises on purpose.
 
@@ -80,8 +84,9 @@ class StockpotError(Exception):
 
     @property
     def what(self) -> str:
-        """What is wrong, without where."""
-        return super().__str__()
+        """What is wrong, without where; cut short where somebody's file has made it very long."""
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
     def __str__(self) -> str:
         return ": ".join((*self.places, self.what))

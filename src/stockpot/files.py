@@ -29,6 +29,7 @@ __all__ = [
     "replace_file",
     "sync_folder",
     "without_file_scheme",
+    "write_all",
     "write_file",
 ]
 
@@ -113,8 +114,7 @@ def write_file(path: str, content: str | bytes) -> None:
     view = memoryview(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
     fd = _fresh(path)
     try:
-        while len(view):
-            view = view[os.write(fd, view) :]
+        write_all(fd, view)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -127,14 +127,21 @@ def copy_file(source: str, target: str) -> None:
         writes = _fresh(target)
         try:
             while piece := os.read(reads, _PIECE):
-                view = memoryview(piece)
-                while len(view):
-                    view = view[os.write(writes, view) :]
+                write_all(writes, memoryview(piece))
             os.fsync(writes)
         finally:
             os.close(writes)
     finally:
         os.close(reads)
+
+
+def write_all(fd: int, view: memoryview) -> None:
+    """All of it, however little is taken at once. Raises OSError."""
+    while len(view):
+        n = os.write(fd, view)
+        if not n:
+            raise OSError(errno.EIO, "nothing can be written any more")
+        view = view[n:]
 
 
 def _fresh(path: str) -> int:

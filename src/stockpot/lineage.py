@@ -380,7 +380,7 @@ def damage(lineage: Mapping[str, Any]) -> str:
     parts = [p for entry in lineage["inputs"] for p in (entry.get("parts") or [])]
     if not all(isinstance(p, Mapping) and isinstance(p.get("path"), str) for p in parts):
         return "inputs: a part without its path"
-    for key in ("gates", "soup", "options", "adapter"):
+    for key in ("gates", "soup", "options", "adapter", "packages"):
         if not isinstance(lineage.get(key, {}), Mapping):
             return f"{key}: expected a mapping"
     for key in ("warnings", "notes", "card_before", "steps"):

@@ -15,7 +15,7 @@ __all__ = ["Patterns"]
 
 _NAME = re.compile(r"[\w.\-]*")
 #: characters of a pattern and of a module's name, patterns that are no names, comparisons in all: at most
-_LONGEST, _LONGEST_NAME, _MOST_EXPRESSIONS, _MOST_STEPS = 256, 512, 64, 4_000_000
+_LONGEST, _LONGEST_NAME, _MOST_EXPRESSIONS, _MOST_STEPS = 256, 512, 64, 1_000_000
 
 
 class Patterns:
@@ -24,15 +24,15 @@ class Patterns:
     def __init__(self, patterns: Mapping[Any, Any]) -> None:
         self.values = list(patterns.values())
         self.expressions: list[tuple[int, re.Pattern[str]]] = []
-        #: names by their length and where their dots are, which stand for any character: {name: its place among the patterns}
-        self.names: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
+        #: names by their length, and by where their dots are, which stand for any character: {name: its place among all}
+        self.names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self.steps = 0
         for place, pattern in enumerate(patterns):
             if not isinstance(pattern, str):
                 raise ValueError(f"{pattern!r:.80} is not a pattern")
             if _NAME.fullmatch(pattern):
                 dots = tuple(i for i, c in enumerate(pattern) if c == ".")
-                self.names.setdefault((len(pattern), dots), {}).setdefault(pattern, place)
+                self.names.setdefault(len(pattern), {}).setdefault(dots, {}).setdefault(pattern, place)
                 continue
             self.expressions.append((place, _compiled(pattern)))
             if len(self.expressions) > _MOST_EXPRESSIONS:
@@ -42,28 +42,25 @@ class Patterns:
         """The value of the first pattern that matches, else `default`."""
         if self.expressions and len(module) > _LONGEST_NAME:
             raise ValueError(f"a module's name of {len(module)} characters is too long for patterns")
-        self.steps += len(self.names) + 16 * len(self.expressions)
+        starts = [0, *(i + 1 for i, c in enumerate(module) if c == ".")]
+        ends = [(module[s:], self.names[len(module) - s]) for s in starts if len(module) - s in self.names]
+        self.steps += sum(len(by_dots) for _, by_dots in ends) + 16 * len(self.expressions)
         if self.steps > _MOST_STEPS:
             raise ValueError("more patterns and modules than can be compared in a reasonable time")
-        found = [
-            place for (size, dots), names in self.names.items() if (place := _place(module, size, dots, names)) >= 0
-        ]
+        found = [names.get(_dotted(end, dots)) for end, by_dots in ends for dots, names in by_dots.items()]
         found += [place for place, expression in self.expressions if expression.match(module)]
-        return self.values[min(found)] if found else default
+        first = min((place for place in found if place is not None), default=None)
+        return default if first is None else self.values[first]
 
 
-def _place(module: str, size: int, dots: tuple[int, ...], names: Mapping[str, int]) -> int:
-    """Which of some names a module's name ends with; -1 for none."""
-    start = len(module) - size
-    if start < 0 or (start > 0 and module[start - 1] != "."):
-        return -1
-    end = module[start:]
-    if any(end[i] != "." for i in dots):
-        letters = list(end)
-        for i in dots:
-            letters[i] = "."
-        end = "".join(letters)
-    return names.get(end, -1)
+def _dotted(text: str, dots: tuple[int, ...]) -> str:
+    """A text with dots in these places."""
+    if all(text[i] == "." for i in dots):
+        return text
+    letters = list(text)
+    for i in dots:
+        letters[i] = "."
+    return "".join(letters)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

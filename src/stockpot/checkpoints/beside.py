@@ -26,6 +26,7 @@ _COPIED = re.compile(
 TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
 
 
+_DEEPEST = 24
 #: files of trainers that end like weights
 NOT_WEIGHTS = re.compile(
     r"(training_args|optimizer.*|scheduler.*|rng_state.*|random_states.*|scaler|sampler.*|.*_optimizer.*|.*_scheduler.*|"
@@ -87,7 +88,9 @@ def copied_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
-    """Every file in a folder and its folders; links must not lead out of `top`."""
+    """Every file in a folder and its folders. Raises CheckpointError for links that lead out of `top`, and a very deep nest."""
+    if name.count(os.sep) > _DEEPEST:
+        raise CheckpointError(f"{top}: folders nested more than {_DEEPEST} deep ({name[:60]}...)")
     for entry in sorted(os.listdir(folder)):
         path, relative = os.path.join(folder, entry), os.path.join(name, entry)
         if os.path.isdir(path) and not os.path.islink(path):

@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["TooMuch", "bounded", "is_http"]
 
 #: seconds that any answer may take, and bytes a second that a long one must come with
-PATIENCE = 30.0
+PATIENCE = 20.0
 SLOWEST = 2**15
 _CHUNK = 2**18
 

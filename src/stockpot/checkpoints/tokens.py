@@ -178,13 +178,14 @@ def _fields(raw: bytes) -> Iterator[tuple[int, bytes | int]]:
     def number() -> int:
         nonlocal at
         value = shift = 0
-        while True:
+        while shift < 70:  # ten bytes; a number without end would take the square of its length
             byte = raw[at]
             at += 1
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
                 return value
+        raise ValueError("a number that does not end")
 
     while at < len(raw):
         key = number()

@@ -21,6 +21,7 @@ import numpy as np
 from stockpot.engine.ledger import Ledger
 from stockpot.engine.outdir import JOURNAL
 from stockpot.errors import OutputError
+from stockpot.files import write_all
 
 __all__ = ["Journal", "locked", "noted_files", "published_record"]
 
@@ -125,10 +126,8 @@ class Journal:
             self._queue.append((rows, warnings))
 
     def _append(self, text: str) -> None:
-        view = memoryview(text.encode())
         try:
-            while len(view):
-                view = view[os.write(self._fd, view) :]
+            write_all(self._fd, memoryview(text.encode()))
             os.fsync(self._fd)
         except OSError as e:
             raise OutputError(f"{self.path}: can't be written: {e.strerror or e}") from e

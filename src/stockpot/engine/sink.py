@@ -101,6 +101,8 @@ class ShardSink:
         view = memoryview(buffer)
         while len(view):
             n = os.pwrite(self._fds[shard], view, offset)
+            if not n:
+                raise OSError(errno.EIO, "nothing can be written any more", self.paths[shard])
             view = view[n:]
             offset += n
         self.wrote([shard])

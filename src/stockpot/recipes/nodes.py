@@ -15,7 +15,12 @@ from stockpot.files import read_text
 
 __all__ = ["Node", "parse_documents", "plain_nodes", "read_yaml_text"]
 
-_MAX_BYTES = 2 * 2**20
+_MAX_BYTES = 2**20
+#: characters of a number: base 60 takes the square of them
+_LONGEST_NUMBER = 100
+#: the parser in C, where there is one, for texts that would take long
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LONG = 2**16
 _MAX_NODES = 200_000
 _MAX_DEPTH = 40
 _CONTAINERS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
@@ -60,7 +65,9 @@ def parse_documents(
     what, needs  for messages: what the text is, what it needs at least
     """
     try:
-        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        if len(text) > _LONG:
+            _check_nesting(text, origin, what, error)
+        documents = list(yaml.compose_all(text, Loader=_LOADER if len(text) > _LONG else yaml.SafeLoader))
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         line = mark.line + 1 if mark else 1
@@ -72,6 +79,17 @@ def parse_documents(
         raise error(f"{origin}: empty; {what} needs at least {needs}")
     converter = _Converter(origin, what, error)
     return [converter.convert(d, 0) for d in documents]
+
+
+def _check_nesting(text: str, origin: str, what: str, error: type[UserError]) -> None:
+    """Raise `error` for a text nested so deeply that composing it would end the process, or of very many values."""
+    depth = count = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        count += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2 * _MAX_DEPTH or count > _MAX_NODES:
+            line = event.start_mark.line + 1
+            raise error(f"{origin}:{line}: nested too deeply, or too long, for {what}")
 
 
 def plain_nodes(value: Any, error: type[UserError] = RecipeError) -> list[Node]:
@@ -164,6 +182,8 @@ class _Converter:
                 return float(node.value)
             return node.value
         if node.tag in {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null")}:
+            if len(node.value) > _LONGEST_NUMBER:
+                raise self.fail(node, f"expected a number, got one of {len(node.value)} characters")
             try:
                 return self.scalars.construct_object(node)
             except (ValueError, KeyError, IndexError, OverflowError, yaml.YAMLError) as e:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from stockpot.errors import ArgumentError
+from stockpot.errors import ArgumentError, visible
 from stockpot.search.path import PathResult
 from stockpot.search.result import Row, SweepResult
 
@@ -92,14 +93,16 @@ def _draw(name: str, title: str, caption: str, data: Any, draw: Callable[..., bo
         if not draw(figure, data):
             return None
         vector, pixels = io.StringIO(), io.BytesIO()
-        figure.savefig(vector, format="svg", metadata={"Date": None})
-        figure.savefig(pixels, format="png", dpi=160, facecolor="white")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a name that no font has
+            figure.savefig(vector, format="svg", metadata={"Date": None})
+            figure.savefig(pixels, format="png", dpi=160, facecolor="white")
     return Chart(name, title, caption, _inline(vector.getvalue(), name, title), pixels.getvalue())
 
 
 def _inline(svg: str, name: str, title: str) -> str:
     """SVG markup for a page: its colours as variables, its ids made its own, a title for those who can't see it."""
-    svg = svg[svg.index("<svg") :]
+    svg = visible(svg[svg.index("<svg") :])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")

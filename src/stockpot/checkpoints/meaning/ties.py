@@ -32,14 +32,18 @@ _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "pop2piano", "udop"))
 _BIASES = (("cls.predictions.decoder.bias", "cls.predictions.bias"), ("lm_head.decoder.bias", "lm_head.bias"))
 
 
+_HEAD_ENDS = tuple(f".{h}" for h in _HEADS)
+_EMBEDDING_ENDS = tuple(f".{e}" for e in (*_EMBEDDINGS, *_SHARED_COPIES))
+
+
 def is_head(name: str) -> bool:
     """Whether a name is that of an output head which may be tied to the embedding."""
-    return any(name == h or name.endswith("." + h) for h in _HEADS)
+    return name in _HEADS or name.endswith(_HEAD_ENDS)
 
 
 def is_embedding(name: str) -> bool:
     """Whether a name is that of an embedding of tokens."""
-    return any(name == e or name.endswith("." + e) for e in (*_EMBEDDINGS, *_SHARED_COPIES))
+    return name in _EMBEDDINGS or name in _SHARED_COPIES or name.endswith(_EMBEDDING_ENDS)
 
 
 @dataclass(frozen=True)
