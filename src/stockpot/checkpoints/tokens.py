@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,40 +107,55 @@ def _difference(own: Mapping[str, int], theirs: Mapping[str, int], rows: int | N
     return Difference(False, f"{more} more tokens, and {less} fewer, all others with the same rows as")
 
 
+def _rows(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    """Tokens and their rows. Raises ValueError for what is none."""
+    found: dict[str, int] = {}
+    for token, row in pairs:
+        row = int(row) if isinstance(row, str) and row.isdigit() and len(row) < 19 else row
+        if not isinstance(token, str) or isinstance(row, bool) or not isinstance(row, int):
+            raise ValueError("not a token and its row")
+        found[token] = row
+    return found
+
+
 def _added(directory: str) -> dict[str, int]:
     """Tokens that were added beside the tokenizer's own file."""
     found: dict[str, int] = {}
-    with contextlib.suppress(CheckpointError, ValueError, TypeError):
-        found |= {str(t): int(i) for t, i in read_json(os.path.join(directory, "added_tokens.json")).items()}
-    with contextlib.suppress(CheckpointError, ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(CheckpointError, *_ODD):
+        found |= _rows(read_json(os.path.join(directory, "added_tokens.json")).items())
+    with contextlib.suppress(CheckpointError, *_ODD):
         listed = read_json(os.path.join(directory, "tokenizer_config.json"))["added_tokens_decoder"]
-        found |= {str(t["content"]): int(i) for i, t in listed.items()}
+        found |= _rows((t["content"], i) for i, t in listed.items())
     return found
+
+
+#: what comes of a file that holds something else
+_ODD = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 
 def _of_json(raw: bytes) -> dict[str, int] | None:
     try:
         doc = json.loads(raw)
         vocabulary = doc["model"]["vocab"]
-        pairs = dict(vocabulary) if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}
-        return pairs | {t["content"]: t["id"] for t in doc.get("added_tokens") or ()}
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((v[0], i) for i, v in enumerate(vocabulary))
+        return _rows(pairs) | _rows((t["content"], t["id"]) for t in doc.get("added_tokens") or ())
+    except _ODD:
         return None
 
 
 def _of_mapping(raw: bytes) -> dict[str, int] | None:
     try:
-        return {str(t): int(i) for t, i in json.loads(raw).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        return _rows(json.loads(raw).items())
+    except _ODD:
         return None
 
 
 def _of_tekken(raw: bytes) -> dict[str, int] | None:
     try:
         doc: Any = json.loads(raw)
-        found = {str(t["token_bytes"]): int(t["rank"]) for t in doc["vocab"]}
-        return found | {f"special {t['token_str']}": int(t["rank"]) for t in doc.get("special_tokens") or ()}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = _rows((t["token_bytes"], t["rank"]) for t in doc["vocab"])
+        return found | _rows((f"special {t['token_str']}", t["rank"]) for t in doc.get("special_tokens") or ())
+    except _ODD:
         return None
 
 

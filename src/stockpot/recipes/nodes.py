@@ -88,7 +88,7 @@ def _check_nesting(text: str, origin: str, what: str, error: type[UserError]) ->
         count += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 2 * _MAX_DEPTH or count > _MAX_NODES:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise error(f"{origin}:{line}: nested too deeply, or too long, for {what}")
 
 

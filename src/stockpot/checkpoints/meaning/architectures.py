@@ -134,7 +134,7 @@ def architecture_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Arc
     classes: Mapping[str, Any] = entry["classes"]
     named = config.get("architectures")
     for name in named if isinstance(named, list) else ():
-        if name in classes:
+        if isinstance(name, str) and name in classes:
             return _architecture(model_type, name, classes[name])
     return _likeliest(str(model_type), classes, list(names))
 
