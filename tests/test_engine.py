@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 import stockpot
 from stockpot import Options
+from stockpot.api.merging import merge_planned
 from stockpot.errors import ArgumentError, CheckpointError, OutputError, VerificationError
 from stockpot.methods import Cost, Mask, PerModel, Rank, Real, Scope, Space, Total, dare_ties, method, ties
 from stockpot.methods.arrays import magnitude
@@ -447,12 +448,13 @@ def test_nothing_beside_out_is_touched(family: Path, tmp_path: Path) -> None:
 def test_out_that_appears_during_the_merge(family: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def appear(done: int, total: int) -> None:
+    def appear(partial: str) -> None:
         out.mkdir(exist_ok=True)
         (out / "precious").write_text("x")
 
+    planned = stockpot.plan(text_of("ties paper", family))
     with pytest.raises(OutputError, match="not empty"):
-        stockpot.merge(text_of("ties paper", family), out, progress=appear)
+        merge_planned(planned, out, Options(), release=appear)
     assert (out / "precious").exists()
 
 

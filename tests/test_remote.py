@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -15,12 +17,13 @@ import torch
 
 import stockpot
 from servers import serving
+from stockpot.api.merging import Options
 from stockpot.checkpoints import ReadRequest, open_checkpoint
 from stockpot.checkpoints.stores import RemoteStore
-from stockpot.errors import CheckpointError, OutputError, ReadError
+from stockpot.errors import CheckpointError, OutputError, ReadError, StockpotError
 
 from fp8 import write_fp8
-from helpers import cli, load
+from helpers import cli, load, write_model
 
 LINEAR = {"merge_method": "linear", "models": ["s3://models/a", "s3://models/b"]}
 
@@ -438,3 +441,129 @@ def test_unreachable_hub(hub, tmp_path):
     assert result.returncode == 3
     assert "the Hugging Face Hub can't be reached" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# servers that mean ill
+
+
+def drip(handler: Any, chunk: bytes, pause: float, most: int) -> int:
+    """Send as long as somebody reads. How much that was."""
+    sent = 0
+    try:
+        while sent < most:
+            handler.wfile.write(chunk)
+            sent += len(chunk)
+            time.sleep(pause)
+    except OSError:
+        pass
+    return sent
+
+
+def ill(kind: str, sent: list[int]) -> Any:
+    """What a server does with a file."""
+
+    def file(self: Any, path: Path, headers: dict[str, str], *, body: bool) -> None:
+        asked = self.headers.get("Range")
+        config = path.name == "config.json"
+        self.close_connection = True
+        if kind == "endless" and config:
+            self.send_response(200)
+            self.end_headers()
+            sent.append(drip(self, b" " * 2**20, 0, 2**34) if body else 0)
+        elif kind == "slow" and config:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            sent.append(drip(self, b" ", 0.1, 1000) if body else 0)
+        elif kind in ("ignores", "more") and not config:
+            self.send_response(206 if kind == "more" and asked else 200)
+            self.send_header("Content-Length", str(2**34))
+            self.end_headers()
+            sent.append(drip(self, path.read_bytes() + bytes(2**20), 0, 2**34) if body else 0)
+        else:
+            data = path.read_bytes()
+            self.send(200, data, {}, body=body)
+
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("endless", r"more than \d+ bytes: too large for a small file"),
+        ("slow", "the server is too slow"),
+        ("ignores", r"has bytes that no tensor owns|ignores ranges"),
+        ("more", r"asked for \d+ bytes, the server sends more"),
+    ],
+)
+def test_http_servers_that_mean_ill(family, monkeypatch, kind, told):
+    """A ceiling and a deadline on every answer."""
+    monkeypatch.setattr("stockpot.checkpoints.http.PATIENCE", 1.5)
+    sent: list[int] = []
+    began = time.monotonic()
+    with serving(family, file=ill(kind, sent)) as (url, _), pytest.raises(StockpotError, match=told):
+        stockpot.open_checkpoint(f"{url}/a")
+    assert time.monotonic() - began < 30
+    assert sum(sent) < 2**28
+
+
+def test_a_large_file_of_a_server_without_ranges_is_refused(family, tmp_path):
+    """The beginning can be had, what comes after can't."""
+
+    def file(self: Any, path: Path, headers: dict[str, str], *, body: bool) -> None:
+        self.send(200, path.read_bytes(), {}, body=body)
+
+    write_model(tmp_path / "m", {f"w{i}": torch.ones(100_000) for i in range(4)}, {})
+    with (
+        serving(tmp_path, file=file) as (url, _),
+        pytest.raises(StockpotError, match="ignores ranges, so parts of the file"),
+    ):
+        stockpot.merge({"merge_method": "linear", "models": [f"{url}/m"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_strangers_weights_at_a_url_stay(family, tmp_path):
+    fs = fsspec.filesystem("memory")
+    recipe = {"merge_method": "linear", "models": [str(family / "a")]}
+    fs.pipe_file("/place/out/other.safetensors", b"mine")
+    with pytest.raises(OutputError, match="not empty"):
+        stockpot.merge(recipe, "memory://place/out")
+    with pytest.raises(OutputError, match=r"holds weights that stockpot did not write \('other.safetensors'\)"):
+        stockpot.merge(recipe, "memory://place/out", overwrite=True)
+    assert fs.cat_file("/place/out/other.safetensors") == b"mine"
+    fs.mv("/place/out/other.safetensors", "/place/other.safetensors")  # as it says
+    stockpot.merge(recipe, "memory://place/out", overwrite=True)
+    fs.pipe_file("/place/out/notes.txt", b"mine")
+    stockpot.merge(recipe, "memory://place/out", overwrite=True)
+    assert fs.cat_file("/place/out/notes.txt") == b"mine"
+    fs.rm("/place", recursive=True)
+
+
+def test_an_upload_that_was_killed_removes_what_the_older_one_left(family, tmp_path, monkeypatch):
+    """The lineage that lists it goes first: the journal remembers."""
+    from stockpot.engine import upload
+
+    fs = fsspec.filesystem("memory")
+    monkeypatch.setenv("STOCKPOT_SCRATCH", str(tmp_path / "scratch"))
+    recipe = {"merge_method": "linear", "models": [str(family / "a")]}
+    stockpot.merge(recipe, "memory://killed/out", Options(shard_size="20kB"))
+    older = {n for n in fs.ls("/killed/out", detail=False) if n.endswith(".safetensors")}
+    assert len(older) > 1
+    real = upload.RemoteStore.persist
+
+    def stops(self: Any, what: str, call: Any) -> Any:
+        if what.startswith("writing") and what.endswith("config.json"):
+            raise KeyboardInterrupt
+        return real(self, what, call)
+
+    with monkeypatch.context() as m:
+        m.setattr(upload.RemoteStore, "persist", stops)
+        with pytest.raises(KeyboardInterrupt):
+            stockpot.merge(recipe, "memory://killed/out", overwrite=True)
+    assert not fs.exists("/killed/out/stockpot.json")
+    stockpot.merge(recipe, "memory://killed/out", overwrite=True)
+    left = {n for n in fs.ls("/killed/out", detail=False) if n.endswith(".safetensors")}
+    assert left == {"/killed/out/model.safetensors"}
+    assert stockpot.open_checkpoint("memory://killed/out").names()
+    assert not list((tmp_path / "scratch").iterdir())
+    fs.rm("/killed", recursive=True)

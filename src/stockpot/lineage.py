@@ -21,7 +21,7 @@ from stockpot.engine.outdir import JOURNAL
 from stockpot.engine.outdir import LINEAGE as NAME
 from stockpot.engine.run import Outcome
 from stockpot.engine.verify import side_digest, stored_digest
-from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError
+from stockpot.errors import CheckpointError, OutputError, ReadError, VerificationError, visible
 from stockpot.files import (
     copy_file,
     is_url,
@@ -307,7 +307,9 @@ def model_card(plan: Plan) -> str:
     head += ["---"]
     about = {m.index: " (config and tokenizer)" if m.index == plan.template.donor else "" for m in plan.inputs}
     about |= {m.index: f" ({m.role})" for m in plan.inputs if m.role != "model"}
-    models = "\n".join(f"- `{m.ref}`{about[m.index]}" for m in plan.inputs)
+    models = "\n".join(f"- `{visible(m.ref, line=True).replace('`', chr(39))}`{about[m.index]}" for m in plan.inputs)
+    recipe = visible(plan.recipe.text.rstrip())
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", recipe))]))  # none in the recipe is as long
     method = plan.recipe.merge_method
     body = f"""
 # {method} merge
@@ -320,9 +322,9 @@ Made with stockpot {__version__} by `{method}` from
 
 ## Recipe
 
-```yaml
-{plan.recipe.text.rstrip()}
-```
+{fence}yaml
+{recipe}
+{fence}
 """
     return "\n".join(head) + "\n" + body
 
@@ -418,6 +420,7 @@ def record_verdict(directory: str, verdict: Mapping[str, Any]) -> None:
 def _gates_text(verdict: Mapping[str, Any]) -> str:
     word = "passed" if verdict["passed"] else "not passed" + ("; published by force" if verdict.get("forced") else "")
     cells = [[g["gate"], g["severity"], g["status"], g["why"]] for g in verdict["gates"]]
-    rows = "\n".join("| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in row) + " |" for row in cells)
+    plain = ([visible(" ".join(c.split())).replace("|", "\\|").replace("<", "&lt;") for c in row] for row in cells)
+    rows = "\n".join("| " + " | ".join(row) + " |" for row in plain)
     head = f"The gates of the suite with SHA-256 `{verdict['suite_sha256']}`: {word}."
     return f"\n{head}\n\n| gate | severity | status | |\n|---|---|---|---|\n{rows}\n"

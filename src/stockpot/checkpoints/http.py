@@ -12,7 +12,7 @@ SLOWEST = 2**15
 _CHUNK = 2**18
 
 
-class TooMuch(ValueError):
+class TooMuch(OSError):
     """A server sends what was not asked for; asking again would not help."""
 
 

@@ -32,7 +32,9 @@ _STAMPS = (
     "ETag", "etag", "Content-MD5", "Digest", "content_md5", "md5Hash", "LastModified", "Last-Modified", "last_modified",
     "mtime", "updated", "VersionId", "version_id", "generation", "blob_id", "sha", "created",
 )  # fmt: skip
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError)
+_HOPELESS = (
+    FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ValueError, TypeError, TooMuch,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from stockpot.engine.ledger import Ledger
-from stockpot.engine.outdir import JOURNAL
 from stockpot.errors import OutputError
 from stockpot.files import write_all
 
-__all__ = ["Journal", "locked", "noted_files", "published_record"]
+__all__ = ["Journal", "locked", "published_record"]
 
 _INTERVAL = 1.0
 _FORMAT = 3
@@ -41,6 +40,8 @@ class Journal:
     inputs: Sequence[Sequence[Any]] | None = None
     #: whether they are those of an earlier run's
     same_inputs: bool = False
+    #: files at a URL that an upload from here was to remove, and may not have
+    noted: list[str] = field(default_factory=list)
     #: rows of the ledger that an earlier run vouches for, with what it saw of them
     found: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Journal:
         self._fd = _open_locked(self.path, os.O_RDWR | os.O_CREAT)
         try:
             raw = _whole(self._fd)
+            self.noted = _noted(raw)
             resumed = self._read(raw)
             if not resumed:
                 os.ftruncate(self._fd, 0)
@@ -82,8 +84,9 @@ class Journal:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         break
-                    if "publishing" in row:  # it was about to be; nothing of it is left to do
-                        break
+                    if "publishing" in row:  # it was about to be
+                        keep += len(line) + 1
+                        continue
                     self.found.append(self.ledger.decode(row))
                 except (ValueError, RecursionError):
                     break
@@ -106,8 +109,9 @@ class Journal:
         self._append(self._first())
 
     def _first(self) -> str:
-        """The line that names what the journal is of."""
-        return json.dumps({"stockpot_journal": _FORMAT, "plan": self.identity, "inputs": self.inputs}) + "\n"
+        """The line that names what the journal is of, and what of an earlier one must not be forgotten."""
+        head = json.dumps({"stockpot_journal": _FORMAT, "plan": self.identity, "inputs": self.inputs}) + "\n"
+        return head + (json.dumps({"publishing": {"files": self.noted}}) + "\n" if self.noted else "")
 
     def note(self, publishing: dict[str, Any]) -> None:
         """Record that the directory is about to be published, and what that replaces. Raises OutputError."""
@@ -237,14 +241,12 @@ def published_record(fd: int) -> tuple[str | None, dict[str, Any] | None]:
     return _first_line(lines[0]), None
 
 
-def noted_files(partial: str) -> list[str]:
-    """The files of an older merge that an upload from here was to remove, and may not have."""
+def _noted(raw: bytes) -> list[str]:
+    """The files of an older merge that an upload was to remove."""
     try:
-        with open(os.path.join(partial, JOURNAL), "rb") as f:
-            lines = f.read().split(b"\n")
-        rows = [json.loads(line) for line in lines if b'"publishing"' in line]
-        return [str(n) for row in rows for n in row["publishing"].get("files", ())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        rows = [json.loads(line) for line in raw.split(b"\n") if line.startswith(b'{"publishing"')]
+        return sorted({str(n) for row in rows for n in row["publishing"].get("files", ())})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

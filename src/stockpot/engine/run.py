@@ -251,6 +251,8 @@ def _claimed(partial: str, journal: Journal) -> bool:
             if os.path.islink(partial) or (held and not is_partial(partial, held)):
                 raise OutputError(f"{partial}: needed for unfinished work, but it holds something else; move it away")
             return journal.open()
+    except OutputError:
+        raise
     except OSError as e:
         raise OutputError(f"{partial}: can't be written: {e.strerror or e}") from e
 

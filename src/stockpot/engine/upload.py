@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from stockpot.checkpoints.stores import RemoteStore, open_store
-from stockpot.engine.journal import Journal, noted_files
+from stockpot.engine.journal import Journal
 from stockpot.engine.outdir import JOURNAL, LINEAGE, partial_path
 from stockpot.errors import OutputError, StockpotError, few_of
 from stockpot.files import is_url, make_folders
@@ -171,7 +171,7 @@ def upload(partial: str, url: str, journal: Journal, *, overwrite: bool) -> None
     if LINEAGE in before:
         journal.note({"files": sorted(outdated)})  # the lineage that lists them is the first that goes
     else:
-        outdated = set(noted_files(partial))
+        outdated = set(journal.noted)
     names = [
         os.path.relpath(os.path.join(base, name), partial)
         for base, _, found in os.walk(partial)
