@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -470,6 +471,11 @@ def ill(kind: str, sent: list[int]) -> Any:
             self.send_response(200)
             self.end_headers()
             sent.append(drip(self, b" " * 2**20, 0, 2**34) if body else 0)
+        elif kind == "swells" and config:
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(gzip.compress(bytes(2**28)) if body else b"")
         elif kind == "slow" and config:
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -491,6 +497,7 @@ def ill(kind: str, sent: list[int]) -> Any:
     ("kind", "told"),
     [
         ("endless", r"more than \d+ bytes: too large for a small file"),
+        ("swells", "is sent compressed, which was not asked for"),
         ("slow", "the server is too slow"),
         ("ignores", r"has bytes that no tensor owns|ignores ranges"),
         ("more", r"asked for \d+ bytes, the server sends more"),
@@ -505,6 +512,25 @@ def test_http_servers_that_mean_ill(family, monkeypatch, kind, told):
         stockpot.open_checkpoint(f"{url}/a")
     assert time.monotonic() - began < 30
     assert sum(sent) < 2**28
+
+
+@pytest.mark.parametrize("kind", ["endless", "slow", "wide"])
+def test_listings_have_limits_too(family, monkeypatch, kind):
+    monkeypatch.setattr("stockpot.checkpoints.http.PATIENCE", 1.0)
+    monkeypatch.setattr("stockpot.checkpoints.http.SLOWEST", 2**30)
+    sent: list[int] = []
+
+    def serve(self: Any, *, body: bool) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        chunk = {"endless": b" " * 2**20, "slow": b" ", "wide": b'<a href="/a/x">' * 1000}[kind]
+        sent.append(drip(self, chunk, 0.1 if kind == "slow" else 0, 2**34) if body else 0)
+
+    with serving(family, serve=serve) as (url, _), pytest.raises(StockpotError, match=r"too slow|too large"):
+        stockpot.open_checkpoint(f"{url}/a")
+    assert sum(sent) < 2**26
 
 
 def test_a_large_file_of_a_server_without_ranges_is_refused(family, tmp_path):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from stockpot.checkpoints.http import TooMuch, bounded, is_http
+from stockpot.checkpoints.http import TooMuch, bounded, info, is_http, listing
 from stockpot.errors import ArgumentError, CheckpointError
 
 __all__ = ["BLOCK", "PART", "SMALL", "Found", "RemoteFile", "RemoteStore", "open_store"]
@@ -73,11 +73,15 @@ class RemoteStore:
     def find(self, path: str) -> Found:
         """One file as it is now. Raises FileNotFoundError."""
         self.fs.invalidate_cache()
-        return _found(self.persist(f"looking up {path}", lambda: self.fs.info(path)))
+        look = (lambda: info(self.fs, path)) if is_http(self.fs) else (lambda: self.fs.info(path))
+        return _found(self.persist(f"looking up {path}", look))
 
     def list(self, path: str) -> tuple[dict[str, Found], list[str]]:
         """(files by name, names of folders) of a directory. Raises FileNotFoundError."""
-        rows = self.persist(f"listing {path}", lambda: self.fs.ls(path, detail=True, refresh=True))
+        if is_http(self.fs):
+            rows = self.persist(f"listing {path}", lambda: listing(self.fs, path))
+        else:
+            rows = self.persist(f"listing {path}", lambda: self.fs.ls(path, detail=True, refresh=True))
         files, folders = {}, []
         for row in rows:
             name = posixpath.basename(str(row["name"]).rstrip("/"))
