@@ -249,7 +249,7 @@ def test_slerp_against_a_float64_oracle(models: Any, t: float) -> None:
 
 def neutral(method: Any) -> dict[str, Any]:
     """Parameters with which one model merges to itself."""
-    return {"t": 0.5} if method.name == "slerp" else {}
+    return {"t": 0.5} if method.name == "slerp" else dict(method.neutral or {})
 
 
 #: those of companions, and those on factors, have suites of their own (test_conformance, test_quick)
@@ -278,7 +278,7 @@ def test_identity(method: Any, dialect: int) -> None:
 @pytest.mark.parametrize("method", [m for m in ALL if m.models[0] == 1], ids=lambda m: m.name)
 def test_one_model_with_weight_one_is_that_model(models: Any, method: Any) -> None:
     base, (expert, *_) = models
-    keywords = {"density": 1.0} if "density" in method.parameters else {}
+    keywords = dict(method.neutral or {}) | ({"density": 1.0} if "density" in method.parameters else {})
     merged = method([expert], base=base if method.space.value == "delta" else None, **keywords)
     for name in SHAPES:
         assert torch.equal(merged[name], expert[name])
