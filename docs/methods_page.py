@@ -50,7 +50,7 @@ def render() -> str:
         count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         doc = (inspect.getdoc(method.function) or "").split("\n", 1)
         parts.append(f"## {method.name}\n\n{doc[0]}\n")
-        space = SEES[method.space.value]
+        space = "deltas, or on weights where there is no base" if method.base_optional else SEES[method.space.value]
         source = f" Source: {method.cite}." if method.cite else ""
         parts.append(f"Works on {space}; models: {count}.{source}{_more(method)}\n")
         parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")

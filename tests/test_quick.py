@@ -34,7 +34,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "check",
-    [pytest.param(c, id=f"{name}-{c.name}") for name, m in methods().items() if m.builtin for c in method_checks(name)],
+    [pytest.param(c, id=f"{name}-{c.name}") for name, m in methods().items() if m.builtin for c in method_checks(name)]
+    + [
+        pytest.param(c, id=f"{name} without a base-{c.name}")
+        for name, m in methods().items()
+        if m.base_optional
+        for c in method_checks(m.without_base())
+    ],
 )
 def test_methods(check: Check, tmp_path: Path) -> None:
     check(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import stockpot
-from stockpot.methods import karcher, magmax, model_stock, nearswap, ram, wise_ft
+from stockpot.methods import karcher, magmax, model_stock, multislerp, nearswap, nuslerp, ram, wise_ft
 from stockpot.methods.spherical import karcher_weights, stock_share
+
+from helpers import load
 
 SHAPE = (37, 53)
 
@@ -158,6 +161,86 @@ def test_magmax() -> None:
     assert magmax(ties, base={"w": torch.zeros(2)})["w"].tolist() == [-0.5, 0.5]
 
 
+def arc(a: Any, b: Any, t: float) -> Any:
+    """The great circle through two vectors, as it is written."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    w = np.arccos((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
+    return (np.sin((1 - t) * w) * x + np.sin(t * w) * y) / np.sin(w)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 10.0])
+@pytest.mark.parametrize("weight", [[1, 1], [1, 3], [0, 1], [5, 0.1]])
+def test_nuslerp(spread: float, weight: list[float]) -> None:
+    base, (a, b) = drawn(2, spread)
+    t = weight[1] / sum(weight)
+    close(merged(nuslerp, [a, b], weight=weight), arc(a, b, t), a)
+    wanted = base + arc(a.astype(np.float64) - base, b.astype(np.float64) - base, t)
+    close(merged(nuslerp, [a, b], base, weight=weight), wanted, wanted)
+
+
+def test_nuslerp_at_its_limits() -> None:
+    one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([-1.0, 0.0])}
+    assert nuslerp([one, other], weight=[0.7, 0.3])["w"].tolist() == pytest.approx([0.4, 0])
+    assert nuslerp([one, one], weight=[0.7, 0.3])["w"].tolist() == [1, 0]
+    side = {"w": torch.tensor([0.0, 1.0])}
+    beyond = nuslerp([one, side], weight=[2, -1], dialect="mergekit")["w"].numpy()
+    assert np.allclose(beyond, [np.sin(np.pi), np.sin(-np.pi / 2)], atol=1e-7)
+    zero = {"w": torch.zeros(2)}
+    assert nuslerp([zero, side], dialect="mergekit")["w"].tolist() == pytest.approx([0, 0.5**0.5])
+    for weight in ([1, -1], [0, 0], [2, -1]):
+        with pytest.raises(stockpot.StockpotError, match="expected none below zero"):
+            nuslerp([one, side], weight=weight)
+    with pytest.raises(stockpot.StockpotError, match="coming feature; true takes each tensor as one vector"):
+        nuslerp([one, side], nuslerp_flatten=False)
+
+
+@pytest.mark.parametrize("weight", [[1, 1, 1], [0.2, 3, 1], [2, -0.5, 1]])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_multislerp(weight: list[float], with_base: bool) -> None:
+    base, models = drawn(3, 1.0)
+    vectors = [m.astype(np.float64) - (base if with_base else 0) for m in models]
+    share = np.array(weight) / sum(weight)
+    norms = np.array([np.linalg.norm(v) for v in vectors])
+    mean = sum(s * v / n for s, v, n in zip(share, vectors, norms))
+    wanted = (share @ norms) * mean / np.linalg.norm(mean) + (base if with_base else 0)
+    close(merged(multislerp, models, base if with_base else None, weight=weight), wanted, wanted)
+
+
+def test_multislerp_at_its_limits() -> None:
+    base, models = drawn(3, 1.0)
+    assert np.array_equal(merged(multislerp, [base] * 4, base), base)
+    close(merged(multislerp, models[:1]), models[0].astype(np.float64), models[0])
+    with pytest.raises(stockpot.StockpotError, match="sum to zero, so that they have no mean direction"):
+        multislerp([{"w": torch.ones(2)}] * 2, weight=[1, -1])
+
+
+@pytest.mark.parametrize("method", [nuslerp, multislerp])
+def test_a_base_is_optional(method: Any, tmp_path: Any, family: Any) -> None:
+    """In recipes, in plans that travel, in rules and slices."""
+    base, a, b = (str(family / n) for n in ("base", "a", "b"))
+    plain: dict[str, Any] = {"merge_method": method.name, "models": [a, b]}
+    on_weights, on_deltas = stockpot.plan(plain), stockpot.plan({**plain, "base_model": base})
+    assert [g.method.space.value for p in (on_weights, on_deltas) for g in p.groups] == ["weight", "delta"]
+    again = pickle.loads(pickle.dumps(on_weights))
+    assert again.groups[0].method is method.without_base()
+    assert pickle.loads(pickle.dumps(on_deltas)).groups[0].method is method
+    stockpot.merge(plain, tmp_path / "weights")
+    stockpot.merge({**plain, "base_model": base}, tmp_path / "deltas")
+    tensors = {n: load(family / n) for n in ("base", "a", "b")}
+    for out, given in (("weights", None), ("deltas", tensors["base"])):
+        wanted = method([tensors["a"], tensors["b"]], base=given)
+        for name, tensor in load(tmp_path / out).items():
+            assert torch.equal(tensor, wanted[name]), (out, name)
+    slices = [{"sources": [{"model": a, "layer_range": [0, 2]}, {"model": b, "layer_range": [0, 2]}]}]
+    sliced = stockpot.plan({"merge_method": method.name, "slices": slices})
+    assert {g.method.space.value for g in sliced.groups} == {"weight"}
+    rules = [{"match": "*norm*", "merge_method": method.name}]
+    mixed = stockpot.plan({"merge_method": "linear", "models": [a, b], "rules": rules})
+    assert {g.method.space.value for g in mixed.groups} == {"weight"}
+    assert method.base_optional
+    assert method.without_base().without_base() is method.without_base()
+
+
 def test_recipes_of_mergekit(tmp_path: Any, family: Any) -> None:
     """As they are published: names and defaults; `compat: mergekit` takes its dialect."""
     base, a, b = (family / n for n in ("base", "a", "b"))
@@ -165,6 +248,11 @@ def test_recipes_of_mergekit(tmp_path: Any, family: Any) -> None:
         (f"merge_method: model_stock\nbase_model: {base}\nmodels: [{a}, {b}]\n", "stockpot"),
         (f"merge_method: model_stock\nbase_model: {base}\nmodels: [{a}, {b}]\ncompat: mergekit\n", "mergekit"),
         (f"merge_method: karcher\nmodels: [{a}, {b}]\nparameters: {{max_iter: 10, tol: 1e-5}}\n", None),
+        (f"merge_method: nuslerp\nmodels: [{a}, {b}]\nparameters: {{weight: 0.5}}\ncompat: mergekit\n", "mergekit"),
+        (
+            f"merge_method: multislerp\nbase_model: {base}\nmodels: [{a}, {b}]\nparameters: {{weight: 0.5, eps: 1e-8}}\n",
+            None,
+        ),
         (f"merge_method: nearswap\nbase_model: {base}\nmodels: [{a}]\nparameters: {{t: 0.0001}}\n", None),
         (f"merge_method: ram\nbase_model: {base}\nmodels: [{a}, {b}]\nparameters: {{epsilon: 1e-5}}\n", None),
     ):

@@ -218,6 +218,7 @@ def _method_row(method: Any) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "space": method.space.value,
+        "base_optional": method.base_optional,
         "scope": method.scope.value,
         "models": list(method.models),
         "statistics": [s.name for s in method.stats],
@@ -274,7 +275,8 @@ def show_method(name: str, *, as_json: bool) -> None:
     count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
     say(f"{method.name}: {inspect.getdoc(method.function)}\n")
     sees = {"delta": "deltas (a base is needed)", "weight": "weights", "factors": "the factors of LoRA adapters"}
-    say(f"works on {sees[method.space.value]}; models: {count}")
+    works_on = "deltas, or weights where there is no base" if method.base_optional else sees[method.space.value]
+    say(f"works on {works_on}; models: {count}")
     if method.cite:
         say(f"source: {method.cite}")
     say()

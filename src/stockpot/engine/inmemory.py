@@ -57,6 +57,8 @@ def merge_dicts(
             f"{method.name} combines the factors of adapters, which state dicts don't tell the scale of: merge adapter "
             f"directories by a recipe, or call stockpot.methods.{method.name}.function with Factors"
         )
+    if base is None:
+        method = method.without_base()
     if method.space is Space.DELTA and base is None:
         raise ArgumentError(f"{method.name} works on differences from a base: give base=")
     if method.space is Space.WEIGHT and base is not None:

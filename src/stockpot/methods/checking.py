@@ -74,6 +74,8 @@ def _problems(method: Method, roles: tuple[str, ...]) -> Iterator[str]:
         yield "base_role='subtracted' goes with Space.DELTA"
     if method.space.value == "delta" and method.base_role != "subtracted":
         yield f"base_role={method.base_role!r}: in Space.DELTA the base is subtracted"
+    if method.base_optional and method.space.value != "delta":
+        yield "base_optional= goes with Space.DELTA"
     for p in method.parameters.values():
         default = p.default
         values = default.values.values() if isinstance(default, ByDialect) else [] if default is REQUIRED else [default]

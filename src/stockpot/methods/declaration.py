@@ -9,7 +9,7 @@ beside its parameters,
 - `companions`: checkpoints of the same names beside each model (a Fisher diagonal);
 - `applies` and `otherwise`: the kinds of tensors it is for, and what happens to the rest; `cost`: the memory of a whole-tensor
   method, which the plan keeps within its limit;
-- `base_role`, `average`, `copies`, `ordered`, `reproducible`, `experimental`: see Method.
+- `base_role`, `base_optional`, `average`, `copies`, `ordered`, `reproducible`, `experimental`: see Method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stockpot.errors import MethodError, RecipeError, StockpotError, nearest
@@ -110,6 +110,7 @@ class Method:
     applies       the roles of tensors that it is for; None: all
     otherwise     what the other tensors get: "mean" of the models, "base", or another method's name
     reproducible  "anywhere": the same bytes on every machine; "machine": on machines with the same linear algebra library
+    base_optional in DELTA space: whether it works on the weights themselves where there is no base; see without_base
     average       whether it is the sum of weight_i model_i: what a run's weights are for
     copies        whether with these parameters it copies its one model
     ordered       whether the order of the models matters beyond rounding
@@ -136,6 +137,7 @@ class Method:
     cost: Cost | None = None
     reproducible: Literal["anywhere", "machine"] = "anywhere"
     base_role: BaseRole = "listed"
+    base_optional: bool = False
     average: bool = False
     copies: Callable[[Mapping[str, Any]], bool] | None = None
     ordered: bool = False
@@ -146,7 +148,18 @@ class Method:
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.function.__module__, self.name)
+        return _restored, (self.function.__module__, self.name, self.space.value)
+
+    def without_base(self) -> Method:
+        """The same method where a recipe names no base: one whose base is optional works on weights then, not on deltas."""
+        if not self.base_optional:
+            return self
+        if self.name not in _ON_WEIGHTS:
+            examples = tuple(e for e in self.examples if e.base is None)
+            _ON_WEIGHTS[self.name] = replace(
+                self, space=Space.WEIGHT, base_role="listed", base_optional=False, examples=examples
+            )
+        return _ON_WEIGHTS[self.name]
 
     @property
     def summary(self) -> str:
@@ -225,6 +238,8 @@ def wrong_count(method: Method, models: int) -> str | None:
 
 
 _REGISTRY: dict[str, Method] = {}
+#: what methods with an optional base are without one
+_ON_WEIGHTS: dict[str, Method] = {}
 #: modules of other packages that declare methods
 _GROUP = "stockpot.methods"
 
@@ -245,6 +260,7 @@ def method(
     cost: Cost | None = None,
     reproducible: Literal["anywhere", "machine"] = "anywhere",
     base_role: BaseRole | None = None,
+    base_optional: bool = False,
     average: bool = False,
     copies: Callable[[Mapping[str, Any]], bool] | None = None,
     ordered: bool = False,
@@ -280,6 +296,7 @@ def method(
             cost=cost,
             reproducible=reproducible,
             base_role=base_role or ("subtracted" if space is Space.DELTA else "listed"),
+            base_optional=base_optional,
             average=average,
             copies=copies,
             ordered=ordered or bool(draws),
@@ -298,11 +315,12 @@ def method(
     return declare
 
 
-def _restored(module: str, name: str) -> Method:
+def _restored(module: str, name: str, space: str) -> Method:
     """A pickled method: its module declares it where it is read."""
     if name not in _REGISTRY:
         importlib.import_module(module)
-    return _REGISTRY[name]
+    found = _REGISTRY[name]
+    return found if found.space.value == space else found.without_base()
 
 
 def methods() -> dict[str, Method]:

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 from stockpot.methods.arrays import weighted_sum
 from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Form
-from stockpot.methods.parameters import Choice, PerModel, Real, Whole
+from stockpot.methods.parameters import Choice, Flag, PerModel, Real, Whole
 from stockpot.statistics import Gram
 
-__all__ = ["karcher", "karcher_weights", "model_stock", "slerp", "slerp_weights", "stock_share", "wise_ft"]
+__all__ = [
+    "karcher", "karcher_weights", "model_stock", "multislerp", "multislerp_weights", "nuslerp", "nuslerp_weights", "slerp",
+    "slerp_weights", "stock_share", "wise_ft",
+]  # fmt: skip
 
 PARALLEL = 0.9995
 ANTIPARALLEL = -0.99
@@ -254,3 +257,148 @@ def wise_ft(models: Any, *, alpha: Annotated[float, Real(0, 1)] = 0.5) -> Any:
     returns [*block]     (1 - alpha) a + alpha b
     """
     return weighted_sum(models, (1.0 - alpha, alpha))
+
+
+def nuslerp_weights(gram: Any, weight: tuple[float, ...], dialect: str) -> tuple[float, float]:
+    """(weight of a, weight of b) on the arc from one to the other, at t = w_b / (w_a + w_b).
+
+    As slerp's, but for vectors that are nearly parallel: there the arc is followed too, down to the last bits of a cosine.
+    `mergekit` has no guard for zero and nearly opposite vectors, takes weights that cancel for halves, and goes beyond the
+    ends for negative ones.
+    """
+    total = weight[0] + weight[1]
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    (aa, ab), (_, bb) = ((float(g) for g in row) for row in gram)
+    if not (math.isfinite(aa) and math.isfinite(ab) and math.isfinite(bb)):
+        return 1.0 - t, t
+    na, nb = math.sqrt(aa), math.sqrt(bb)
+    guarded = dialect == "stockpot"
+    if guarded and (na == 0 or nb == 0):
+        return 1.0 - t, t
+    least = 0.0 if guarded else 1e-7
+    cos = max(-1.0, min(1.0, ab / (max(na, least) * max(nb, least))))
+    if 1.0 - cos * cos <= 1e-16 or (guarded and cos < ANTIPARALLEL):
+        return 1.0 - t, t
+    angle = math.acos(cos)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _nuslerp_check(params: Any) -> str | None:
+    if not params["nuslerp_flatten"]:
+        return "nuslerp_flatten: false (rows or columns by themselves) is a coming feature; true takes each tensor as one vector"
+    weight = params["weight"]
+    if params["dialect"] == "stockpot" and (min(weight) < 0 or not sum(weight) > 0):
+        return f"weights {list(weight)}: expected none below zero, and one above it; 'dialect: mergekit' goes beyond the ends"
+    return None
+
+
+@method(
+    space=Space.DELTA,
+    base_optional=True,
+    models=(2, 2),
+    stats=(Gram(),),
+    check=_nuslerp_check,
+    form=lambda gram, weight, nuslerp_flatten, dialect: Form(nuslerp_weights(gram, weight, dialect)),
+    cite="mergekit (no paper)",
+    dialects={
+        "stockpot": "a straight line where a tensor is zero or both are nearly opposite; weights of at least 0",
+        "mergekit": "no guards there; negative weights go beyond the ends",
+    },
+    examples=(
+        Example([[3, 0], [0, 4]], [2.121320, 2.828427]),
+        Example([[3, 0, 1, 2], [0, 4, 2, 1]], [1.910181, 2.546908, 1.910181, 1.910181]),
+        Example([[3, 0, 1, 2], [0, 4, 2, 1]], [1.010900, 3.464733, 2.069333, 1.540117], parameters={"weight": [1, 3]}),
+        Example([[3, 0, 1, 2], [0, 4, 2, 1]], [2.140283, 3.280567, 2.140283, 2.140283], base=[1, 1, 1, 1]),
+        Example([[0, 0], [2, 4]], [1, 2], source="a zero tensor has no angle"),
+        Example([[1, 0], [-1, 0]], [0.4, 0], parameters={"weight": [0.7, 0.3]}, source="opposite: a straight line"),
+    ),
+)
+def nuslerp(
+    delta: Any,
+    *,
+    gram: Any,
+    weight: Annotated[PerModel, Real()] = 1.0,
+    nuslerp_flatten: Annotated[bool, Flag()] = True,
+    dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
+) -> Any:
+    """Spherical interpolation of two models by their weights, each tensor as one vector; with a base, of their task vectors.
+
+    delta   [2, *block]  model minus base, or the weights themselves
+    gram    [2, 2]       float64: inner products over the whole tensor
+    weight  [2]          float64: t is the second one's share of their sum
+    nuslerp_flatten      each tensor as one vector; rows and columns by themselves are not built yet
+    returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle
+    dialect              `mergekit` drops the guards
+    """
+    return weighted_sum(delta, nuslerp_weights(gram, weight, dialect))
+
+
+def multislerp_weights(
+    gram: Any, weight: tuple[float, ...], normalize: bool = True, eps: float = 1e-8
+) -> tuple[float, ...]:
+    """What each model counts: the direction is that of the weighted mean of unit vectors, the length that of the norms.
+
+    The step in the tangent space that the method is described by is always zero there. Where the unit vectors cancel, or all
+    are zero, the plain mean is taken.
+    """
+    m = len(weight)
+    total = sum(weight)
+    share = [w / total for w in weight]
+    scale = share if normalize else list(weight)
+    inner = [[float(g) for g in row] for row in gram]
+    if m == 1 or not all(math.isfinite(g) for row in inner for g in row):
+        return tuple(share)
+    norms = [math.sqrt(inner[i][i]) for i in range(m)]
+    unit = [s / (n + eps) for s, n in zip(share, norms, strict=True)]
+    length = math.sqrt(max(sum(unit[i] * unit[j] * inner[i][j] for i in range(m) for j in range(m)), 0.0))
+    if length < 1e-7:
+        return tuple(scale)
+    mean_norm = sum(s * n for s, n in zip(scale, norms, strict=True))
+    return tuple(mean_norm * u / length for u in unit)
+
+
+def _multislerp_check(params: Any) -> str | None:
+    weight = params["weight"]
+    if not abs(sum(weight)) > 1e-12 * sum(map(abs, weight)):
+        return f"weights {list(weight)} sum to zero, so that they have no mean direction"
+    return None
+
+
+@method(
+    space=Space.DELTA,
+    base_optional=True,
+    models=(1, None),
+    stats=(Gram(),),
+    check=_multislerp_check,
+    form=lambda gram, weight, normalize_weights, eps: Form(multislerp_weights(gram, weight, normalize_weights, eps)),
+    cite="mergekit (no paper)",
+    neutral={},
+    examples=(
+        Example([[3, 0], [0, 4]], [2.474874, 2.474874]),
+        Example([[1, 0, 0], [1, 0, 0], [0, 1, 0]], [0.894427, 0.447214, 0]),
+        Example([[2, 0], [0, 1], [-1, 1]], [0.248817, 1.450214]),
+        Example([[3, 0], [0, 4]], [4.949747, 4.949747], parameters={"normalize_weights": False}),
+        Example([[3, 0], [0, 4]], [1.788854, -0.894427], parameters={"weight": [2, -1]}),
+        Example([[3, 0], [-3, 0]], [0, 0], source="they cancel: the plain mean"),
+        Example([[4, 1], [1, 5]], [3.474874, 3.474874], base=[1, 1]),
+        Example([[2, 2], [2, 2], [2, 2]], [2, 2], base=[2, 2], source="nothing has changed"),
+    ),
+)
+def multislerp(
+    delta: Any,
+    *,
+    gram: Any,
+    weight: Annotated[PerModel, Real()] = 1.0,
+    normalize_weights: Annotated[bool, Flag()] = True,
+    eps: Annotated[float, Real(0, 1)] = 1e-8,
+) -> Any:
+    """The weighted mean direction of the models times the weighted mean of their norms; with a base, of their task vectors.
+
+    delta   [m, *block]  model minus base, or the weights themselves
+    gram    [m, m]       float64: inner products over the whole tensor
+    weight  [m]          float64
+    normalize_weights    divide the weights by their sum, for the length too
+    eps     float64      added to norms before they divide
+    returns [*block]     (sum w_i |x_i|) m / |m|, m = sum w_i x_i / (|x_i| + eps)
+    """
+    return weighted_sum(delta, multislerp_weights(gram, weight, normalize_weights, eps))

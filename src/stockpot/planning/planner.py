@@ -101,6 +101,8 @@ class _Planner(Inputs):
         except RecipeError as e:
             self.problems.append(e.within(self.recipe.at(line)))
             return None
+        if self.recipe.base_model is None and not any(piece.base_model for piece in self.recipe.slices):
+            found = found.without_base()
         if found.experimental:
             self.notes.append(f"{name} is experimental: rebuilt from descriptions, or not settled yet")
         if found.reproducible == "machine":

@@ -65,6 +65,8 @@ def _expanded(recipe: Recipe, choice: RunChoice, locate: Callable[[str], str], o
     spec = _spec(choice)
     soup = resolve_soup(run, spec)
     method = get_method(recipe.merge_method)
+    if recipe.base_model is None:
+        method = method.without_base()
     weighted = method.average or spec.kind != "uniform"
     base = recipe.base_model
     if choice.base is not None:
