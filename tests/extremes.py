@@ -237,6 +237,54 @@ a_pickle(
 )
 
 
+# what the walks over a document meet
+
+_HEAD = b"\x80\x02"
+
+
+def _text(text: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text
+
+
+def _doubled(times: int) -> bytes:
+    return b")" + b"2\x86" * times
+
+
+a_pickle("a_tensor_with_a_deep_offset_as_key", b"}" + _TENSOR[:-2] + b")" + b"\x85" * 800_000 + b")" + b")" + b"tRNs.")
+a_pickle("a_tensor_with_a_doubled_offset_as_key", b"}" + _TENSOR[:-2] + _doubled(60) + b")" + b")" + b"tRNs.")
+a_pickle("a_class_of_a_long_name", b"(" + _text(b"torch" + b"a" * 400_000) + b"q\x01"
+         + _text(b"_rebuild" + b"b" * 400_000) + b"q\x02" + b"h\x01h\x02\x93" * 9000 + b"t.")  # fmt: skip
+a_pickle("mappings_that_fan_out", b"}q\x01" + _text(b"w") + _TENSOR + b"K\x04\x85K\x01\x85tRs" + b"".join(
+    b"q\x02}(" + b"".join(_text(b"%d" % k) + b"h\x02" for k in range(10)) + b"u" for _ in range(8)) + b".")  # fmt: skip
+a_pickle("lists_that_fan_out", b"]q\x02" + b"".join(b"](" + b"h\x02" * 20 + b"eq\x02" for _ in range(12))
+         + b"q\x03}" + _text(b"optimizer") + b"}" + _text(b"x") + b"h\x03ss.")  # fmt: skip
+a_pickle(
+    "a_long_key_of_many",
+    _text(b"k" * 400_000) + b"q\x01}(" + b"".join(_text(b"%06d" % i) + b"}h\x01}ss" for i in range(9000)) + b"u.",
+)
+a_pickle(
+    "a_long_list_of_many",
+    b"](" + b"K\x01" * 300_000 + b"eq\x01}(" + b"".join(_text(b"%06d" % i) + b"h\x01" for i in range(20_000)) + b"u.",
+)
+
+_CALL = b"ctorch._utils\n_rebuild_tensor_v2\nq\x07" + _TENSOR.partition(b"_rebuild_tensor_v2\n")[2][1:-2] + b"q\x08"
+a_pickle("long_shapes_of_many", b"(" + b"K\x01" * 64 + b"lq\x01" + b"(" + _CALL + b"K\x00h\x01h\x01tq\x09"
+         + b"(" + b"h\x07h\x09R" * 120_000 + b"t.")  # fmt: skip
+
+
+@made
+def a_score_that_is_none(f: Path) -> Action:
+    """Lightning's callbacks, with scores whose places make no sense."""
+    (f / "run").mkdir()
+    for n, offset in enumerate((b"X\x01\x00\x00\x00a", b"J\xff\xff\xff\x7f", b"J\xff\xff\xff\xff")):
+        score = _TENSOR[:-2] + offset + b"))tR"
+        state = b"}(" + _text(b"monitor") + _text(b"loss") + _text(b"current_score") + score + b"u"
+        weights = _text(b"state_dict") + b"}" + _text(b"w") + _TENSOR + b"K\x04\x85K\x01\x85tRs"
+        body = _HEAD + b"}(" + weights + _text(b"callbacks") + b"}" + _text(b"c") + state + b"su."
+        torch_file(f / f"run/epoch={n}-step={n}.ckpt", body, {"archive/data/0": b"\0" * 16})
+    return lambda: (open_run(f / "run"), opened(f / "run/epoch=1-step=1.ckpt")())
+
+
 @made
 def a_zip_of_many(f: Path) -> Action:
     return opened(torch_file(f / "model.bin", b"\x80\x02}.", {f"archive/data/{i}": b"" for i in range(8000)}))
@@ -345,6 +393,11 @@ def patterns_that_take_the_cube(f: Path) -> Action:
 
 
 @made
+def patterns_of_options(f: Path) -> Action:
+    return adapter(f, 2, rank_pattern={".?" * 60 + "b": 1})
+
+
+@made
 def many_patterns(f: Path) -> Action:
     return adapter(f, 1500, alpha_pattern={f"x{i}.{'y' * (i % 300)}": 1 for i in range(5000)})
 
@@ -405,6 +458,39 @@ a_text("one_word", "x" * 1_000_000)
 a_text("a_number", "merge_method: " + "9" * 900_000)
 a_text("an_octal", "models: [" + "0" + "7" * 200_000 + "]\n")
 a_text("sexagesimal", "models: [" + "1" + ":59" * 200_000 + "]\n")
+
+
+@made
+def many_excluded(f: Path) -> Action:
+    safetensors(f / "m/model.safetensors", {f"layers.{i}.w": [1] for i in range(9000)})
+    patterns = [f"*layers.{i}.*" for i in range(300)] + [f"layers.{i}.w" for i in range(2000, 5000)]
+    recipe = {"merge_method": "linear", "models": [str(f / "m")], "exclude": patterns}
+    return lambda: stockpot.plan(recipe)
+
+
+@made
+def steps_that_read_one_another_twice(f: Path) -> Action:
+    safetensors(f / "m/model.safetensors", {"w": [1]})
+    docs = [f"merge_method: linear\nname: s0\nmodels: [{f}/m]\n"]
+    docs += [f"merge_method: linear\nname: s{i}\nmodels: [s{i - 1}, s{i - 1}]\n" for i in range(1, 30)]
+    text = "---\n".join([*docs, "merge_method: linear\nmodels: [s29]\n"])
+    return lambda: stockpot.plan(text)
+
+
+@made
+def a_chain_of_steps(f: Path) -> Action:
+    safetensors(f / "m/model.safetensors", {"w": [1]})
+    docs = [f"merge_method: linear\nname: s0\nmodels: [{f}/m]\n"]
+    docs += [f"merge_method: linear\nname: s{i}\nmodels: [s{i - 1}]\n" for i in range(1, 3000)]
+    text = "---\n".join([*docs, "merge_method: linear\nmodels: [s2999]\n"])
+    return lambda: stockpot.plan(text)
+
+
+@made
+def a_suite_of_many_slices(f: Path) -> Action:
+    (f / "d.jsonl").write_text('{"text": "a"}\n')
+    text = "slices:\n" + "".join(f"- {{name: s{i}, kind: loss, data: d.jsonl}}\n" for i in range(8000))
+    return lambda: parse_suite(text, str(f / "suite.yml"))
 
 
 # what stockpot writes

@@ -42,10 +42,14 @@ def test_files_and_memory(tmp_path: Path, name: str) -> None:
     for seed, original in ((0, True), (1, False)):
         tiny.tiny(cls, config, seed).save_pretrained(tmp_path / str(seed), save_original_format=original)
     for order in ("01", "10"):
-        for absent in ("error", "skip", "zero"):
-            with pytest.raises(MismatchError, match=r"seem to be those of .* under other names: ") as e:
-                stockpot.plan(linear(*(tmp_path / n for n in order), absent=absent))
-            assert "absent" not in str(e.value)
+        models = [tmp_path / n for n in order]
+        with pytest.raises(MismatchError, match=r"seem to be those of .* under other names: ") as e:
+            stockpot.plan(linear(*models))
+        assert "absent" not in str(e.value)
+        for absent in ("skip", "zero"):
+            # less than half of it, and the user has said that some are absent
+            notes = stockpot.plan(linear(*models, absent=absent)).notes
+            assert any("may be those of" in n and "merged with none of them" in n for n in notes)
     for n in "01":  # as it says
         model = cls.from_pretrained(tmp_path / n)  # type: ignore[attr-defined]
         model.save_pretrained(tmp_path / f"same{n}", save_original_format=False)
@@ -68,10 +72,24 @@ def test_names_of_nobody(tmp_path: Path, change: Callable[[str], str], absent: s
     names = list(load_file(first / "model.safetensors"))
     moved = [n for n in names if change(n) != n]
     assert moved
-    with pytest.raises(MismatchError, match=r"seem to be those of .* under other names: "):
-        stockpot.plan(linear(first, second, absent=absent))
+    if absent == "error" or 2 * len(moved) > len(names):
+        with pytest.raises(MismatchError, match=r"seem to be those of .* under other names: "):
+            stockpot.plan(linear(first, second, absent=absent))
+    else:
+        assert any("may be those of" in n for n in stockpot.plan(linear(first, second, absent=absent)).notes)
     plan = stockpot.plan(linear(first, second, absent=absent, exclude=[*moved, *map(change, moved)]))  # as it says
     assert sum(len(t.inputs) == 2 for t in plan.tensors) == len(names) - len(moved)
+
+
+@pytest.mark.parametrize(("one", "two"), [("text_model", "vision_model"), ("encoder", "decoder"), ("query", "passage")])
+def test_towers_of_equal_shapes_are_united(tmp_path: Path, one: str, two: str) -> None:
+    """Models that have nothing in common but shapes: a union is what is asked for."""
+    for name in (one, two):
+        (tmp_path / name).mkdir()
+        tensors = {f"{name}.layers.{i}.{k}.weight": torch.ones(4, 4) for i in range(4) for k in "qkv"}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    plan = stockpot.plan(linear(tmp_path / one, tmp_path / two, absent="skip"))
+    assert len(plan.tensors) == 24
 
 
 def test_others_of_the_same_shape_may_be_absent(tmp_path: Path) -> None:
@@ -93,10 +111,11 @@ def test_another_shape_is_another_tensor(tmp_path: Path) -> None:
     first = llama(tmp_path)
     a = changed(first, tmp_path / "1", lambda t: {**t, "model.adapter.weight": torch.ones(3)})
     b = changed(first, tmp_path / "2", lambda t: {**t, "model.new.adapter.weight": torch.ones(4)})
-    stockpot.plan(linear(a, b, absent="skip"))
+    assert not any("may be those of" in n for n in stockpot.plan(linear(a, b, absent="skip")).notes)
     c = changed(first, tmp_path / "3", lambda t: {**t, "model.new.adapter.weight": torch.ones(3)})
     with pytest.raises(MismatchError, match=r"1 tensors seem to be those of .* under other names"):
-        stockpot.plan(linear(a, c, absent="skip"))
+        stockpot.plan(linear(a, c))
+    assert any("1 tensors may be those of" in n for n in stockpot.plan(linear(a, c, absent="skip")).notes)
 
 
 def test_two_that_are_one_in_memory(tmp_path: Path) -> None:
@@ -134,25 +153,28 @@ def edited(path: Path, **changes: Any) -> None:
 )
 @pytest.mark.parametrize("said", [False, None])
 def test_no_head(tmp_path: Path, name: str, head: str, said: bool | None) -> None:
-    """Its class has a head that is not tied, and no file holds it: an error with ways out that work."""
+    """Its class has a head that is not tied, and no file holds it: a note with ways out that work."""
     cls, config = tiny.types()[name]
     tiny.tiny(cls, config, 0).save_pretrained(tmp_path / "0")
     headless = changed(tmp_path / "0", tmp_path / "1", lambda t: {k: v for k, v in t.items() if not k.endswith(head)})
     edited(headless, tie_word_embeddings=said)
+
+    def told() -> list[str]:
+        return [n for n in stockpot.plan(linear(headless, headless)).notes if "and there is none: who loads" in n]
+
     if said is None and name == "t5":  # ties by default
-        stockpot.plan(linear(headless, headless))
+        assert not told()
         return
-    with pytest.raises(MismatchError, match=r"lm_head.weight' is not tied to .*, and there is none: ") as e:
-        stockpot.plan(linear(headless, headless))
-    assert "tie_word_embeddings': true" in str(e.value)
-    notes = stockpot.plan(linear(headless, headless, absent="skip")).notes  # as it says
-    assert any("there is none: who loads the output gets a new one" in n for n in notes)
-    edited(headless, tie_word_embeddings=True)
-    assert not stockpot.plan(linear(headless)).notes or name == "llava"
-    base = str(e.value).partition("'architectures': [\"")[2].partition('"')[0]
+    (note,) = told()
+    assert "lm_head.weight' is not tied to" in note
+    assert "at random" in note
+    assert "tie_word_embeddings': true" in note
+    base = note.partition("'architectures': [\"")[2].partition('"')[0]
     assert base in dir(tf)
+    edited(headless, tie_word_embeddings=True)
+    assert not told()
     edited(headless, tie_word_embeddings=said, architectures=[base])
-    stockpot.plan(linear(headless, headless))
+    assert not told()
 
 
 def test_a_class_without_a_head(tmp_path: Path) -> None:
@@ -166,10 +188,6 @@ def test_a_class_without_a_head(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "classifier")
     assert not stockpot.plan(linear(tmp_path / "classifier")).notes
     model.save_pretrained(tmp_path / "0")
-    encoder = changed(tmp_path / "0", tmp_path / "2", lambda t: {k: v for k, v in t.items() if "lm_head" not in k})
-    (encoder / "modules.json").write_text("[]")
-    edited(encoder, tie_word_embeddings=False)
-    assert any("there is none: who loads the output gets" in n for n in stockpot.plan(linear(encoder)).notes)
     own = changed(tmp_path / "0", tmp_path / "1", lambda t: {k: v for k, v in t.items() if "lm_head" not in k})
     edited(own, tie_word_embeddings=False, architectures=None)
-    assert any("there is none: who loads the output gets a new one" in n for n in stockpot.plan(linear(own)).notes)
+    assert any("there is none: who loads the output" in n for n in stockpot.plan(linear(own)).notes)

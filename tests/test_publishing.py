@@ -197,6 +197,54 @@ def test_overwrite_removes_what_stockpot_wrote_and_nothing_else(pair: list[str],
             merged(pair, out, overwrite=True)
 
 
+def test_what_took_the_place_of_a_written_file_is_not_removed(pair: list[str], tmp_path: Path) -> None:
+    """A model that was trained into OUT, a card that was written by hand: under the names of what was merged there."""
+    out = tmp_path / "out"
+    merged(pair, out)
+    shutil.copytree(out, tmp_path / "copy")  # with other times: still what was written
+    merged(pair[:1], tmp_path / "copy", overwrite=True)
+    held = {name: (out / name).read_bytes() for name in ("model.safetensors", "README.md", "config.json")}
+    for name in held:
+        for content, later in ((held[name] + b" ", 0), (held[name][:-1] + b"!", 3600)):
+            (out / name).write_bytes(content)
+            when = (out / "stockpot.json").stat().st_mtime + later
+            os.utime(out / name, (when, when))
+            with pytest.raises(OutputError, match=f"what stockpot did not write .*{name}"):
+                merged(pair[:1], out, overwrite=True)
+            assert (out / name).read_bytes() == content
+        (out / name).write_bytes(held[name])
+        os.utime(out / name, (1_700_000_000, 1_700_000_000))
+    merged(pair[:1], out, overwrite=True)
+
+
+def test_a_mount_point_is_found_first(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda p: str(p).endswith("/out"))
+    with pytest.raises(OutputError, match="is a mount point, which can't be renamed; name a directory in it"):
+        merged(pair, tmp_path / "out")
+    merged(pair, tmp_path / "out/inner")  # as it says
+
+
+def test_another_tokenizer_is_not_copied(pair: list[str], tmp_path: Path) -> None:
+    """Files beside the weights are those that were planned with too: changed, gone, or new."""
+    from stockpot.api.merging import merge_planned
+    from stockpot.errors import ReadError
+
+    tokenizer, template = Path(pair[0], "tokenizer.json"), Path(pair[0], "chat_templates/two.jinja")
+    before = tokenizer.read_text()
+    for change in (
+        lambda: tokenizer.write_text(before.replace('"x": 0', '"y": 0')),
+        lambda: template.write_text("new"),
+        lambda: template.unlink(),
+    ):
+        planned = stockpot.plan(linear(pair), Options(threads=1))
+        change()
+        with pytest.raises((ReadError, OutputError), match=r"was changed after the merge was planned"):
+            merge_planned(planned, tmp_path / "out", Options(threads=1))
+        assert not (tmp_path / "out").exists()
+    merged(pair, tmp_path / "out")  # as it says
+
+
 def test_what_appears_meanwhile_is_kept(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look and the exchange, and between the exchange and the removal."""
     out = tmp_path / "out"
@@ -473,6 +521,11 @@ def test_verdict_and_card_change_together(pair: list[str], tmp_path: Path, monke
         assert differences(out) == []
         assert ("not passed" in (out / "README.md").read_text()) is not passed
         assert (out / "README.md").read_text().count("## Release gates") == 1
+    (out / "README.md").rename(tmp_path / "secret")
+    (out / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(OutputError, match="is a symbolic link"):
+        record_verdict(str(out), verdict(True))
+    (out / "README.md").unlink()
     (out / "README.md").write_text("forged")
     assert differences(out) == ["README.md: is not the file that was written"]
     record_verdict(str(out), verdict(True))  # what was forged does not become known by it

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from stockpot.adapters import FactoredAdapter, product_report
-from stockpot.checkpoints.beside import copied_files, part_files
+from stockpot.checkpoints.beside import side_files, side_stamps
 from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
 from stockpot.checkpoints.opening import open_checkpoint
 from stockpot.engine.digests import ALGORITHM, file_digest, piece_digest
@@ -42,7 +42,11 @@ _PACKAGES = ("stockpot", "numpy", "blake3", "torch")
 
 
 def check_side_files(plan: Plan) -> None:
-    """Find out before the merge whether what is to be copied beside the tensors can be read. Raises CheckpointError."""
+    """Find out before the merge whether what is to be copied beside the tensors can be read, and is what was planned with.
+
+    Raises CheckpointError, ReadError.
+    """
+    _check_unchanged(plan)
     for source, _ in side_sources(plan):
         try:
             os.close(open_regular(source))
@@ -84,6 +88,7 @@ def _copy_and_write(plan: Plan, directory: str) -> list[str]:
         make_folders(os.path.dirname(target))
         copy_file(source, target)
         names.append(relative)
+    _check_unchanged(plan)
     for name, text in generated.items():
         make_folders(os.path.dirname(os.path.join(directory, name)))
         write_file(os.path.join(directory, name), text)
@@ -109,10 +114,19 @@ def _indexes(plan: Plan) -> dict[str, str]:
     return out
 
 
+def _check_unchanged(plan: Plan) -> None:
+    """A tokenizer was compared with the others as the merge was planned: another one is not copied. Raises ReadError."""
+    if not plan.sides:
+        return
+    donor, tokenizer = (plan.inputs[i].checkpoint for i in (plan.template.donor, plan.template.tokenizer))
+    changed = sorted({row[0] for row in set(side_stamps(donor, tokenizer)) ^ set(plan.sides)})
+    if changed:
+        raise ReadError(f"{changed[0]}: was changed after the merge was planned; merge again to take it as it is now")
+
+
 def side_sources(plan: Plan) -> Iterator[tuple[str, str]]:
     """(path, name in the output) of every file that is copied."""
-    yield from copied_files(plan.inputs[plan.template.tokenizer].checkpoint)
-    yield from part_files(plan.inputs[plan.template.donor].checkpoint)
+    yield from side_files(*(plan.inputs[i].checkpoint for i in (plan.template.donor, plan.template.tokenizer)))
 
 
 def make_lineage(
@@ -379,7 +393,9 @@ def damage(lineage: Mapping[str, Any]) -> str:
                     return f"{path}: an entry without its {key} ({_KINDS[kind]})"
     if not all(isinstance(d, str) for d in output["side_files"].values()):
         return "output.side_files: expected digests"
-    parts = [p for entry in lineage["inputs"] for p in (entry.get("parts") or [])]
+    if not all(isinstance(entry.get("parts", []), list) for entry in lineage["inputs"]):
+        return "inputs: parts: expected a list"
+    parts = [p for entry in lineage["inputs"] for p in entry.get("parts", [])]
     if not all(isinstance(p, Mapping) and isinstance(p.get("path"), str) for p in parts):
         return "inputs: a part without its path"
     for key in ("gates", "soup", "options", "adapter", "packages"):
@@ -399,9 +415,11 @@ _GATES = "\n## Release gates\n"
 
 def record_verdict(directory: str, verdict: Mapping[str, Any]) -> None:
     """Write what the release gates said into the lineage, under `gates`, and into the model card. Raises OutputError."""
-    path = os.path.join(directory, NAME)
+    path, card = os.path.join(directory, NAME), os.path.join(directory, "README.md")
+    for file in (path, card):
+        if os.path.islink(file):
+            raise OutputError(f"{file}: is a symbolic link; the verdict of the gates is written into files of OUT only")
     lineage = read_json(path)
-    card = os.path.join(directory, "README.md")
     try:
         known = {lineage["output"]["side_files"]["README.md"], *lineage.get("card_before", ())}
         before = side_digest(card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
@@ -13,7 +14,7 @@ from stockpot.checkpoints.files import check_link
 from stockpot.errors import CheckpointError
 from stockpot.files import read_any_json
 
-__all__ = ["NOT_WEIGHTS", "TEMPLATE_FOLDERS", "copied_files", "part_files", "part_folders"]
+__all__ = ["NOT_WEIGHTS", "TEMPLATE_FOLDERS", "copied_files", "part_files", "part_folders", "side_files", "side_stamps"]
 
 _NOT_COPIED = re.compile(
     r"(.*\.index\.json|config\.json|adapter_config\.json|stockpot\.json|trainer_state\.json|optimizer.*|scheduler.*|"
@@ -98,6 +99,22 @@ def files_below(top: str, folder: str, name: str) -> Iterator[tuple[str, str]]:
         elif os.path.exists(path):
             check_link(top, path)
             yield path, relative
+
+
+def side_files(donor: Checkpoint, tokenizer: Checkpoint) -> Iterator[tuple[str, str]]:
+    """(path, name in the output) of every file that a merge copies: those of the tokenizer's model, of the donor's parts."""
+    yield from copied_files(tokenizer)
+    yield from part_files(donor)
+
+
+def side_stamps(donor: Checkpoint, tokenizer: Checkpoint) -> tuple[tuple[str, int, int, int], ...]:
+    """(path, bytes, time, number) of each of them: what shows that it is what was planned with."""
+    out = []
+    with contextlib.suppress(CheckpointError, OSError):  # reported where they are copied
+        for path, _ in side_files(donor, tokenizer):
+            found = os.stat(path)
+            out.append((path, found.st_size, found.st_mtime_ns, found.st_ino))
+    return tuple(dict.fromkeys(out))
 
 
 def part_files(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +23,20 @@ _STORAGES = {
 class _Sealed:
     """What a pickle may make but not alter."""
 
+    __slots__ = ()
+
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)  # a pickle can make keys of them: their hash must not look into them
 class _Storage(_Sealed):
     key: str
     dtype: DType | None
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class PickledTensor(_Sealed):
     storage: _Storage
     offset: int
@@ -102,14 +105,26 @@ class _Named(_Sealed):
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
     if not isinstance(storage, _Storage):
         return Inert()
-    return PickledTensor(storage, offset, _sizes(shape), _sizes(stride))
+    return PickledTensor(storage, _offset(offset), _sizes(shape), _sizes(stride))
 
 
 def _sizes(found: Any) -> tuple[int, ...]:
     """A shape or a stride. ValueError for what is none: a long text would be copied for each tensor that names it."""
-    if not isinstance(found, (tuple, list)) or len(found) > MOST_AXES:
+    if not isinstance(found, (tuple, list)) or len(found) > MOST_AXES or not all(type(n) is int for n in found):
         raise ValueError(f"a shape or stride that is no short list of numbers ({type(found).__name__})")
-    return tuple(found)
+    return _kept(tuple(found))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all that are equal: a file can name one list a million times."""
+    return sizes
+
+
+def _offset(found: Any) -> int:
+    if type(found) is not int:
+        raise ValueError(f"an offset that is no number ({type(found).__name__})")
+    return found
 
 
 def _rebuild_v3(
@@ -119,7 +134,7 @@ def _rebuild_v3(
     if not isinstance(storage, _Storage):
         return Inert()
     known = dtype.value if isinstance(dtype, _Named) else None
-    return PickledTensor(_Storage(storage.key, known, storage.numel), offset, _sizes(shape), _sizes(stride))
+    return PickledTensor(_Storage(storage.key, known, storage.numel), _offset(offset), _sizes(shape), _sizes(stride))
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -135,8 +150,14 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+#: characters of a class's name, its module's with it
+_LONGEST = 512
+
+
 class TensorReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if len(module) + len(name) > _LONGEST:
+            raise ValueError(f"names a class by {len(module) + len(name)} characters")
         if (module, name) in _KNOWN:
             return _Named(_KNOWN[module, name])
         if module in ("torch", "torch.storage") and name in _STORAGES:

@@ -22,11 +22,13 @@ from stockpot.checkpoints.header import Entry, Header, check_name
 from stockpot.checkpoints.opcodes import check_pickle
 from stockpot.checkpoints.torchpickle import Inert, PickledTensor, TensorReader, Unreadable
 from stockpot.errors import CheckpointError, LayoutError
-from stockpot.specs import DType, TensorSpec
+from stockpot.specs import MOST_NAME, DType, TensorSpec
 
 __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 
 _MAX_PICKLE = 64 * 2**20
+#: entries of mappings and lists that are looked at
+_MOST_VISITS = 2_000_000
 #: how deep in a document state dicts are looked for
 _DEPTH = 8
 #: keys under which trainers keep the model's tensors: the first that is there gives names of its own, other parts' names
@@ -120,7 +122,7 @@ def torch_file_of(file: ByteFile, where: str) -> TorchFile:
         members=found.members,
         left=tuple(found.left),
     )
-    return TorchFile(header, scalars, _scores(document, file, places))
+    return TorchFile(header, scalars, _scores(path, document, file, places))
 
 
 def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], bytes]:
@@ -150,7 +152,9 @@ def _members(path: str, file: ByteFile) -> tuple[dict[str, tuple[int, int]], byt
         return data, archive.read(found[0])
 
 
-def _scores(document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+def _scores(
+    path: str, document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tuple[int, int]]
+) -> dict[str, float]:
     """`current_score` of every callback that monitors something."""
     found = {}
     callbacks = document.get("callbacks")
@@ -158,17 +162,17 @@ def _scores(document: Mapping[Any, Any], file: ByteFile, places: Mapping[str, tu
         if not isinstance(state, dict):
             continue
         name, score = state.get("monitor"), state.get("current_score")
+        kind = {DType.F32: "<f", DType.F64: "<d"}
         if (
-            isinstance(name, str)
-            and isinstance(score, PickledTensor)
-            and score.storage.key in places
-            and not score.shape
+            not isinstance(name, str)
+            or not isinstance(score, PickledTensor)
+            or score.shape
+            or score.storage.dtype not in kind
         ):
-            start = places[score.storage.key][0]
-            kind = {DType.F32: "<f", DType.F64: "<d"}.get(score.storage.dtype or DType.U8)
-            if kind is not None:
-                at = start + score.offset * struct.calcsize(kind)
-                found[name] = float(struct.unpack(kind, file.read(at, at + struct.calcsize(kind)))[0])
+            continue
+        with contextlib.suppress(CheckpointError):  # a damaged score is none
+            entry = _entry(path, name[:80], score, places)
+            found[name] = float(struct.unpack(kind[score.storage.dtype], file.read(entry.start, entry.stop))[0])
     return found
 
 
@@ -184,6 +188,7 @@ class _States:
         self.parts: dict[str, str] = {}
         self.members: dict[str, frozenset[str]] = {}
         self.left: list[str] = []
+        self.visits = 0
         states: dict[str, Mapping[Any, Any]] = {"": document} if self.direct(document) else {}
         states |= self.states(document, "")
         main = next((k for k in _STATES if k in states), "" if "" in states else None)
@@ -216,6 +221,22 @@ class _States:
             self.tensors[name] = tensor
             yield name
 
+    def visit(self, count: int) -> None:
+        """Raise CheckpointError where entries are looked at for ever: containers may hold one another many times."""
+        self.visits += count
+        if self.visits > _MOST_VISITS:
+            raise CheckpointError(
+                f"{self.path}: its mappings and lists hold more than {_MOST_VISITS} entries, one in another"
+            )
+
+    def holds_tensors(self, value: Any, depth: int = 12) -> bool:
+        """Whether there is a tensor somewhere in a value."""
+        if isinstance(value, PickledTensor):
+            return True
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        self.visit(len(inner))
+        return depth > 0 and any(self.holds_tensors(v, depth - 1) for v in inner)
+
     @staticmethod
     def direct(found: Mapping[Any, Any]) -> bool:
         """Whether a mapping is a state dict itself."""
@@ -224,9 +245,13 @@ class _States:
     def states(self, found: Mapping[Any, Any], at: str) -> dict[str, Mapping[Any, Any]]:
         """The state dicts below a mapping, by the keys that lead to them; entries of lists by their numbers."""
         out: dict[str, Mapping[Any, Any]] = {}
+        self.visit(len(found))
         for key, value in found.items():
+            if isinstance(key, str) and len(key) > MOST_NAME:
+                raise CheckpointError(f"{self.path}: a key of {len(key)} characters ({key[:40]!r}...)")
             where = f"{at}{key}"
             if isinstance(value, (list, tuple)):
+                self.visit(len(value))
                 value = dict(enumerate(value))
             elif (
                 isinstance(value, Inert)
@@ -237,22 +262,15 @@ class _States:
             if not isinstance(value, dict):
                 continue
             if "param_groups" in value or (isinstance(key, str) and _TRAINING.fullmatch(key)):
-                self.left += [f"{where} (training state)"] if _holds_tensors(value) else []
+                self.left += [f"{where} (training state)"] if self.holds_tensors(value) else []
                 continue
             if self.direct(value):
                 out[where] = value
             if where.count(".") < _DEPTH:
                 out |= self.states(value, f"{where}.")
-            elif _holds_tensors(value):
+            elif self.holds_tensors(value):
                 self.left.append(f"{where} (too deep)")
         return out
-
-
-def _holds_tensors(value: Any, depth: int = 12) -> bool:
-    if isinstance(value, PickledTensor):
-        return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return depth > 0 and any(_holds_tensors(v, depth - 1) for v in inner)
 
 
 def _why_empty(document: Mapping[Any, Any]) -> str:

@@ -15,9 +15,12 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from blake3 import blake3
 
 from stockpot.errors import CheckpointError, OutputError, few_of
-from stockpot.files import TEMPORARY, make_folders, open_regular, read_bytes, read_json, write_file
+from stockpot.files import MOST_BYTES, TEMPORARY, make_folders, open_regular, read_bytes, read_json, write_file
 
 __all__ = [
     "JOURNAL",
@@ -48,6 +51,8 @@ MARK = b'{"stockpot_journal"'
 SCRATCH = "stockpot.scratch"
 #: what desktops put anywhere
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".directory"}
+#: nanoseconds within which the files of a copied output are made, one after the other
+_COPYING = 30 * 10**9
 #: seconds that another process may take to begin or to publish
 _PATIENCE = 10.0
 
@@ -74,6 +79,8 @@ def check_out(out: str, *, overwrite: bool, inputs: Iterable[str], steps: bool =
     path = os.path.abspath(out)
     if os.path.islink(path):
         raise OutputError(f"{out}: is a symbolic link; name the directory itself")
+    if os.path.ismount(path):
+        raise OutputError(f"{out}: is a mount point, which can't be renamed; name a directory in it")
     partial, scratch = partial_path(out), scratch_path(out)
     _guard(out, [path, partial, *([scratch] if steps else [])], inputs)
     check_free(out, overwrite=overwrite)
@@ -182,27 +189,57 @@ def _is_scratch(path: str, held: list[str]) -> bool:
         return False
 
 
-def written_in(directory: str) -> set[str] | None:
-    """The files that the lineage in a directory lists, itself among them; None where there is none that can be read."""
+@dataclass(frozen=True)
+class _Written:
+    """What the lineage in a directory says of its files: bytes of those with tensors, digests of the others.
+
+    when  its own time, in nanoseconds: it is written last
+    """
+
+    directory: str
+    when: int
+    sizes: dict[str, int]
+    digests: dict[str, set[str]]
+
+    def has(self, name: str) -> bool:
+        """Whether a file is one that was written, as it was written: somebody may have put another one in its place."""
+        if name in (LINEAGE, JOURNAL) or os.path.basename(name) in _LITTER:
+            return True
+        if name.endswith(TEMPORARY):
+            return name.removesuffix(TEMPORARY) in {LINEAGE, *self.sizes, *self.digests}
+        path = os.path.join(self.directory, name)
+        try:
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode):
+                return False
+            if name in self.digests:
+                return found.st_size <= MOST_BYTES and blake3(read_bytes(path)).hexdigest() in self.digests[name]
+        except OSError:
+            return False
+        # large files are not read: one of its size that is no younger than the lineage, or came with it as a copy, is it
+        return found.st_size == self.sizes.get(name) and found.st_mtime_ns <= self.when + _COPYING
+
+
+def _written_in(directory: str) -> _Written | None:
+    """None where there is no lineage that can be read."""
+    path = os.path.join(directory, LINEAGE)
     try:
-        output = read_json(os.path.join(directory, LINEAGE))["output"]
-        return {str(f["name"]) for f in output["files"]} | {str(n) for n in output["side_files"]} | {LINEAGE}
-    except (CheckpointError, KeyError, TypeError):
+        lineage = read_json(path)
+        output = lineage["output"]
+        sizes = {str(f["name"]): int(f["bytes"]) for f in output["files"]}
+        digests = {str(n): {str(d)} for n, d in output["side_files"].items()}
+        digests.get("README.md", set()).update(map(str, lineage.get("card_before", ())))
+        return _Written(directory, os.lstat(path).st_mtime_ns, sizes, digests)
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
 def strangers(directory: str) -> list[str] | None:
     """Files in an output that stockpot did not write, relative; None where it is no output of stockpot."""
-    written = written_in(directory)
+    written = _written_in(directory)
     if written is None:
         return None
-    return sorted(name for name in _files_in(directory) if not _is_ours(name, written))
-
-
-def _is_ours(name: str, written: set[str]) -> bool:
-    if name in written or name.removesuffix(TEMPORARY) in written or name == JOURNAL:
-        return True
-    return os.path.basename(name) in _LITTER
+    return sorted(name for name in _files_in(directory) if not written.has(name))
 
 
 def _files_in(directory: str) -> Iterator[str]:
@@ -215,13 +252,13 @@ def _files_in(directory: str) -> Iterator[str]:
 
 def remove_written(directory: str) -> bool:
     """Remove an output of stockpot, its lineage last: what it did not write stays. Whether all is gone. Raises OSError."""
-    written = written_in(directory)
+    written = _written_in(directory)
     if written is None:
         with contextlib.suppress(OSError):
             os.rmdir(directory)
         return not os.path.lexists(directory)
     for name in sorted(_files_in(directory), key=lambda n: n == LINEAGE):
-        if _is_ours(name, written) and name != LINEAGE:
+        if name != LINEAGE and written.has(name):
             os.unlink(os.path.join(directory, name))
     for base, _, _ in os.walk(directory, topdown=False):
         if base != directory:

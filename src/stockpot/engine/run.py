@@ -245,8 +245,10 @@ def _claimed(partial: str, journal: Journal) -> bool:
     try:
         make_folders(os.path.dirname(partial))
         with alone_in(os.path.dirname(partial)):
+            found = os.path.lexists(partial)
             make_folders(partial)
-            check_trusted(partial)
+            if found:  # what was made just now is ours, whoever the file system says it belongs to
+                check_trusted(partial)
             held = sorted(os.listdir(partial))
             if os.path.islink(partial) or (held and not is_partial(partial, held)):
                 raise OutputError(f"{partial}: needed for unfinished work, but it holds something else; move it away")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,14 +189,16 @@ class _SuiteReader(NodeReader):
     def suite(self, node: Node) -> Suite:
         parts = self.mapping(node, "suite", _TOP_KEYS)
         slices: list[Slice] = []
+        taken = {"score"}
         if "slices" not in parts:
             if node.kind == "map":
                 self.bad(node.line, "suite: 'slices' is missing: a list of what to score")
         else:
             for i, child in enumerate(self.listing(parts["slices"], "slices")):
-                made = self.slice(child, f"slices[{i}]", slices)
+                made = self.slice(child, f"slices[{i}]", taken)
                 if made is not None:
                     slices.append(made)
+                    taken.add(made.name)
         top = _Values(self, parts, "suite")
         default = top.number("timeout", 3600.0, low=0.001)
         slices = [s if s.timeout > 0 else replace(s, timeout=default) for s in slices]
@@ -223,7 +225,7 @@ class _SuiteReader(NodeReader):
         raise_problems(self.problems)
         return suite
 
-    def slice(self, node: Node, where: str, before: list[Slice]) -> Slice | None:
+    def slice(self, node: Node, where: str, taken: Container[str]) -> Slice | None:
         if node.kind != "map":
             self.bad(node.line, f"{where}: expected a mapping with name, kind and data; got {node.what}")
             return None
@@ -246,7 +248,7 @@ class _SuiteReader(NodeReader):
             if "name" not in parts:
                 self.bad(node.line, f"{where}: 'name' is missing")
             return None
-        if any(s.name == name for s in before) or name == "score":
+        if name in taken:
             self.bad(node.line, f"{where}: the name is taken{' (it stands for the suite)' if name == 'score' else ''}")
         if kind.data and "data" not in parts:
             self.bad(

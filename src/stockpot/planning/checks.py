@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
 import re
 from collections.abc import Container, Iterator, Sequence
 
@@ -13,9 +11,9 @@ from stockpot.checkpoints.meaning.ties import is_head
 from stockpot.errors import MismatchError, RecipeError, StockpotError, few_of
 from stockpot.planning.plan import ModelInput, Operand, StatPlan, TensorPlan
 from stockpot.planning.template import Slot
-from stockpot.recipes.schema import Recipe
+from stockpot.recipes.schema import Recipe, matching
 
-__all__ = ["check_fit", "check_head", "check_kinds", "check_patterns", "check_statistics", "note_unstamped"]
+__all__ = ["check_fit", "check_kinds", "check_patterns", "check_statistics", "note_head", "note_unstamped"]
 
 _FACTOR = re.compile(r"(\.|_)lora_?(up|down|A|B|a|b|mid)(\.|$)|\.hada_w\d_|\.lokr_w\d")
 #: settings of a LoRA that must agree before its factors can be combined
@@ -89,14 +87,14 @@ def check_patterns(
     anywhere = {n for m in inputs for n in m.checkpoint.names()}.union(names)
     for key, patterns in (("include", recipe.include), ("exclude", recipe.exclude)):
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(n, pattern) for n in anywhere):
+            if pattern not in anywhere and not any(map(matching((pattern,)), anywhere)):
                 why = f"{key}: the pattern {pattern!r} matches no tensor, such as {names[0]!r}"
                 problems.append(_at(recipe, key, why))
     left = set(names)
     for rule in recipe.rules:
         own: set[str] = set()
         for pattern in rule.patterns:
-            matched = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
+            matched = set(filter(matching((pattern,)), names))
             own |= matched
             if not matched:
                 problems.append(
@@ -104,7 +102,7 @@ def check_patterns(
                 )
         if own and not own & left:
             first = min(own)
-            earlier = next(r for r in recipe.rules if any(fnmatch.fnmatchcase(first, p) for p in r.patterns))
+            earlier = next(r for r in recipe.rules if matching(r.patterns)(first))
             why = f"every tensor it matches goes to an earlier one ({first!r} to that of line {earlier.line})"
             problems.append(
                 RecipeError(f"rules: this rule is never used: {why}; put it first").within(recipe.at(rule.line))
@@ -181,31 +179,23 @@ def note_unstamped(inputs: Sequence[ModelInput]) -> Iterator[str]:
                 )
 
 
-def check_head(
-    donor: ModelInput, names: Container[str], recipe: Recipe, problems: list[StockpotError], notes: list[str]
-) -> None:
-    """A class that has an output head of its own finds one in the output: else who loads it gets a new one, at random.
-
-    names: of the output's tensors.
+def note_head(donor: ModelInput, names: Container[str]) -> Iterator[str]:
+    """Where the class of the output's config has an output head that is not tied, and no input has one: who loads it gets a new
+    one, at random, as of the inputs. names: of the output's tensors.
     """
     checkpoint = donor.checkpoint
     for tie in checkpoint.ties.pairs:
         if tie.tied is not False or tie.second in names or tie.known == "its class does not tie them":
             continue
+        what = f"{donor.ref}: by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: who loads the output"
         architecture = architecture_of(checkpoint.config, checkpoint.names())
-        named = architecture is not None and architecture.name in (checkpoint.config.get("architectures") or ())
-        what = (
-            f"by {tie.known} {tie.second!r} is not tied to {tie.first!r}, and there is none: who loads the output gets"
-        )
-        encoder = os.path.isfile(os.path.join(checkpoint.directory, "modules.json"))  # is loaded without its head
-        if not named or architecture is None or not is_head(tie.second) or encoder or recipe.absent != "error":
-            notes.append(f"{donor.ref}: {what} a new one")
+        if architecture is None or not is_head(tie.second):
+            yield f"{what} gets a new one"
             continue
         where = f"{tie.key}." if tie.key not in ("", "?") else ""
         base = base_class_of(architecture.model_type)
         bare = f", or the class without a head: 'architectures': [\"{base}\"]" if base else ""
-        why = (
-            f"{donor.ref}: {what} a new one, at random. Say in its config.json what it is: '{where}tie_word_embeddings': true "
-            f"where the embedding is the head{bare}; or say 'absent: skip' in the recipe, and it stays as it is"
+        yield (
+            f"{what} as a {architecture.name} gets a new one, at random; say in its config.json what it is: "
+            f"'{where}tie_word_embeddings': true where the embedding is the head{bare}"
         )
-        problems.append(MismatchError(why).within(*donor.places))

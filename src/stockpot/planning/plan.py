@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
-from stockpot.methods.declaration import Method, Space
+from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.planning.template import Template
 from stockpot.recipes.schema import Recipe
 from stockpot.runs import Soup
@@ -203,6 +203,8 @@ class Plan:
     budget: Budget
     notes: tuple[str, ...] = ()
     soup: Soup | None = None
+    #: of the files beside the tensors that are copied: path, bytes, time, number
+    sides: tuple[tuple[str, int, int, int], ...] = ()
     account: tuple[Mapping[str, Any], ...] = ()
 
     @cached_property
@@ -324,8 +326,9 @@ class Plan:
             row["elements"] += t.spec.numel
             row["read_bytes"] += self.bytes_of(t) * row["passes"]
             row["write_bytes"] += t.spec.nbytes
-            cost = self.groups[t.group].method.cost if t.action is Action.MERGE else None
-            if cost is not None:
+            method = self.groups[t.group].method if t.action is Action.MERGE else None
+            if method is not None and method.cost is not None and method.scope is Scope.TENSOR:
+                cost = method.cost
                 wide = work_itemsize(t.spec.dtype)
                 row["scratch_bytes"] = max(row["scratch_bytes"], cost.scratch(len(t.operands), t.spec.shape, wide))
                 row["operations"] += cost.work(len(t.operands), t.spec.shape) if cost.work else 0.0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stockpot.adapters import config_for
+from stockpot.checkpoints.beside import side_stamps
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.meaning.layers import map_layers
 from stockpot.checkpoints.views import with_zeros
@@ -15,7 +16,7 @@ from stockpot.methods.averaging import linear
 from stockpot.methods.declaration import Method, Space, get_method
 from stockpot.planning.account import account_of, note_left_files, note_other_settings
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
-from stockpot.planning.checks import check_head, check_kinds, check_patterns, check_statistics, note_unstamped
+from stockpot.planning.checks import check_kinds, check_patterns, check_statistics, note_head, note_unstamped
 from stockpot.planning.companions import check_companions
 from stockpot.planning.config import output_config
 from stockpot.planning.factoring import Factoring, check_space, open_adapters
@@ -150,7 +151,7 @@ class _Planner(Inputs):
         self.stop_if_bad()
         donor = base if base is not None else parts[0].entries[-1 if factors else 0].model
         unify_names(self.inputs, donor, parts, self.problems, self.notes)
-        check_other_names(self.inputs, donor, recipe, self.problems)
+        check_other_names(self.inputs, donor, recipe, self.problems, self.notes)
         self.stop_if_bad()
 
         vocabulary = (
@@ -172,7 +173,6 @@ class _Planner(Inputs):
         tensors = [*(made[1] if made else ()), *filler.fill(matches)]
         if made is not None:
             self.inputs.append(ModelInput(len(self.inputs), made[0].ref, made[0], role="factors"))
-        check_head(self.inputs[donor], names, recipe, self.problems, self.notes)
         check_vocabularies(models, donor, recipe, tensors, vocabulary and vocabulary[1], self.problems, self.notes)
         if vocabulary is not None:
             check_cut_off(self.inputs, self.tokenizer_donor(donor), vocabulary[1], recipe, self.problems)
@@ -193,7 +193,7 @@ class _Planner(Inputs):
         template = self.template(donor, placed, parts, matcher, vocabulary, made[0] if made else None)
         self.notes += [n for n in note_left_files(self.inputs) if n not in self.notes]
         self.notes += note_other_settings(self.inputs, donor)
-        self.notes += dict.fromkeys(note_unstamped(self.inputs))
+        self.notes += [*dict.fromkeys(note_unstamped(self.inputs)), *note_head(self.inputs[donor], names)]
         return Plan(
             recipe=asked,
             inputs=tuple(self.inputs),
@@ -206,6 +206,7 @@ class _Planner(Inputs):
             budget=choose_budget(placed, self.inputs, groups, stats, max_memory, threads),
             notes=tuple(self.notes),
             soup=self.soup,
+            sides=side_stamps(self.inputs[donor].checkpoint, self.inputs[template.tokenizer].checkpoint),
             account=account_of(self.inputs, placed, matcher, donor, template.tokenizer),
         )
 

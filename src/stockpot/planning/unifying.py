@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -53,7 +54,8 @@ def unify_names(
         if found.checkpoint is model.checkpoint:
             continue
         inputs[model.index] = replace(model, checkpoint=found.checkpoint)
-        notes.append(_said(model.ref, inputs[donor].ref, found))
+        if found.renamed:
+            notes.append(_said(model.ref, inputs[donor].ref, found))
         for owner, index in beside:
             if owner == model.index:
                 own = unify(like, inputs[index].checkpoint)
@@ -78,10 +80,13 @@ def _said(ref: str, like: str, found: Unified) -> str:
 _MOST = 64
 
 
-def check_other_names(inputs: Sequence[ModelInput], donor: int, recipe: Recipe, problems: list[StockpotError]) -> None:
-    """What nothing knows to be one tensor, and plainly is, by name and shape: not something that only some models have.
+def check_other_names(
+    inputs: Sequence[ModelInput], donor: int, recipe: Recipe, problems: list[StockpotError], notes: list[str]
+) -> None:
+    """What nothing knows to be one tensor, and seems so by name and shape: not something that only some models have.
 
-    `absent:` would take each for a tensor of one model alone, and merge nothing of them.
+    `absent:` takes each for a tensor of one model alone, and merges nothing of them: refused too where that is most of both
+    models, else noted.
     """
     like = inputs[donor].checkpoint
     for model in inputs:
@@ -89,10 +94,15 @@ def check_other_names(inputs: Sequence[ModelInput], donor: int, recipe: Recipe, 
             continue
         ours = _without(like, model.checkpoint, recipe)
         theirs = _without(model.checkpoint, like, recipe)
-        pairs = _by_components(ours, theirs) or _by_beginning(
-            ours, theirs, max(len(list(c.names())) for c in (like, model.checkpoint))
-        )
-        if pairs:
+        total = max(len(list(c.names())) for c in (like, model.checkpoint))
+        pairs = _by_components(ours, theirs) or _by_beginning(ours, theirs, total)
+        if pairs and recipe.absent != "error" and 2 * len(pairs) <= total:
+            own, there = next(iter(pairs.items()))
+            notes.append(
+                f"{model.ref}: {len(pairs)} tensors may be those of {inputs[donor].ref} under other names ({there!r} is {own!r} "
+                f"there), and are merged with none of them (absent: {recipe.absent})"
+            )
+        elif pairs:
             own, there = next(iter(pairs.items()))
             why = (
                 f"{model.ref}: {len(pairs)} tensors seem to be those of {inputs[donor].ref} under other names: {there!r} is "
@@ -141,11 +151,17 @@ def _by_beginning(ours: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpe
         if len(ways) > _MOST:
             break
     for old, new in list(ways)[:_MOST]:
+        if _TOWER.search(old) and _TOWER.search(new):
+            continue  # two of the kinds that models have beside each other
         pairs = {n: new + n[len(old) :] for n in ours if n.startswith(old)}
         pairs = {a: b for a, b in pairs.items() if b in theirs and theirs[b].shape == ours[a].shape}
         if 2 * len(pairs) > total:
             return pairs
     return {}
+
+
+#: what leads to a part that has others of its kind beside it
+_TOWER = re.compile(r"(text|vision|visual|image|audio|speech|video|encoder|decoder|query|passage|student|teacher)")
 
 
 def _beginnings(a: str, b: str) -> tuple[str, str]:

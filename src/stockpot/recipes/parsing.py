@@ -69,6 +69,10 @@ def _text_of(recipe: Mapping[str, Any]) -> str:
     return text
 
 
+#: steps of a file, and how often they may be computed in all, where each reads others
+_MOST_STEPS, _MOST_READS = 100, 2000
+
+
 def parse_recipe(text: str, origin: str = "<recipe>") -> Recipe:
     """Parse YAML text. Raises RecipeError, or ProblemsError when there are several problems."""
     return _from_nodes(parse_documents(text, origin), text, origin)
@@ -128,6 +132,21 @@ class _Parser(NodeReader):
             for ref in s.references():
                 if ref in names[i:] and ref is not None and not os.path.exists(ref):
                     self.bad(s.lines.get("merge_method", 1), f"uses the step {ref!r}, which comes later or is this one")
+        if len(steps) > _MOST_STEPS:
+            self.bad(
+                steps[-1].lines.get("merge_method", 1),
+                f"{len(steps)} steps in one file; {_MOST_STEPS} are taken at most",
+            )
+        reads: dict[str | None, int] = {}
+        for s in steps:  # a streamed step is computed wherever it is read
+            named = [*(e.ref for e in s.models), *(x.ref for piece in s.slices for x in piece.sources), s.base_model]
+            reads[s.name] = 1 + sum(reads.get(ref, 0) for ref in named)
+        if max(reads.values()) > _MOST_READS:
+            line = steps[-1].lines.get("merge_method", 1)
+            self.bad(
+                line,
+                "its steps read one another so often that it would never end; merge the earlier ones by themselves",
+            )
         for s in steps[:-1]:
             if s.name is not None and s.name not in used:
                 self.bad(s.lines["name"], f"name: no later step uses {s.name!r}")

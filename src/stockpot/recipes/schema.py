@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,15 @@ from stockpot.recipes.values import Setting
 __all__ = ["AdapterChoice", "LayerSlice", "ModelEntry", "Recipe", "Rule", "RunChoice", "Settings", "Source"]
 
 Settings = Mapping[str, Setting]
+
+
+@functools.lru_cache(maxsize=256)
+def matching(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a name matches one of some patterns (`*.mlp.*`): plain names are looked up, the others are one expression."""
+    plain = frozenset(p for p in patterns if not any(c in p for c in "*?["))
+    rest = [fnmatch.translate(p) for p in patterns if p not in plain]
+    compiled = re.compile("|".join(f"(?:{p})" for p in rest)) if rest else None
+    return lambda name: name in plain or (compiled is not None and compiled.match(name) is not None)
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,9 @@ class Recipe:
 
     def includes(self, name: str) -> bool:
         """Whether a tensor is merged: `include` and `exclude`."""
-        if self.include and not any(fnmatch.fnmatchcase(name, p) for p in self.include):
+        if self.include and not matching(self.include)(name):
             return False
-        return not any(fnmatch.fnmatchcase(name, p) for p in self.exclude)
+        return not matching(self.exclude)(name)
 
     def told(self, line: int, text: str) -> str:
         """A note, after the place that it is about."""

@@ -65,7 +65,7 @@ def _log(root: str, listing: Sequence[str]) -> MetricLog:
 def _by_epoch(log: MetricLog, epochs: Sequence[int], warnings: list[str]) -> MetricLog:
     """Steps as epochs: with E epochs saved from 0 on and S logged steps, epoch e ends at step (e + 1) S / E."""
     last = max(points[-1][0] for points in log.series.values())
-    if list(epochs) != list(range(len(epochs))) or last % len(epochs):
+    if list(epochs) != list(range(len(epochs))) or last < len(epochs) or last % len(epochs):
         warnings.append(
             f"the log goes to step {last}, which does not divide into the {len(epochs)} epochs saved: its metrics can't be "
             "assigned; give --metrics FILE with the epoch as step"
