@@ -29,7 +29,7 @@ from stockpot.planning.statistics import plan_statistics
 from stockpot.planning.template import Template
 from stockpot.recipes.schema import Recipe
 
-__all__ = ["merge_dicts", "merge_plan"]
+__all__ = ["full_parameters", "merge_dicts", "merge_plan"]
 
 Array = np.ndarray[Any, Any]
 
@@ -67,10 +67,11 @@ def merge_dicts(
         raise ArgumentError(why)
     beside = _companions(method, len(models), parameters)
     parameters = {key: value for key, value in parameters.items() if key not in beside}
-    given = _parameters(method, len(models), parameters)
+    given = full_parameters(method, len(models), parameters)
     why = method.check(given) if method.check else None
     if why:
         raise ArgumentError(f"{method.name}: {why}")
+    method = method.seen_with(given)
     subtracted = [base] if method.space is Space.DELTA and base is not None else []
     template = subtracted[0] if subtracted else models[0]
     dicts = [*models, *subtracted, *(d for found in beside.values() for d in found)]
@@ -109,13 +110,13 @@ class _InMemory:
 
     def group(self, method: Method) -> int:
         for g in self.groups:
-            if g.method is method:
+            if g.method.name == method.name:
                 return g.index
         shared = {k: v for k, v in self.params.items() if k in {p.keyword for p in method.parameters.values()}}
         if method is linear:
             shared.pop("normalize", None)
-        params = dict(self.params) if method is self.method else _parameters(method, self.models, shared)
-        self.groups.append(MergeGroup(len(self.groups), method, params))
+        params = dict(self.params) if method is self.method else full_parameters(method, self.models, shared)
+        self.groups.append(MergeGroup(len(self.groups), method.seen_with(params), params))
         return len(self.groups) - 1
 
     def tensor(self, index: int, name: str, sources: Sequence[MemorySource]) -> TensorPlan:
@@ -179,7 +180,7 @@ def merge_plan(plan: Plan, sources: Sequence[TensorSource], threads: int = 1) ->
         yield t, sink.tensor(t)
 
 
-def _parameters(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def full_parameters(method: Method, models: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Checked and complete, by keyword. Accepts both `scale` and recipe names such as `lambda` (as `**{"lambda": 1}`)."""
     names = {p.keyword: p for p in method.parameters.values()} | method.parameters
     for key in given:

@@ -305,7 +305,7 @@ class Kernel:
         """A statistic of a small tensor, where there is a short way."""
         n = segment.stop - segment.start
         if plan.stat.samples:  # of the deltas alone
-            return plan.stat.at_once(self.deltas(data, [(at, at + n)]), plan.params, {})
+            return plan.stat.at_once(self.deltas(data, [(at, at + n)]), plan.params, self._names(known))
         return None
 
     # output

@@ -113,7 +113,7 @@ def _signature(method: Method) -> Iterator[str]:
         lacking = sorted(set(every) - set(taken)) if not takes_all else []
         if lacking:
             yield f"form= takes no {lacking[0]!r}, which it would be given"
-        if method.companions or method.scope.value != "element":
+        if method.companions or (method.scope.value != "element" and method.sees is None):
             yield "form= is for elementwise methods without companions"
         if any(not isinstance(d, Mask) or callable(d.keep) for d in method.draws):
             yield "form= knows no draws but a Mask of one probability for each model"
@@ -216,5 +216,5 @@ def _extent_of_tensors(method: Method, roles: tuple[str, ...]) -> Iterator[str]:
         yield "otherwise= goes with applies="
     if method.scope.value == "tensor" and method.cost is None:
         yield "scope=Scope.TENSOR needs cost=Cost(...): without it the memory of a merge can't be kept within its limit"
-    if method.cost is not None and method.scope.value != "tensor":
+    if method.cost is not None and method.scope.value != "tensor" and method.sees is None:
         yield "cost= goes with scope=Scope.TENSOR; what elementwise methods take is known"

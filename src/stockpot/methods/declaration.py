@@ -9,6 +9,7 @@ beside its parameters,
 - `companions`: checkpoints of the same names beside each model (a Fisher diagonal);
 - `applies` and `otherwise`: the kinds of tensors it is for, and what happens to the rest; `cost`: the memory of a whole-tensor
   method, which the plan keeps within its limit;
+- `sees`: the scope where it depends on the parameters (rows for one dialect, elements for another);
 - `base_role`, `base_optional`, `average`, `copies`, `ordered`, `reproducible`, `experimental`: see Method.
 """
 
@@ -117,6 +118,7 @@ class Method:
     experimental  rebuilt from a description, or not settled: the plan says so
     dialects_say  for each dialect what it does differently
     ranks         in FACTORS space the rank of a result: (ranks of the models, (out, in), parameters) -> int
+    sees          (parameters) -> the scope with these parameters, where they decide it; `scope` is then that of the defaults
     neutral       the parameters, beside the defaults, with which one model merges to itself; None: there are none
     """
 
@@ -146,20 +148,25 @@ class Method:
     examples: tuple[Example, ...] = ()
     neutral: Mapping[str, Any] | None = None
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None
+    sees: Callable[[Mapping[str, Any]], Scope] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.function.__module__, self.name, self.space.value)
+        return _restored, (self.function.__module__, self.name, self.space.value, self.scope.value)
 
     def without_base(self) -> Method:
         """The same method where a recipe names no base: one whose base is optional works on weights then, not on deltas."""
         if not self.base_optional:
             return self
-        if self.name not in _ON_WEIGHTS:
-            examples = tuple(e for e in self.examples if e.base is None)
-            _ON_WEIGHTS[self.name] = replace(
-                self, space=Space.WEIGHT, base_role="listed", base_optional=False, examples=examples
-            )
-        return _ON_WEIGHTS[self.name]
+        examples = tuple(e for e in self.examples if e.base is None)
+        return _variant(self, space=Space.WEIGHT, base_role="listed", base_optional=False, examples=examples)
+
+    def seen_with(self, params: Mapping[str, Any]) -> Method:
+        """The same method with the scope that these parameters (by keyword) make necessary."""
+        scope = self.sees(params) if self.sees else self.scope
+        if scope is self.scope:
+            return self
+        declared = _REGISTRY[self.name]
+        return _variant(self, scope=scope, form=declared.form if scope is Scope.ELEMENT else None)
 
     @property
     def summary(self) -> str:
@@ -238,10 +245,21 @@ def wrong_count(method: Method, models: int) -> str | None:
 
 
 _REGISTRY: dict[str, Method] = {}
-#: what methods with an optional base are without one
-_ON_WEIGHTS: dict[str, Method] = {}
+#: what methods are without their base, or with another scope: by name, space and scope
+_VARIANTS: dict[tuple[str, Space, Scope], Method] = {}
 #: modules of other packages that declare methods
 _GROUP = "stockpot.methods"
+
+
+def _variant(method: Method, **changes: Any) -> Method:
+    """The one method that differs in this; the declared one where nothing does."""
+    key = (method.name, changes.get("space", method.space), changes.get("scope", method.scope))
+    declared = _REGISTRY.get(method.name)
+    if declared is not None and (declared.space, declared.scope) == key[1:]:
+        return declared
+    if key not in _VARIANTS:
+        _VARIANTS[key] = replace(method, **changes)
+    return _VARIANTS[key]
 
 
 def method(
@@ -269,6 +287,7 @@ def method(
     examples: tuple[Example, ...] = (),
     neutral: Mapping[str, Any] | None = None,
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None,
+    sees: Callable[[Mapping[str, Any]], Scope] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare and register a merge method; see the module's docstring and `docs/extending.md`.
 
@@ -305,6 +324,7 @@ def method(
             examples=examples,
             neutral=neutral,
             ranks=ranks,
+            sees=sees,
         )
         check_declaration(made, ROLES)
         if made.name in _REGISTRY:
@@ -315,12 +335,16 @@ def method(
     return declare
 
 
-def _restored(module: str, name: str, space: str) -> Method:
+def _restored(module: str, name: str, space: str, scope: str) -> Method:
     """A pickled method: its module declares it where it is read."""
     if name not in _REGISTRY:
         importlib.import_module(module)
     found = _REGISTRY[name]
-    return found if found.space.value == space else found.without_base()
+    if found.space.value != space:
+        found = found.without_base()
+    if found.scope.value == scope:
+        return found
+    return _variant(found, scope=Scope(scope), form=_REGISTRY[name].form if scope == Scope.ELEMENT.value else None)
 
 
 def methods() -> dict[str, Method]:

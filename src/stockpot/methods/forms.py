@@ -34,6 +34,7 @@ class Form:
 
     weight    [m]  float64
     cutoff    [m]  magnitudes below it go; nan: everything goes. None: nothing does
+    ceiling   [m]  magnitudes above it go; None: nothing does
     masked         whether the random mask is applied
     factor    [m]  float64, or None
     election       None: a weighted sum
@@ -41,6 +42,7 @@ class Form:
 
     weight: tuple[float, ...]
     cutoff: tuple[float, ...] | None = None
+    ceiling: tuple[float, ...] | None = None
     masked: bool = False
     factor: tuple[float, ...] | None = None
     election: Election | None = None

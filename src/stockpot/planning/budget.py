@@ -64,7 +64,7 @@ def _worker_bytes(
         block = chunk = max(block, row)  # whole rows are computed at once, and so is all that is read
     needed = [stats[i].stat for i in group.stats]
     chunk = min(max(chunk, REDUCE) if needed else chunk, block)
-    if method.cost is not None:
+    if method.cost is not None and method.scope is Scope.TENSOR:
         # as arrays: the inputs, and the result, which the base may be added to
         arrays = block * wide * (len(t.inputs) + 2) + method.cost.scratch(m, t.spec.shape, wide)
         # statistics come before it, in blocks

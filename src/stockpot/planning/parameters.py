@@ -147,7 +147,7 @@ class ParameterResolver:
         key = (method.name, models, tuple(sorted(params.items())))
         group = self._keys.get(key)
         if group is None:
-            group = self._keys[key] = MergeGroup(len(self.groups), method, params)
+            group = self._keys[key] = MergeGroup(len(self.groups), method.seen_with(params), params)
             self.groups.append(group)
             self.check_group(group)
         return group

@@ -11,13 +11,15 @@ from stockpot.errors import ArgumentError
 from stockpot.statistics.base import EXTENTS, Extent, Known, Over, Params, Statistic
 from stockpot.statistics.order import TOP, Tally, Window, add_tallies, kth_smallest, narrowed, next_window, tally
 
-__all__ = ["Fractions", "Quantile", "Rank", "Rounding", "kept_count", "magnitude32"]
+__all__ = ["Counts", "Fractions", "Quantile", "Rank", "Rounding", "kept_count", "magnitude32"]
 
 #: how a fraction of n elements becomes a number of them: int(fraction n), but one at least where the fraction is not zero;
 #: int(fraction n); the nearest whole number, halves to even; the next whole number
 Rounding = Literal["at_least_one", "down", "nearest", "up"]
 #: the name of a parameter, or a function of the parameters
 Fractions = str | Callable[[Params], float | Sequence[float]]
+#: (parameters, how many elements there are, earlier statistics by name) -> how many are kept, for each fraction
+Counts = Callable[[Params, int, Mapping[str, Any]], Sequence[int]]
 
 
 def kept_count(fraction: float, count: int, rounding: Rounding = "at_least_one") -> int:
@@ -71,6 +73,8 @@ class Rank(Statistic):
     rounding how the fraction becomes k: "at_least_one" (the default: int(fraction x count), but one at least unless the
              fraction is 0, else a small tensor would lose its whole delta), "down", "nearest", "up"; worked out in float64
     signed   whether what `of` gives may be negative; magnitudes are not
+    counts   how many are kept, where that is no fraction of the elements by one of these roundings; `kept` then only says how
+             many there are, and with fractions of 1 that nothing need be read
 
     The function gets a tuple `[k]` of floats: nan keeps nothing (no comparison with it is true), 0 keeps everything (-inf where
     signed). Every element equal to the cutoff is kept. Over rows it gets `[k, rows, 1]`.
@@ -83,6 +87,7 @@ class Rank(Statistic):
     when: Callable[[Params], bool] | None = None
     rounding: Rounding = "at_least_one"
     signed: bool = False
+    counts: Counts | None = None
     extents: ClassVar[tuple[Extent, ...]] = EXTENTS
 
     def fractions(self, params: Params) -> tuple[float, ...]:
@@ -100,7 +105,7 @@ class Rank(Statistic):
         return super().needed(params) and part
 
     def matters(self, params: Params) -> Any:
-        return self.fractions(params)
+        return self.fractions(params) if self.counts is None else tuple(sorted(params.items()))
 
     def absent(self, models: int, params: Params) -> Any:
         return (self._all,) * len(self.fractions(params))
@@ -130,10 +135,15 @@ class Rank(Statistic):
         return abs(values)  # -0 as 0
 
     def start(self, params: Params, models: int, count: int, known: Mapping[str, Any]) -> Any:
-        return self._settled(tuple(self._search(f, count) for f in self.fractions(params)))
+        return self._settled(tuple(self._search(k, count) for k in self._kept(params, count, known)))
 
-    def _search(self, fraction: float, count: int) -> float | Window:
-        keep = count if fraction >= 1 else kept_count(fraction, count, self.rounding)
+    def _kept(self, params: Params, count: int, known: Mapping[str, Any]) -> Sequence[int]:
+        """How many of `count` elements are kept, for each fraction."""
+        if self.counts is not None:
+            return self.counts(params, count, known)
+        return [count if f >= 1 else kept_count(f, count, self.rounding) for f in self.fractions(params)]
+
+    def _search(self, keep: int, count: int) -> float | Window:
         if keep <= 0:
             return math.nan
         if keep >= count:
@@ -167,21 +177,21 @@ class Rank(Statistic):
         return self._settled(tuple(out))
 
     def at_once(self, block: Any, params: Params, keywords: Mapping[str, Any]) -> Any:
-        return tuple(float(c[0]) for c in self._of_last_axis(self.ranked(block, keywords), params))
+        return tuple(float(c[0]) for c in self._of_last_axis(self.ranked(block, keywords), params, keywords))
 
     def of_rows(self, block: Any, params: Params, keywords: Mapping[str, Any]) -> Any:
         import numpy as np
 
-        return np.stack(self._of_last_axis(self.ranked(block, keywords), params))
+        return np.stack(self._of_last_axis(self.ranked(block, keywords), params, keywords))
 
-    def _of_last_axis(self, values: Any, params: Params) -> list[Any]:
+    def _of_last_axis(self, values: Any, params: Params, known: Mapping[str, Any]) -> list[Any]:
         """`[k, ..., n]` -> k arrays `[..., 1]`."""
         import numpy as np
 
         n = values.shape[-1]
         out = []
-        for row, fraction in zip(values, self.fractions(params), strict=True):
-            search = self._search(fraction, n)
+        for row, keep in zip(values, self._kept(params, n, known), strict=True):
+            search = self._search(keep, n)
             if isinstance(search, Window):
                 out.append(kth_smallest(row, search.rank))
             else:
@@ -241,9 +251,9 @@ class Quantile(Rank):
         return Known(tuple(_mixed(ends[2 * i], ends[2 * i + 1], s) for i, s in enumerate(seek.shares)))
 
     def at_once(self, block: Any, params: Params, keywords: Mapping[str, Any]) -> Any:
-        return tuple(float(q[0]) for q in self._of_last_axis(self.ranked(block, keywords), params))
+        return tuple(float(q[0]) for q in self._of_last_axis(self.ranked(block, keywords), params, keywords))
 
-    def _of_last_axis(self, values: Any, params: Params) -> list[Any]:
+    def _of_last_axis(self, values: Any, params: Params, known: Mapping[str, Any]) -> list[Any]:
         n = values.shape[-1]
         out = []
         for row, fraction in zip(values, self.fractions(params), strict=True):

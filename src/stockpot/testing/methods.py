@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.engine.inmemory import full_parameters
 from stockpot.engine.native import load_kernels, numpy_only
 from stockpot.methods.declaration import Example, Method, Scope, Space, get_method
-from stockpot.methods.parameters import REQUIRED, Real
+from stockpot.methods.parameters import REQUIRED, Choice, Flag, Parameter, Real
 from stockpot.testing.checks import Check
 from stockpot.testing.factors import factor_examples, factor_tests
 from stockpot.testing.models import CUT, DEGENERATE, WHOLE, read_model, state, write_model
@@ -87,8 +88,28 @@ def settings(method: Method, models: int) -> Iterator[dict[str, Any]]:
             varied = {p.keyword: [FRACTIONS[0]] * models for p in fractions}
         if not fractions or all(p.default_for(dialect) is not REQUIRED for p in fractions):
             yield chosen
-        if fractions:
+            # where they decide what the function sees, words and flags too
+            for p in method.parameters.values() if method.sees else ():
+                for other in _others(p):
+                    if p.name != "dialect" and _goes(method, models, chosen | {p.keyword: other}):
+                        yield chosen | {p.keyword: other}
+        if fractions and _goes(method, models, chosen | varied):
             yield chosen | varied
+        elif fractions:  # not all at once
+            yield from (
+                chosen | {key: v} for key, v in varied.items() if _goes(method, models, chosen | {key: v})
+            )
+
+
+def _others(p: Parameter) -> list[Any]:
+    """The other words of a choice, the other state of a flag."""
+    every = list(p.kind.options) if isinstance(p.kind, Choice) else [True, False] if isinstance(p.kind, Flag) else []
+    return [v for v in every if v != p.default]
+
+
+def _goes(method: Method, models: int, given: Mapping[str, Any]) -> bool:
+    """Whether the method takes these parameters together."""
+    return method.check is None or method.check(full_parameters(method, models, given)) is None
 
 
 def counts(method: Method) -> list[int]:

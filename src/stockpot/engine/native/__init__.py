@@ -26,7 +26,7 @@ from stockpot.statistics.order import Tally, Window, use_picker
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 6
+_ABI = 7
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -52,6 +52,7 @@ class _Task(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("cutoff", ctypes.c_void_p),
+        ("ceiling", ctypes.c_void_p),
         ("factor", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
         ("scale", ctypes.c_double),
@@ -282,6 +283,8 @@ def _formed(task: _Task, form: Form | None, mask: Any, alive: list[Any]) -> _Tas
     task.scale = form.scale
     if form.cutoff is not None:
         task.trims, task.cutoff = 1, keep(form.cutoff, ctypes.c_float)
+    if form.ceiling is not None:
+        task.ceiling = keep(form.ceiling, ctypes.c_float)
     if form.factor is not None:
         task.factor = keep(form.factor, ctypes.c_double)
     if form.masked and mask is not None:

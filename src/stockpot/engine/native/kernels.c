@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 6
+#define ABI 7
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -63,6 +63,7 @@ typedef struct {
     void *out;
     const double *weight;
     const float *cutoff;
+    const float *ceiling; /* magnitudes above it go; NULL: none do */
     const double *factor; /* NULL: none */
     const uint8_t *mask;  /* [m, n] booleans or NULL */
     double scale;
