@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
@@ -11,7 +11,9 @@ from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Flag, PerModel, Real
 
-__all__ = ["check_weights", "linear", "normalised", "passthrough"]
+__all__ = [
+    "check_weights", "cocktail_weights", "layer_average", "linear", "lm_cocktail", "normalised", "passthrough",
+]  # fmt: skip
 
 
 def normalised(weight: tuple[float, ...]) -> tuple[float, ...]:
@@ -81,3 +83,78 @@ def passthrough(models: Any, *, scale: Annotated[PerModel, Real()] = 1.0) -> Any
     returns [*block]
     """
     return weighted_sum(models, scale)
+
+
+def cocktail_weights(loss: Sequence[float], temperature: float, alpha: float) -> tuple[float, ...]:
+    """softmax(-loss / temperature) over the models; with alpha > 0 over those after the first, which gets alpha itself."""
+    others = loss if alpha == 0 else loss[1:]
+    best = min(others)
+    raw = [math.exp((best - x) / temperature) for x in others]
+    total = math.fsum(raw)
+    mixed = tuple((1 - alpha) * r / total for r in raw)
+    return mixed if alpha == 0 else (alpha, *mixed)
+
+
+def _cocktail_check(params: Mapping[str, Any]) -> str | None:
+    if params["temperature"] <= 0:
+        return f"temperature {params['temperature']:g}: expected a number above 0"
+    if params["alpha"] > 0 and len(params["loss"]) < 2:
+        return "alpha is what the first model gets beside a mixture of the others: there are no others"
+    return None
+
+
+@method(
+    space=Space.WEIGHT,
+    models=(1, None),
+    neutral={"loss": 1.0},
+    cite="arXiv:2311.13534",
+    check=_cocktail_check,
+    form=lambda loss, temperature, alpha: Form(cocktail_weights(loss, temperature, alpha)),
+    ordered=True,
+    examples=(
+        Example([[1], [0]], [0.549834], parameters={"loss": [1, 2]}),
+        Example([[1], [0], [0]], [0.422379], parameters={"loss": [1, 2, 4]}),
+        Example([[0], [0], [1]], [0.176491], parameters={"loss": [1, 2, 4], "temperature": 3}),
+        Example([[10], [1], [0]], [5.274917], parameters={"loss": [9, 1, 2], "alpha": 0.5}),
+    ),
+)
+def lm_cocktail(
+    models: Any,
+    *,
+    loss: Annotated[PerModel, Real()],
+    temperature: Annotated[float, Real(0)] = 5.0,
+    alpha: Annotated[float, Real(0, 1)] = 0.0,
+) -> Any:
+    """Average of models by their losses on a few examples of the task: weights softmax(-loss / temperature).
+
+    models      [m, *block]  weights of the models
+    loss        [m]          mean loss of each on the examples; of models with one tokenizer
+    temperature float64      above 0; the published 5 makes weights nearly uniform for losses of language models
+    alpha       float64      the first model's share, kept out of the mixture (its loss is then of no account): the published
+                             resilient tuning has 0.5
+    returns     [*block]
+    """
+    return weighted_sum(models, cocktail_weights(loss, temperature, alpha))
+
+
+@method(
+    space=Space.WEIGHT,
+    models=(1, 2),
+    neutral={},
+    cite="arXiv:2506.15461",
+    check=lambda params: check_weights({**params, "normalize": True}),
+    form=lambda weight: Form(normalised(weight)),
+    examples=(
+        Example([[1, 3], [5, 3]], [3, 3]),
+        Example([[1, 3], [5, 3]], [2, 3], parameters={"weight": [3, 1]}),
+        Example([[1, 3]], [1, 3], source="the first or the last layer: a copy of its neighbour"),
+    ),
+)
+def layer_average(models: Any, *, weight: Annotated[PerModel, Real(0)] = 1.0) -> Any:
+    """A layer that is missing, made of its neighbours (CheckFree): in `slices`, whose two sources are the layers beside it.
+
+    models  [1 or 2, *block]  the layer before, the layer after
+    weight  [m]               the gradient norm of each, where it is known; equal ones are an approximation without training
+    returns [*block]          their weighted mean
+    """
+    return weighted_sum(models, normalised(weight))

@@ -76,7 +76,9 @@ def _signs(delta: Any, *, cutoff: Any, **_: Any) -> Any:
     cite="arXiv:2405.07813",
     neutral={"k": 1, "density": 1.0},
     examples=(
-        Example(_TALL, [1.8, 0, 0.5, 0], base=[0] * 4, parameters={"density": 1.0}, source="a sum of 0 goes with most signs"),
+        Example(
+            _TALL, [1.8, 0, 0.5, 0], base=[0] * 4, parameters={"density": 1.0}, source="a sum of 0 goes with most signs"
+        ),
         Example(_TALL, [1.8, -0.6, 0.5, 0.2], base=[0] * 4, parameters={"density": 1.0, "k": 1}),
         Example(_TALL, [1.8, 0, 0, 0], base=[0] * 4, parameters={"density": 0.25, "k": 1}),
     ),

@@ -1,14 +1,16 @@
-"""Steps from a base that are limited element by element: towards one model, or the largest of several."""
+"""Steps from a base, chosen element by element: limited, the largest of several, or those of the models that changed it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import add_rows, count_rows, magnitude
+from stockpot.methods.arrays import add_rows, column, count_rows, keep_where
 from stockpot.methods.declaration import Example, Space, method
-from stockpot.methods.parameters import Named, Real
+from stockpot.methods.parameters import ByDialect, Choice, Named, Real
+from stockpot.statistics import Extent, Total
 
-__all__ = ["magmax", "nearswap", "ram"]
+__all__ = ["magmax", "nearswap", "ram", "ramplus_tl"]
 
 #: below it a step in nearswap is scaled rather than cut: mergekit divides by no less
 _NEAR = 1e-6
@@ -61,9 +63,80 @@ def ram(delta: Any, *, epsilon: Annotated[float, Real(0)] = 1e-5) -> Any:
     """
     import numpy as np
 
-    active = magnitude(delta) > np.float32(epsilon) if delta.dtype == np.float32 else np.abs(delta) > epsilon
+    active = _active(delta, epsilon)
     count = count_rows(active, delta)
-    return add_rows(np.where(active, delta, delta.dtype.type(0))) / np.maximum(count, 1)
+    return add_rows(keep_where(delta, active)) / np.maximum(count, 1)
+
+
+def _active(delta: Any, epsilon: float) -> Any:
+    return abs(delta) > delta.dtype.type(epsilon)
+
+
+def _shared_and_unique(delta: Any, *, epsilon: float, **_: Any) -> Any:
+    """`[2m, n]`: what each model changes with another, what it alone changes."""
+    import numpy as np
+
+    active = _active(delta, epsilon)
+    alone = add_rows(active.astype(np.int32)) == 1
+    return np.concatenate((active & ~alone, active & alone))
+
+
+def _plus_extent(params: Mapping[str, Any]) -> Extent:
+    return "model" if params["dialect"] == "paper" else "tensor"
+
+
+def _boosts(overlap: Any, r: float, alpha: float) -> tuple[float, ...]:
+    """What each model's sole changes are multiplied by: 1 + r min(shared / unique, alpha)."""
+    m = len(overlap) // 2
+    pairs = [(float(s), float(u)) for s, u in zip(overlap[:m], overlap[m:], strict=True)]
+    return tuple(1 + r * (min(s / u, alpha) if u > 0 else 0.0) for s, u in pairs)
+
+
+_RAM = [[0.1, 0.2, 0, 0.3], [0.3, 0, 0.5, -0.1]]
+
+
+@method(
+    space=Space.DELTA,
+    models=(1, None),
+    stats=(Total("overlap", of=_shared_and_unique, over=_plus_extent),),
+    cite="arXiv:2601.13572",
+    neutral={"epsilon": 0.0},
+    dialects={
+        "mergekit": "overlap counted by tensors; at most 2 % more",
+        "paper": "as the authors' code (r = 1.2 there): overlap counted over the whole model",
+    },
+    examples=(
+        Example(_RAM, [0.2, 0.204, 0.51, 0.1], base=[0] * 4),
+        Example(_RAM, [0.2, 0.24, 0.6, 0.1], base=[0] * 4, parameters={"r": 0.2, "alpha": 1}),
+        Example(_RAM, [0.2, 0.24, 0.6, 0.1], base=[0] * 4, parameters={"dialect": "paper"}),
+        Example([[2, 3], [2, 3]], [2, 3], base=[1, 1], source="nothing is changed by one alone"),
+    ),
+)
+def ramplus_tl(
+    delta: Any,
+    *,
+    overlap: Any,
+    epsilon: Annotated[float, Real(0)] = 1e-5,
+    r: Annotated[float, Real(0)] = ByDialect({"mergekit": 0.1, "paper": 0.2}),
+    alpha: Annotated[float, Real(0)] = ByDialect({"mergekit": 0.2, "paper": 1.0}),
+    dialect: Annotated[str, Choice(("mergekit", "paper"))] = "mergekit",
+) -> Any:
+    """As ram, but what a single model changes is made up for its share in what is averaged.
+
+    delta   [m, *block]  model minus base
+    overlap [2m]         of each model: elements that it changes with another, elements that it alone changes
+    epsilon float64      a change of at most this much is none
+    r, alpha             sole changes are multiplied by 1 + r min(shared / sole, alpha)
+    dialect              `mergekit` counts by tensors, `paper` over the model
+    returns [*block]     the mean over the models that change an element; a sole change, made larger
+    """
+    import numpy as np
+
+    active = _active(delta, epsilon)
+    count = count_rows(active, delta)
+    kept = keep_where(delta, active)
+    alone = add_rows(kept * column(_boosts(overlap, r, alpha), kept))
+    return np.where(count == 1, alone, add_rows(kept) / np.maximum(count, 1))
 
 
 @method(

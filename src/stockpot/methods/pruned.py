@@ -153,7 +153,12 @@ _HALF = {"density": 0.5, "gamma": 0.25}
             source="a hundredth of ten is none: nothing is an outlier",
         ),
         Example(_ROW, [0] * 7 + [3.2, 3.6, 0], base=[0] * 10, parameters={"dialect": "paper"}),
-        Example([[1, -2, 3, 4]], [0, -2.5, 2.5 * 1.5, 0], base=[0] * 4, parameters={**_HALF, "rescale": True, "weight": 0.625}),
+        Example(
+            [[1, -2, 3, 4]],
+            [0, -2.5, 2.5 * 1.5, 0],
+            base=[0] * 4,
+            parameters={**_HALF, "rescale": True, "weight": 0.625},
+        ),
     ),
 )
 def breadcrumbs(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
-from stockpot.methods.declaration import Example, Space, method
+from stockpot.methods.backends import backend_of
+from stockpot.methods.declaration import Cost, Example, Scope, Space, method
 from stockpot.methods.forms import Form
 from stockpot.methods.parameters import Choice, Flag, PerModel, Real, Whole
-from stockpot.statistics import Gram
+from stockpot.statistics import Extent, Gram
 
 __all__ = [
-    "karcher", "karcher_weights", "model_stock", "multislerp", "multislerp_weights", "nuslerp", "nuslerp_weights", "slerp",
-    "slerp_weights", "stock_share", "wise_ft",
+    "arcs", "karcher", "karcher_weights", "model_stock", "multislerp", "multislerp_weights", "nuslerp", "nuslerp_arcs",
+    "nuslerp_weights", "slerp", "slerp_weights", "stock_share", "stock_shares", "warp", "warp_weights", "wise_ft",
 ]  # fmt: skip
 
 PARALLEL = 0.9995
@@ -41,14 +43,60 @@ def slerp_weights(gram: Any, t: float, guarded: bool = True) -> tuple[float, flo
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _form(gram: Any, t: float, dialect: str) -> Form:
+def arcs(gram: Any, t: float, guarded: bool = True) -> tuple[Any, Any]:
+    """`slerp_weights` of many pairs at once: gram `[2, 2, ...]` -> two arrays `[...]`, float64."""
+    import numpy as np
+
+    (aa, ab), (_, bb) = gram
+    na, nb = np.sqrt(aa), np.sqrt(bb)
+    cos = ab / (np.where(na > TINY_NORM, na, 1.0) * np.where(nb > TINY_NORM, nb, 1.0))
+    cos = np.clip(cos, -1.0, 1.0)
+    straight = ~(np.abs(cos) <= PARALLEL)  # also where it is no number
+    if guarded:
+        straight |= (na <= TINY_NORM) | (nb <= TINY_NORM) | (cos < ANTIPARALLEL)
+    return _on_arcs(cos, t, straight)
+
+
+def _on_arcs(cos: Any, t: float, straight: Any) -> tuple[Any, Any]:
+    """Weights on arcs of these cosines, of straight lines where they are said to be.
+
+    Angles and sines are Python's, one by one: numpy's own differ in the last bit from processor to processor.
+    """
+    import numpy as np
+
+    acos, sin = (np.frompyfunc(f, 1, 1) for f in (math.acos, math.sin))
+    angle = acos(np.where(straight, 0.0, cos)).astype(np.float64)
+    whole = np.where(straight, 1.0, sin(angle).astype(np.float64))
+    a = np.where(straight, 1.0 - t, sin((1.0 - t) * angle).astype(np.float64) / whole)
+    return a, np.where(straight, t, sin(t * angle).astype(np.float64) / whole)
+
+
+def _mixed(models: Any, weight: Sequence[Any]) -> Any:
+    """Sum of weight_i x_i, the weights arrays that broadcast over a block."""
+    total = models[0] * weight[0].astype(models.dtype)
+    for x, w in zip(models[1:], weight[1:], strict=True):
+        total += x * w.astype(models.dtype)
+    return total
+
+
+def _slerp_extent(params: Mapping[str, Any]) -> Extent:
+    over: Extent = params["over"]
+    return over
+
+
+def _slerp_scope(params: Mapping[str, Any]) -> Scope:
+    return Scope.ROW if params["over"] == "row" else Scope.ELEMENT
+
+
+def _form(gram: Any, t: float, over: str, dialect: str) -> Form:
     return Form(slerp_weights(gram, t, guarded=dialect == "stockpot"))
 
 
 @method(
     space=Space.WEIGHT,
     models=(2, 2),
-    stats=(Gram(),),
+    sees=_slerp_scope,
+    stats=(Gram(over=_slerp_extent),),
     base_role="first",
     ordered=True,
     cite="Shoemake 1985",
@@ -61,6 +109,11 @@ def _form(gram: Any, t: float, dialect: str) -> Form:
         Example([[3, 0], [0, 4]], [2.121320, 2.828427], parameters={"t": 0.5}),
         Example([[3, 0], [0, 4]], [2.771638, 1.530734], parameters={"t": 0.25}),
         Example([[0, 0], [2, 4]], [1, 2], parameters={"t": 0.5}, source="a zero tensor has no angle"),
+        Example(
+            [[[3, 0], [1, 2]], [[0, 4], [2, 1]]],
+            [[2.121320, 2.828427], [1.581139, 1.581139]],
+            parameters={"t": 0.5, "over": "row"},
+        ),
     ),
 )
 def slerp(
@@ -68,16 +121,20 @@ def slerp(
     *,
     gram: Any,
     t: Annotated[float, Real(0, 1)],
+    over: Annotated[str, Choice(("tensor", "row", "layer"))] = "tensor",
     dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:
     """Spherical interpolation of two models, each tensor as one vector: t = 0 gives the base (or first), 1 the other.
 
     models  [2, *block]  the base (or first) model, the other one
-    gram    [2, 2]       float64: inner products over the whole tensor
+    gram    [2, 2]       float64: inner products over the whole tensor (row, layer)
     t       float64      0 to 1
+    over                 what is one vector: each `tensor`, each `row` of it, or all tensors of a `layer` together
     returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle; linear where that is ill-conditioned
     dialect              `mergekit` drops the guards for zero and nearly opposite tensors
     """
+    if over == "row":
+        return _mixed(models, arcs(gram, t, guarded=dialect == "stockpot"))
     return weighted_sum(models, slerp_weights(gram, t, guarded=dialect == "stockpot"))
 
 
@@ -194,16 +251,46 @@ def stock_share(gram: Any, clamped: bool = True) -> float:
     return max(0.0, min(1.0, share)) if clamped else share
 
 
+def stock_shares(gram: Any, clamped: bool = True) -> Any:
+    """`stock_share` of many at once: gram `[m, m, ...]` -> `[...]`."""
+    import numpy as np
+
+    k = len(gram)
+    norms = [np.sqrt(gram[i, i]) for i in range(k)]
+    total: Any = 0.0
+    for i in range(k):
+        for j in range(i + 1, k):
+            scale = norms[i] * norms[j]
+            if clamped:
+                cos = np.where((scale > 0) & np.isfinite(scale), gram[i, j] / np.where(scale > 0, scale, 1.0), 0.0)
+            else:
+                cos = gram[i, j] / np.maximum(scale, 1e-6)
+            total = total + np.clip(cos, -1.0, 1.0)
+    cos = total / (k * (k - 1) // 2)
+    below = 1 + (k - 1) * cos
+    share = np.where(np.abs(below) < 1e-6, 0.0, k * cos / np.where(np.abs(below) < 1e-6, 1.0, below))
+    return np.clip(share, 0.0, 1.0) if clamped else share
+
+
 def _stock_weights(gram: Any, dialect: str) -> tuple[float, ...]:
     return (stock_share(gram, dialect == "stockpot") / len(gram),) * len(gram)
+
+
+def _stock_extent(params: Mapping[str, Any]) -> Extent:
+    return "row" if params["filter_wise"] else "tensor"
+
+
+def _stock_scope(params: Mapping[str, Any]) -> Scope:
+    return Scope.ROW if params["filter_wise"] else Scope.ELEMENT
 
 
 @method(
     space=Space.DELTA,
     models=(2, None),
-    stats=(Gram(),),
+    sees=_stock_scope,
+    stats=(Gram(over=_stock_extent),),
     cite="arXiv:2403.19522",
-    form=lambda gram, dialect: Form(_stock_weights(gram, dialect)),
+    form=lambda gram, filter_wise, dialect: Form(_stock_weights(gram, dialect)),
     dialects={
         "stockpot": "between the base and the mean; cosines of deltas however small",
         "mergekit": "products of norms count as 1e-6 at least; a negative cosine goes beyond the base",
@@ -218,21 +305,32 @@ def _stock_weights(gram: Any, dialect: str) -> tuple[float, ...]:
             [[5e-4, 0], [3e-4, 4e-4]], [1.04e-4, 5.2e-5], base=[0, 0], parameters={"dialect": "mergekit"}, within=1e-6
         ),
         Example([[2, 3], [2, 3]], [2, 3], base=[2, 3], source="nothing has changed"),
+        Example(
+            [[[1, 0], [1, 0]], [[0.6, 0.8], [1, 0]]],
+            [[0.6, 0.3], [1, 0]],
+            base=[[0, 0], [0, 0]],
+            parameters={"filter_wise": True},
+        ),
     ),
 )
 def model_stock(
     delta: Any,
     *,
     gram: Any,
+    filter_wise: Annotated[bool, Flag()] = False,
     dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:
     """The mean of the models, as far from the base as the angles between their task vectors say, each tensor by itself.
 
     delta   [m, *block]  model minus base
-    gram    [m, m]       float64: inner products of the deltas over the whole tensor
+    gram    [m, m]       float64: inner products of the deltas over the whole tensor (row)
+    filter_wise          each row of a tensor by itself; a vector is one row
     returns [*block]     t times the mean delta, t = m c / (1 + (m - 1) c), c the mean of the cosines
     dialect              `stockpot` keeps t within 0 and 1; `mergekit` does not, and takes small deltas for orthogonal ones
     """
+    if filter_wise:
+        share = stock_shares(gram, dialect == "stockpot") / len(delta)
+        return _mixed(delta, (share,) * len(delta))
     return weighted_sum(delta, _stock_weights(gram, dialect))
 
 
@@ -283,22 +381,73 @@ def nuslerp_weights(gram: Any, weight: tuple[float, ...], dialect: str) -> tuple
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
+def nuslerp_arcs(gram: Any, weight: tuple[float, ...], dialect: str) -> tuple[Any, Any]:
+    """`nuslerp_weights` of many pairs at once: gram `[2, 2, ...]` -> two arrays `[...]`, float64."""
+    import numpy as np
+
+    total = weight[0] + weight[1]
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    (aa, ab), (_, bb) = gram
+    na, nb = np.sqrt(aa), np.sqrt(bb)
+    guarded = dialect == "stockpot"
+    least = 0.0 if guarded else 1e-7
+    scale = np.maximum(na, least) * np.maximum(nb, least)
+    cos = np.clip(ab / np.where(scale > 0, scale, 1.0), -1.0, 1.0)
+    straight = ~(1.0 - cos * cos > 1e-16) | ~np.isfinite(aa + ab + bb)
+    if guarded:
+        straight |= (na == 0) | (nb == 0) | (cos < ANTIPARALLEL)
+    return _on_arcs(cos, t, straight)
+
+
+def _vectors(params: Mapping[str, Any]) -> str:
+    """What nuslerp takes as one vector: the tensor, its rows, or its columns."""
+    return "tensor" if params["nuslerp_flatten"] else "column" if params["nuslerp_row_wise"] else "row"
+
+
+def _nuslerp_extent(params: Mapping[str, Any]) -> Extent:
+    return "row" if _vectors(params) == "row" else "tensor"
+
+
+def _nuslerp_gathers(params: Mapping[str, Any]) -> bool:
+    return _vectors(params) != "column"  # those are all in hand
+
+
+def _nuslerp_scope(params: Mapping[str, Any]) -> Scope:
+    return {"tensor": Scope.ELEMENT, "row": Scope.ROW, "column": Scope.TENSOR}[_vectors(params)]
+
+
+def _column_gram(delta: Any) -> Any:
+    """`[2, n, ...]` -> `[2, 2, ...]` float64 numpy: products along the first axis of the tensor."""
+    import numpy as np
+
+    xp = backend_of(delta)
+    a, b = (xp.astype(x, "float64") for x in delta)
+    found = [(x * y).sum(0) for x, y in ((a, a), (a, b), (b, b))] if a.ndim else [a * a, a * b, b * b]
+    aa, ab, bb = (np.asarray(f.cpu() if hasattr(f, "cpu") else f, np.float64) for f in found)
+    return np.stack((np.stack((aa, ab)), np.stack((ab, bb))))
+
+
 def _nuslerp_check(params: Any) -> str | None:
-    if not params["nuslerp_flatten"]:
-        return "nuslerp_flatten: false (rows or columns by themselves) is a coming feature; true takes each tensor as one vector"
+    if params["nuslerp_row_wise"] and params["nuslerp_flatten"]:
+        return "nuslerp_row_wise has no effect beside nuslerp_flatten: true, which takes each tensor as one vector: set it to false"
     weight = params["weight"]
     if params["dialect"] == "stockpot" and (min(weight) < 0 or not sum(weight) > 0):
         return f"weights {list(weight)}: expected none below zero, and one above it; 'dialect: mergekit' goes beyond the ends"
     return None
 
 
+_A, _B = [[3, 0], [1, 2]], [[0, 4], [2, 1]]
+
+
 @method(
     space=Space.DELTA,
     base_optional=True,
     models=(2, 2),
-    stats=(Gram(),),
+    sees=_nuslerp_scope,
+    stats=(Gram(over=_nuslerp_extent, when=_nuslerp_gathers),),
     check=_nuslerp_check,
-    form=lambda gram, weight, nuslerp_flatten, dialect: Form(nuslerp_weights(gram, weight, dialect)),
+    form=lambda gram, weight, nuslerp_flatten, nuslerp_row_wise, dialect: Form(nuslerp_weights(gram, weight, dialect)),
+    cost=Cost(scratch=lambda m, shape, size: 40 * math.prod(shape) + 4096),
     cite="mergekit (no paper)",
     dialects={
         "stockpot": "a straight line where a tensor is zero or both are nearly opposite; weights of at least 0",
@@ -311,6 +460,18 @@ def _nuslerp_check(params: Any) -> str | None:
         Example([[3, 0, 1, 2], [0, 4, 2, 1]], [2.140283, 3.280567, 2.140283, 2.140283], base=[1, 1, 1, 1]),
         Example([[0, 0], [2, 4]], [1, 2], source="a zero tensor has no angle"),
         Example([[1, 0], [-1, 0]], [0.4, 0], parameters={"weight": [0.7, 0.3]}, source="opposite: a straight line"),
+        Example([_A, _B], [[2.121320, 2.828427], [1.581139, 1.581139]], parameters={"nuslerp_flatten": False}),
+        Example(
+            [_A, _B],
+            [[1.849016, 2.537410], [1.849016, 1.903057]],
+            parameters={"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        ),
+        Example(
+            [_A, _B],
+            [[2.306563, 3.613126], [1.707107, 1.707107]],
+            base=[[1, 1], [1, 1]],
+            parameters={"nuslerp_flatten": False},
+        ),
     ),
 )
 def nuslerp(
@@ -319,18 +480,78 @@ def nuslerp(
     gram: Any,
     weight: Annotated[PerModel, Real()] = 1.0,
     nuslerp_flatten: Annotated[bool, Flag()] = True,
+    nuslerp_row_wise: Annotated[bool, Flag()] = False,
     dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:
     """Spherical interpolation of two models by their weights, each tensor as one vector; with a base, of their task vectors.
 
     delta   [2, *block]  model minus base, or the weights themselves
-    gram    [2, 2]       float64: inner products over the whole tensor
+    gram    [2, 2]       float64: inner products over the whole tensor (row)
     weight  [2]          float64: t is the second one's share of their sum
-    nuslerp_flatten      each tensor as one vector; rows and columns by themselves are not built yet
+    nuslerp_flatten      each tensor as one vector; false: its parts by themselves
+    nuslerp_row_wise     parts are columns W[:, j] (true) or rows W[i, :] (false): so does mergekit's code; its docs say the reverse
     returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle
     dialect              `mergekit` drops the guards
     """
-    return weighted_sum(delta, nuslerp_weights(gram, weight, dialect))
+    if nuslerp_flatten:
+        return weighted_sum(delta, nuslerp_weights(gram, weight, dialect))
+    if not nuslerp_row_wise:
+        return _mixed(delta, nuslerp_arcs(gram, weight, dialect))
+    xp = backend_of(delta)
+    a, b = (xp.array(w, delta) for w in nuslerp_arcs(_column_gram(delta), weight, dialect))
+    return delta[0] * a + delta[1] * b
+
+
+def warp_weights(gram: Any, t: float, eta: float) -> tuple[float, ...]:
+    """Of each delta: SLERP of the first two at t; of more, the m-th is taken in at 1/m; all of it times eta.
+
+    gram  [m, m] float64: what is folded so far stays in the span of the deltas, so that their products are enough
+    """
+    m = len(gram)
+    inner = [[float(g) for g in row] for row in gram]
+    folded = [1.0] + [0.0] * (m - 1)
+    for k in range(1, m):
+        own = sum(folded[i] * folded[j] * inner[i][j] for i in range(k) for j in range(k))
+        cross = sum(folded[i] * inner[i][k] for i in range(k))
+        share = t if m == 2 else 1.0 / (k + 1)
+        a, b = slerp_weights([[max(own, 0.0), cross], [cross, inner[k][k]]], share)
+        folded = [a * f for f in folded]
+        folded[k] = b
+    return tuple(eta * f for f in folded)
+
+
+@method(
+    space=Space.DELTA,
+    models=(1, None),
+    stats=(Gram(over="layer"),),
+    ordered=True,
+    cite="arXiv:2406.16768",
+    form=lambda gram, t, eta: Form(warp_weights(gram, t, eta)),
+    neutral={"eta": 1.0},
+    examples=(
+        Example([[1.3, 1], [1.1, 1.2]], [1.235114, 1.117557], base=[1, 1], parameters={"eta": 1}),
+        Example([[1.3, 1], [1.1, 1.2]], [1.070534, 1.035267], base=[1, 1]),
+        Example([[0.3, 0], [0.1, 0.2], [0, 0.4]], [0.176878, 0.249762], base=[0, 0], parameters={"eta": 1}),
+        Example([[0.1, 0.2], [0, 0.4], [0.3, 0]], [0.179317, 0.251824], base=[0, 0], parameters={"eta": 1}),
+        Example([[1, 1], [1, 2]], [1, 1.15], base=[1, 1], source="one run has changed nothing: a straight line"),
+    ),
+)
+def warp(
+    delta: Any,
+    *,
+    gram: Any,
+    t: Annotated[float, Real(0, 1)] = 0.5,
+    eta: Annotated[float, Real(0, 1)] = 0.3,
+) -> Any:
+    """WARP's merge: SLERP of the runs' task vectors, all tensors of a layer as one vector, then back towards the initialisation.
+
+    delta   [m, *block]  model minus the initialisation
+    gram    [m, m]       float64: inner products over the layer; tensors in no numbered layer are by themselves
+    t       float64      of two models; of more the k-th is taken in at 1/k, in the recipe's order
+    eta     float64      1 stays at what was merged, 0 goes back to the initialisation; the published next start has 0.3
+    returns [*block]     merged delta; the base is added to it
+    """
+    return weighted_sum(delta, warp_weights(gram, t, eta))
 
 
 def multislerp_weights(

@@ -38,7 +38,9 @@ def _parameters(method: Method, models: int, given: Mapping[str, Any] | None = N
             value = next((e.parameters[p.name] for e in method.examples if p.name in e.parameters), REQUIRED)
             assert value is not REQUIRED, f"{method.name}: no example says what the required {p.name!r} may be"
         if p.per_model:
-            values = value if isinstance(value, (list, tuple)) else [value] * models
+            values = (
+                [value[i % len(value)] for i in range(models)] if isinstance(value, (list, tuple)) else [value] * models
+            )
             out[p.keyword] = tuple(p.kind.convert(v) for v in values)
         else:
             out[p.keyword] = p.kind.convert(value)

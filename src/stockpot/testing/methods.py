@@ -75,7 +75,7 @@ def settings(method: Method, models: int) -> Iterator[dict[str, Any]]:
         example = next((e.parameters[name] for e in method.examples if name in e.parameters), None)
         if example is None:
             raise AssertionError(f"{method.name}: no example says what the required parameter {name!r} may be")
-        given[p.keyword] = example
+        given[p.keyword] = [example[i % len(example)] for i in range(models)] if isinstance(example, list) else example
     fractions = [
         p
         for p in method.parameters.values()
@@ -96,9 +96,7 @@ def settings(method: Method, models: int) -> Iterator[dict[str, Any]]:
         if fractions and _goes(method, models, chosen | varied):
             yield chosen | varied
         elif fractions:  # not all at once
-            yield from (
-                chosen | {key: v} for key, v in varied.items() if _goes(method, models, chosen | {key: v})
-            )
+            yield from (chosen | {key: v} for key, v in varied.items() if _goes(method, models, chosen | {key: v}))
 
 
 def _others(p: Parameter) -> list[Any]:
