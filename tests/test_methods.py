@@ -275,7 +275,7 @@ def test_identity(method: Any, dialect: int) -> None:
             assert torch.equal(merged[name], tensor), (name, count)
 
 
-@pytest.mark.parametrize("method", [m for m in ALL if m.models[0] == 1], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [m for m in ALL if m.models[0] == 1 and m.neutral is not None], ids=lambda m: m.name)
 def test_one_model_with_weight_one_is_that_model(models: Any, method: Any) -> None:
     base, (expert, *_) = models
     keywords = dict(method.neutral or {}) | ({"density": 1.0} if "density" in method.parameters else {})

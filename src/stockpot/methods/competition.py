@@ -107,8 +107,7 @@ def _scale(delta: Any, ends: Any, scores: Any, dialect: str) -> Any:
     cite="arXiv:2410.02396",
     reproducible="machine",
     dialects={
-        "vision": "as the authors' script for images: products of magnitudes scaled to 0 to 1, so that the size of changes does not "
-        "count",
+        "vision": "as the authors' script for images: products of magnitudes scaled to 0 to 1: their size does not count",
         "text": "as their script for text: products of the changes as they are",
     },
     examples=(
@@ -128,7 +127,7 @@ def pcb(
     scores: Any,
     weight: Annotated[PerModel, Real()] = 1.0,
     density: Annotated[PerModel, Real(0, 1)] = ByDialect({"vision": 0.05, "text": 0.1}),
-    clip: Annotated[float, Real(0, 0.5)] = ByDialect({"vision": 0.01, "text": 1e-4}),
+    clip: Annotated[Any, Real(0, 0.5)] = ByDialect({"vision": 0.01, "text": 1e-4}),
     scale: Annotated[float, Real(), Named("lambda")] = 1.2,
     dialect: Annotated[str, Choice(("vision", "text"))] = "vision",
 ) -> Any:

@@ -117,8 +117,8 @@ def ramplus_tl(
     *,
     overlap: Any,
     epsilon: Annotated[float, Real(0)] = 1e-5,
-    r: Annotated[float, Real(0)] = ByDialect({"mergekit": 0.1, "paper": 0.2}),
-    alpha: Annotated[float, Real(0)] = ByDialect({"mergekit": 0.2, "paper": 1.0}),
+    r: Annotated[Any, Real(0)] = ByDialect({"mergekit": 0.1, "paper": 0.2}),
+    alpha: Annotated[Any, Real(0)] = ByDialect({"mergekit": 0.2, "paper": 1.0}),
     dialect: Annotated[str, Choice(("mergekit", "paper"))] = "mergekit",
 ) -> Any:
     """As ram, but what a single model changes is made up for its share in what is averaged.

@@ -1,4 +1,4 @@
-"""Averages weighted by the second moments that Adam kept of each parameter's gradients (OTA), and grafts of what they mark (FFG)."""
+"""Averages weighted by the second moments that Adam kept of each parameter (OTA), and grafts of what they mark (FFG)."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ def _band(density: float, gamma: float, count: int, paper: bool) -> tuple[int, i
         kept = min(int(density * count), count - out)
     else:
         if density >= 1:
-            return count, count
+            return count + 1, count + 1
         kept = int(density * count)
         out = min(int(gamma * count), count - kept)
-    return (out + kept if kept else 0), out + 1
+    return (out + kept if kept else 0), min(out + 1, count)
 
 
 def _low_counts(params: Params, count: int, known: Params) -> list[int]:
@@ -170,7 +170,7 @@ def breadcrumbs(
     weight: Annotated[PerModel, Real()] = 1.0,
     density: Annotated[PerModel, Real(0, 1)] = ByDialect({"mergekit": 1.0, "paper": 0.2}),
     gamma: Annotated[PerModel, Real(0, 1)] = ByDialect({"mergekit": 0.01, "paper": 0.1}),
-    scale: Annotated[float, Real(), Named("lambda")] = ByDialect({"mergekit": 1.0, "paper": 0.4}),
+    scale: Annotated[Any, Real(), Named("lambda")] = ByDialect({"mergekit": 1.0, "paper": 0.4}),
     normalize: Annotated[bool, Flag()] = False,
     rescale: Annotated[bool, Flag()] = False,
     dialect: Annotated[str, Choice(("mergekit", "paper"))] = "mergekit",
@@ -218,7 +218,7 @@ def breadcrumbs_ties(
     weight: Annotated[PerModel, Real()] = 1.0,
     density: Annotated[PerModel, Real(0, 1)] = ByDialect({"mergekit": 1.0, "paper": 0.2}),
     gamma: Annotated[PerModel, Real(0, 1)] = ByDialect({"mergekit": 0.01, "paper": 0.1}),
-    scale: Annotated[float, Real(), Named("lambda")] = ByDialect({"mergekit": 1.0, "paper": 0.4}),
+    scale: Annotated[Any, Real(), Named("lambda")] = ByDialect({"mergekit": 1.0, "paper": 0.4}),
     normalize: Annotated[bool, Flag()] = False,
     rescale: Annotated[bool, Flag()] = False,
     dialect: Annotated[str, Choice(("mergekit", "paper"))] = "mergekit",

@@ -147,8 +147,8 @@ def _quarter_counts(params: Params, count: int, known: Params) -> list[int]:
 def divergence(models: Any, dialect: str) -> Any:
     """`[2, rows, n]` (base, model) -> `[rows, 1]` float64: the KL divergence of the softmax of each row, model from base.
 
-    A second-order quantity: the difference of the two terms of size 1 by which it is defined loses most of it in float32, and all in
-    16 bits. `stockpot` works it out from the centred difference; `mergekit` adds 1e-8 to probabilities.
+    A second-order quantity: the difference of two terms of size 1 by which it is defined loses most of it in float32, and all
+    in 16 bits. `stockpot` works it out from the centred difference; `mergekit` adds 1e-8 to probabilities.
     """
     import numpy as np
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from stockpot.methods.arrays import weighted_sum
@@ -64,11 +64,13 @@ def _on_arcs(cos: Any, t: float, straight: Any) -> tuple[Any, Any]:
     """
     import numpy as np
 
-    acos, sin = (np.frompyfunc(f, 1, 1) for f in (math.acos, math.sin))
-    angle = acos(np.where(straight, 0.0, cos)).astype(np.float64)
-    whole = np.where(straight, 1.0, sin(angle).astype(np.float64))
-    a = np.where(straight, 1.0 - t, sin((1.0 - t) * angle).astype(np.float64) / whole)
-    return a, np.where(straight, t, sin(t * angle).astype(np.float64) / whole)
+    def each(function: Callable[[float], float], x: Any) -> Any:
+        return np.asarray(np.frompyfunc(function, 1, 1)(x), np.float64)
+
+    angle = each(math.acos, np.where(straight, 0.0, cos))
+    whole = np.where(straight, 1.0, each(math.sin, angle))
+    a = np.where(straight, 1.0 - t, each(math.sin, (1.0 - t) * angle) / whole)
+    return a, np.where(straight, t, each(math.sin, t * angle) / whole)
 
 
 def _mixed(models: Any, weight: Sequence[Any]) -> Any:
@@ -429,7 +431,9 @@ def _column_gram(delta: Any) -> Any:
 
 def _nuslerp_check(params: Any) -> str | None:
     if params["nuslerp_row_wise"] and params["nuslerp_flatten"]:
-        return "nuslerp_row_wise has no effect beside nuslerp_flatten: true, which takes each tensor as one vector: set it to false"
+        return (
+            "nuslerp_row_wise has no effect beside nuslerp_flatten: true (each tensor as one vector): set that to false"
+        )
     weight = params["weight"]
     if params["dialect"] == "stockpot" and (min(weight) < 0 or not sum(weight) > 0):
         return f"weights {list(weight)}: expected none below zero, and one above it; 'dialect: mergekit' goes beyond the ends"
@@ -489,7 +493,7 @@ def nuslerp(
     gram    [2, 2]       float64: inner products over the whole tensor (row)
     weight  [2]          float64: t is the second one's share of their sum
     nuslerp_flatten      each tensor as one vector; false: its parts by themselves
-    nuslerp_row_wise     parts are columns W[:, j] (true) or rows W[i, :] (false): so does mergekit's code; its docs say the reverse
+    nuslerp_row_wise     parts are columns W[:, j] (true) or rows W[i, :] (false), as mergekit's code (its docs say the reverse)
     returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle
     dialect              `mergekit` drops the guards
     """

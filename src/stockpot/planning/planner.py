@@ -108,8 +108,8 @@ class _Planner(Inputs):
             self.notes.append(f"{name} is experimental: rebuilt from descriptions, or not settled yet")
         if found.reproducible == "machine":
             self.notes.append(
-                f"{name} rests on a library's linear algebra or exponentials: another version of it, or another processor, may give "
-                "other last bits"
+                f"{name} rests on a library's linear algebra or exponentials: another version of it, or another processor, may "
+                "give other last bits"
             )
         return found
 

@@ -73,8 +73,9 @@ class Rank(Statistic):
     rounding how the fraction becomes k: "at_least_one" (the default: int(fraction x count), but one at least unless the
              fraction is 0, else a small tensor would lose its whole delta), "down", "nearest", "up"; worked out in float64
     signed   whether what `of` gives may be negative; magnitudes are not
-    counts   how many are kept, where that is no fraction of the elements by one of these roundings; `kept` then only says how
-             many there are, and with fractions of 1 that nothing need be read
+    counts   how many are kept, where that is no fraction of the elements by one of these roundings: all of them gives the
+             smallest, more than all 0 (minus infinity where signed). `kept` then only says how many fractions there are, and by
+             fractions of 1 that nothing need be read
 
     The function gets a tuple `[k]` of floats: nan keeps nothing (no comparison with it is true), 0 keeps everything (-inf where
     signed). Every element equal to the cutoff is kept. Over rows it gets `[k, rows, 1]`.
@@ -146,7 +147,7 @@ class Rank(Statistic):
     def _search(self, keep: int, count: int) -> float | Window:
         if keep <= 0:
             return math.nan
-        if keep >= count:
+        if keep > count or (keep == count and self.counts is None):
             return self._all
         top = 2**32 if self.signed else TOP
         return Window(count, count - keep, 0, top, top)
