@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stockpot.checkpoints.codecs import encode_into
+from stockpot.checkpoints.meaning.roles import role_of
 from stockpot.checkpoints.source import ReadRequest, TensorSource
 from stockpot.engine.devices import Device, byte_buffer, load_block
 from stockpot.engine.draws import draw
@@ -177,9 +178,13 @@ class Kernel:
             keywords[declared.name] = made if block is None else made.reshape(block.shape)
 
     def _rows(self, segment: Segment, n: int) -> tuple[int, int]:
-        """n elements of a tensor as (rows, elements of a row)."""
-        shape = segment.tensor.spec.shape
-        row = grid_of(shape).row if len(shape) > 1 else segment.tensor.spec.numel
+        """n elements of a tensor as (rows, elements of a row): along the last axis; of a convolution all that one filter has."""
+        tensor = segment.tensor
+        shape = tensor.spec.shape
+        if len(shape) > 2 and role_of(tensor.name, shape) != "convolution":
+            row = shape[-1]
+        else:
+            row = grid_of(shape).row if len(shape) > 1 else tensor.spec.numel
         return (n // row if row else 0), row
 
     # statistics

@@ -90,6 +90,12 @@ def _slerp_scope(params: Mapping[str, Any]) -> Scope:
     return Scope.ROW if params["over"] == "row" else Scope.ELEMENT
 
 
+def _slerp_check(params: Mapping[str, Any]) -> str | None:
+    if params["dialect"] != "mergekit" and not 0 <= params["t"] <= 1:
+        return f"t: expected a number from 0 to 1, got {params['t']:g}; 'dialect: mergekit' goes beyond the ends"
+    return None
+
+
 def _form(gram: Any, t: float, over: str, dialect: str) -> Form:
     return Form(slerp_weights(gram, t, guarded=dialect == "stockpot"))
 
@@ -102,10 +108,11 @@ def _form(gram: Any, t: float, over: str, dialect: str) -> Form:
     base_role="first",
     ordered=True,
     cite="Shoemake 1985",
+    check=_slerp_check,
     form=_form,
     dialects={
         "stockpot": "linear where a tensor is zero or both are nearly opposite",
-        "mergekit": "no guard there: weights may grow past 30",
+        "mergekit": "no guard there: weights may grow past 30; t beyond 0 and 1 goes on along the arc",
     },
     examples=(
         Example([[3, 0], [0, 4]], [2.121320, 2.828427], parameters={"t": 0.5}),
@@ -122,7 +129,7 @@ def slerp(
     models: Any,
     *,
     gram: Any,
-    t: Annotated[float, Real(0, 1)],
+    t: Annotated[float, Real()],
     over: Annotated[str, Choice(("tensor", "row", "layer"))] = "tensor",
     dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:
@@ -130,7 +137,7 @@ def slerp(
 
     models  [2, *block]  the base (or first) model, the other one
     gram    [2, 2]       float64: inner products over the whole tensor (row, layer)
-    t       float64      0 to 1
+    t       float64      0 to 1 (`mergekit`: any)
     over                 what is one vector: each `tensor`, each `row` of it, or all tensors of a `layer` together
     returns [*block]     (sin((1-t) w) a + sin(t w) b) / sin w, w the angle; linear where that is ill-conditioned
     dialect              `mergekit` drops the guards for zero and nearly opposite tensors
@@ -138,6 +145,10 @@ def slerp(
     if over == "row":
         return _mixed(models, arcs(gram, t, guarded=dialect == "stockpot"))
     return weighted_sum(models, slerp_weights(gram, t, guarded=dialect == "stockpot"))
+
+
+def _karcher_weights(gram: Any, weight: tuple[float, ...], max_iter: int, tol: float, dialect: str) -> tuple[float, ...]:
+    return karcher_weights(gram, weight if dialect == "stockpot" else (1.0,) * len(weight), max_iter, tol)
 
 
 def karcher_weights(gram: Any, weight: tuple[float, ...], max_iter: int = 10, tol: float = 1e-5) -> tuple[float, ...]:
@@ -190,18 +201,20 @@ def karcher_weights(gram: Any, weight: tuple[float, ...], max_iter: int = 10, to
 
 
 def _karcher_check(params: Any) -> str | None:
-    if any(w < 0 for w in params["weight"]) or not sum(params["weight"]) > 0:
+    if params["dialect"] == "stockpot" and (any(w < 0 for w in params["weight"]) or not sum(params["weight"]) > 0):
         return f"weights {list(params['weight'])}: expected none below zero, and one above it"
     return None
 
 
 @method(
     space=Space.WEIGHT,
-    models=(2, None),
+    models=(1, None),
     stats=(Gram(),),
     cite="arXiv:2603.04972",
     check=_karcher_check,
-    form=lambda gram, weight, max_iter, tol: Form(karcher_weights(gram, weight, max_iter, tol)),
+    neutral={},
+    form=lambda gram, weight, max_iter, tol, dialect: Form(_karcher_weights(gram, weight, max_iter, tol, dialect)),
+    dialects={"stockpot": "a mean by weights", "mergekit": "weights are of no account"},
     examples=(
         Example([[1, 0, 0], [1, 0, 0], [0, 1, 0]], [0.866025, 0.5, 0], within=1e-5),
         Example([[3, 0], [0, 4]], [2.474874, 2.474874], within=1e-5),
@@ -215,9 +228,10 @@ def karcher(
     models: Any,
     *,
     gram: Any,
-    weight: Annotated[PerModel, Real(0)] = 1.0,
+    weight: Annotated[PerModel, Real()] = 1.0,
     max_iter: Annotated[int, Whole(0, 1000)] = 10,
     tol: Annotated[float, Real(0, 1)] = 1e-5,
+    dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:
     """The mean direction of the models on the sphere (Karcher mean), each tensor as one vector, times the mean of their norms.
 
@@ -225,9 +239,10 @@ def karcher(
     gram     [m, m]       float64: inner products over the whole tensor
     weight   [m]          float64, at least 0; divided by their sum
     max_iter, tol         steps of the iteration, and the length of a step that ends it
+    dialect               `mergekit` counts all models alike
     returns  [*block]
     """
-    return weighted_sum(models, karcher_weights(gram, weight, max_iter, tol))
+    return weighted_sum(models, _karcher_weights(gram, weight, max_iter, tol, dialect))
 
 
 def stock_share(gram: Any, clamped: bool = True) -> float:
@@ -430,7 +445,7 @@ def _column_gram(delta: Any) -> Any:
 
 
 def _nuslerp_check(params: Any) -> str | None:
-    if params["nuslerp_row_wise"] and params["nuslerp_flatten"]:
+    if params["nuslerp_row_wise"] and params["nuslerp_flatten"] and params["dialect"] != "mergekit":
         return (
             "nuslerp_row_wise has no effect beside nuslerp_flatten: true (each tensor as one vector): set that to false"
         )
@@ -455,7 +470,7 @@ _A, _B = [[3, 0], [1, 2]], [[0, 4], [2, 1]]
     cite="mergekit (no paper)",
     dialects={
         "stockpot": "a straight line where a tensor is zero or both are nearly opposite; weights of at least 0",
-        "mergekit": "no guards there; negative weights go beyond the ends",
+        "mergekit": "no guards there; negative weights go beyond the ends; nuslerp_row_wise counts only without nuslerp_flatten",
     },
     examples=(
         Example([[3, 0], [0, 4]], [2.121320, 2.828427]),

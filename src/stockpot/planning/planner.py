@@ -245,15 +245,14 @@ class _Planner(Inputs):
         return {name: self.open(str(c.value), c.line, role=name) for name, c in entry.companions.items()}
 
     def adds_base(self, entries: Sequence[Member], base: int | None) -> bool:
-        """mergekit averages the base too when it is not listed and a weight holds for all models."""
-        return (
-            self.recipe.mergekit_compat
-            and self.main is not None
-            and self.main.average
-            and base is not None
-            and "weight" in self.recipe.parameters
-            and all(e.model != base for e in entries)
-        )
+        """mergekit takes a base that is not listed for one more model, where it subtracts none: in averages a weight for all is
+        then its own, other methods need none.
+        """
+        if not self.recipe.mergekit_compat or self.main is None or base is None or any(e.model == base for e in entries):
+            return False
+        if self.main.average:
+            return "weight" in self.recipe.parameters
+        return self.main.space is Space.WEIGHT and self.main.base_role == "listed"
 
     # checks
 

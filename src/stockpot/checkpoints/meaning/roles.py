@@ -24,4 +24,5 @@ def role_of(name: str, shape: Shape) -> str:
         return "vector"
     if len(shape) == 2:
         return "embedding" if is_vocabulary(name) or name.endswith(_TABLES) else "matrix"
-    return "stack" if len(shape) == 3 and "expert" in name.lower() else "convolution"
+    packed = len(shape) == 3 and any(word in name.lower() for word in ("expert", "moe"))
+    return "stack" if packed else "convolution"
