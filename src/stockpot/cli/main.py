@@ -16,7 +16,7 @@ import typer
 from stockpot.cli.boundary import boundary
 from stockpot.cli.evidence import register, release_of
 from stockpot.cli.groups import grouped
-from stockpot.cli.options import AsJson, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
+from stockpot.cli.options import AsJson, Compat, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
 from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
@@ -64,6 +64,7 @@ def merge(
     publishing: Publishing,
     shown: Shown,
     seed: Seed = 0,
+    compat: Compat = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start over even if a killed merge could go on.")
     ] = False,
@@ -75,10 +76,11 @@ def merge(
     from stockpot.api.merging import merge_planned, plan
     from stockpot.cli.progress import progress_bar
     from stockpot.cli.show import show_merge, show_notes
+    from stockpot.recipes import load_as_mergekit
 
     release = release_of(publishing, shown)
     options = engine.options(seed)
-    planned = plan(recipe, options)
+    planned = plan(load_as_mergekit(recipe) if compat else recipe, options)
     show_notes(planned.notes, quiet=not shown.talks)
     with progress_bar(enabled=shown.talks) as progress:
         result = merge_planned(
@@ -94,14 +96,16 @@ def plan(
     threads: Threads = None,
     max_memory: MaxMemory = "512MiB",
     shard_size: ShardSize = "5GB",
+    compat: Compat = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what RECIPE would read, write and hold in memory, or every problem that headers can show."""
     from stockpot.api.merging import Options, plan
     from stockpot.cli.show import show_plan
+    from stockpot.recipes import load_as_mergekit
 
     options = Options(threads=threads, max_memory=max_memory, shard_size=shard_size)
-    show_plan(plan(recipe, options), as_json=as_json)
+    show_plan(plan(load_as_mergekit(recipe) if compat else recipe, options), as_json=as_json)
 
 
 @app.command()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AllowNonfinite",
     "AsJson",
+    "Compat",
     "Device",
     "Engine",
     "Force",
@@ -38,6 +39,12 @@ def _lasts(out: str | None) -> str | None:
     return out
 
 
+def _compat(value: str | None) -> str | None:
+    if value not in (None, "mergekit"):
+        raise typer.BadParameter(f"expected mergekit, got {value}")
+    return value
+
+
 Out = Annotated[str, typer.Argument(callback=_lasts, help="Directory to create, or a URL (s3://bucket/name).")]
 OutOrNone = Annotated[
     Optional[str],  # noqa: UP045
@@ -53,6 +60,12 @@ Seed = Annotated[int, typer.Option(help="Seed of random masks; always recorded."
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Publish although inputs or output hold NaN or infinities.")
+]
+Compat = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        callback=_compat, metavar="mergekit", help="Read RECIPE as mergekit does (as `compat: mergekit` in it)."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]

@@ -147,7 +147,9 @@ def slerp(
     return weighted_sum(models, slerp_weights(gram, t, guarded=dialect == "stockpot"))
 
 
-def _karcher_weights(gram: Any, weight: tuple[float, ...], max_iter: int, tol: float, dialect: str) -> tuple[float, ...]:
+def _karcher_weights(
+    gram: Any, weight: tuple[float, ...], max_iter: int, tol: float, dialect: str
+) -> tuple[float, ...]:
     return karcher_weights(gram, weight if dialect == "stockpot" else (1.0,) * len(weight), max_iter, tol)
 
 
@@ -229,7 +231,7 @@ def karcher(
     *,
     gram: Any,
     weight: Annotated[PerModel, Real()] = 1.0,
-    max_iter: Annotated[int, Whole(0, 1000)] = 10,
+    max_iter: Annotated[int, Whole(0, 10**6)] = 10,
     tol: Annotated[float, Real(0, 1)] = 1e-5,
     dialect: Annotated[str, Choice(("stockpot", "mergekit"))] = "stockpot",
 ) -> Any:

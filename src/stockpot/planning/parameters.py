@@ -19,7 +19,8 @@ __all__ = ["Levels", "ParameterResolver", "Place"]
 NO_EFFECT = {"int8_mask": "masks take no memory here"}
 #: what mergekit's methods declare: under `compat: mergekit` those that a method does not use are noted, as there
 MERGEKIT_KNOWS = frozenset(
-    "weight density lambda normalize rescale epsilon gamma t scale select_topk filter_wise".split()
+    "weight density lambda normalize rescale epsilon gamma t scale select_topk filter_wise max_iter tol eps r alpha "
+    "nuslerp_flatten nuslerp_row_wise normalize_weights".split()
 )
 
 
@@ -93,7 +94,7 @@ class ParameterResolver:
         for name, setting in settings.items():
             if name in NO_EFFECT:
                 self.note(self.recipe.told(setting.line, f"{name} is accepted but has no effect: {NO_EFFECT[name]}"))
-            elif name not in known and self.recipe.mergekit_compat and name in MERGEKIT_KNOWS:
+            elif name not in known and self._passed_over(name, known):
                 self.note(self.recipe.told(setting.line, f"{name} has no effect in {label} {where}"))
             elif name not in known:
                 shared = own and any(name in m.parameters for m in used)
@@ -104,6 +105,13 @@ class ParameterResolver:
                     + nearest(name, known)
                 )
                 self.report(setting.line, f"{where}: {why}")
+
+    def _passed_over(self, name: str, known: Iterable[str]) -> bool:
+        """Whether a name that no method in use has goes with a note, as in mergekit, which reads past all of them.
+
+        A name that looks like a misspelt one is an error all the same.
+        """
+        return self.recipe.mergekit_compat and (name in MERGEKIT_KNOWS or not nearest(name, known))
 
     def check_filters(self, all_settings: Iterable[Settings], names: Sequence[str]) -> None:
         """Note filters that match no tensor: usually a misspelt part of a name."""

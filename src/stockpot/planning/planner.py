@@ -13,7 +13,7 @@ from stockpot.checkpoints.views import with_zeros
 from stockpot.errors import ArgumentError, MismatchError, RecipeError, nearest, raise_problems
 from stockpot.machine import available_threads
 from stockpot.methods.averaging import linear
-from stockpot.methods.declaration import Method, Space, get_method
+from stockpot.methods.declaration import Method, Space, get_method, methods
 from stockpot.planning.account import account_of, note_left_files, note_other_settings
 from stockpot.planning.budget import DEFAULT_LIMIT, choose_budget
 from stockpot.planning.checks import check_kinds, check_patterns, check_statistics, note_head, note_unstamped
@@ -125,11 +125,38 @@ class _Planner(Inputs):
         self.recipe, computed = compute_adapters(self.recipe, self.locate, self.given)
         self.computed.update(computed)
 
+    def base_alone(self) -> Recipe:
+        """mergekit's recipes may name no model but the base (to apply an adapter to it): what changes nothing is a copy."""
+        recipe = self.recipe
+        entries = [*recipe.models, *(s for piece in recipe.slices for s in piece.sources)]
+        if (
+            not recipe.mergekit_compat
+            or recipe.rules
+            or not entries
+            or any(e.ref != recipe.base_model for e in entries)
+        ):
+            return recipe
+        method = get_method(recipe.merge_method) if recipe.merge_method in methods() else None
+        if method is None or method.space is not Space.DELTA or any(piece.base_model for piece in recipe.slices):
+            return recipe
+        self.notes.append(f"{method.name} of no model but the base: its tensors are copied")
+        return replace(
+            recipe,
+            merge_method="passthrough",
+            base_model=None,
+            parameters={},
+            models=tuple(replace(e, parameters={}) for e in recipe.models),
+            slices=tuple(
+                replace(p, parameters={}, sources=tuple(replace(s, parameters={}) for s in p.sources))
+                for p in recipe.slices
+            ),
+        )
+
     def plan(self, shard_size: int, max_memory: int, threads: int, seed: int) -> Plan:
         asked = self.recipe
         self.settings = (max_memory, threads, seed)
         self.expand()
-        recipe = self.recipe
+        recipe = self.recipe = self.base_alone()
         main, rule_methods = self.methods_in_use()
         base = self.open(recipe.base_model, recipe.lines["base_model"]) if recipe.base_model else None
         parts = self.parts(base)
@@ -248,7 +275,12 @@ class _Planner(Inputs):
         """mergekit takes a base that is not listed for one more model, where it subtracts none: in averages a weight for all is
         then its own, other methods need none.
         """
-        if not self.recipe.mergekit_compat or self.main is None or base is None or any(e.model == base for e in entries):
+        if (
+            not self.recipe.mergekit_compat
+            or self.main is None
+            or base is None
+            or any(e.model == base for e in entries)
+        ):
             return False
         if self.main.average:
             return "weight" in self.recipe.parameters

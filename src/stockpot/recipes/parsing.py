@@ -13,7 +13,7 @@ from stockpot.recipes.reading import NodeReader, plain_value
 from stockpot.recipes.schema import AdapterChoice, LayerSlice, ModelEntry, Recipe, Rule, RunChoice, Source
 from stockpot.specs import parse_dtype
 
-__all__ = ["RUN_OPTIONS", "load_recipe", "located_mapping", "parse_recipe"]
+__all__ = ["RUN_OPTIONS", "load_as_mergekit", "load_recipe", "located_mapping", "parse_recipe"]
 
 _TOP = (
     "merge_method models slices base_model parameters dtype out_dtype include exclude rules compat tokenizer_source "
@@ -23,7 +23,15 @@ _COMING = {
     "modules": "merging sub-modules by separate recipes",
     "chat_template": "choosing or writing a chat template",
 }
-_PARAMETERS = frozenset("normalize weight density t lambda scale rescale dialect int8_mask".split())
+#: keys of a recipe's first level that tell another program's file
+_OTHERS = {
+    "experts": "this is a recipe of mergekit-moe; putting mixtures of experts together is a coming feature of stockpot",
+    "genome": "this is a recipe of mergekit-evolve; see `stockpot sweep` for searching parameters",
+}
+_PARAMETERS = frozenset(
+    "normalize weight density t lambda scale rescale dialect int8_mask select_topk epsilon gamma filter_wise max_iter tol "
+    "nuslerp_flatten nuslerp_row_wise normalize_weights eps".split()
+)
 #: the options of a `run:` besides its files: the fields of runs.SoupSpec
 RUN_OPTIONS = (
     "last every start steps best include_final scheme by objective penalty power smooth decay decay_per weights normalize "
@@ -49,6 +57,24 @@ def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     path = os.fspath(recipe)
     text = read_yaml_text(path, "a recipe")
     return parse_recipe(text, path)
+
+
+def load_as_mergekit(path: str | os.PathLike[str], **more: str) -> Recipe:
+    """A recipe's file as if `compat: mergekit` stood in each of its recipes, and other lines (`vocab: crop`) where they say
+    nothing of them. They become part of the recipe's text, so that the lineage has them; lines keep their numbers in errors.
+    """
+    origin = os.fspath(path)
+    text = read_yaml_text(origin, "a recipe")
+    documents = parse_documents(text, origin)
+    for node in documents:
+        steps = next((value for key, _, value in node.value if key == "steps"), None) if node.kind == "map" else None
+        for recipe in steps.value if steps is not None and steps.kind == "list" else [node]:
+            own = {key for key, _, _ in recipe.value} if recipe.kind == "map" else None
+            for key, value in {"compat": "mergekit", **more}.items() if own is not None else ():
+                if key not in own:
+                    recipe.value.append((key, recipe.line, Node("scalar", value, recipe.line, value)))
+    whole = "---\n".join(_text_of(plain_value(node, {})) for node in documents if node.kind == "map")
+    return _from_nodes(documents, whole if whole else text, origin)
 
 
 def _text_of(recipe: Mapping[str, Any]) -> str:
@@ -157,7 +183,11 @@ class _Parser(NodeReader):
         if node.kind != "map":
             self.bad(node.line, f"a recipe is a mapping with merge_method and models; got {node.what}")
             return Recipe(self.text, self.origin, "")
-        top = self.mapping(node, "recipe", _TOP, _PARAMETERS)
+        for key, line, _ in node.value:
+            if key in _OTHERS and not any(k == "merge_method" for k, _, _ in node.value):
+                self.bad(line, _OTHERS[key])
+                return Recipe(self.text, self.origin, "")
+        top = self.mapping(node, "recipe", _TOP, _PARAMETERS, {"pad_to_multiple_of": "tokenizer"})
         top = {key: value for key, value in top.items() if value.kind != "scalar" or value.value is not None}
         for key, feature in _COMING.items():
             if key in top:

@@ -31,7 +31,12 @@ class NodeReader:
         self.problems.append(RecipeError(why).within(*([f"{self.origin}:{line}"] if self.origin else [])))
 
     def mapping(
-        self, node: Node, where: str, known: list[str], misplaced: frozenset[str] = frozenset()
+        self,
+        node: Node,
+        where: str,
+        known: list[str],
+        misplaced: frozenset[str] = frozenset(),
+        elsewhere: Mapping[str, str] | None = None,
     ) -> dict[str, Node]:
         """A mapping's values by key; unknown keys are reported and dropped."""
         if node.kind != "map":
@@ -43,6 +48,8 @@ class NodeReader:
                 out[key] = value
             elif key in misplaced:
                 self.bad(line, f"{where}: key {key!r} belongs under 'parameters:'")
+            elif elsewhere and key in elsewhere:
+                self.bad(line, f"{where}: key {key!r} belongs under '{elsewhere[key]}:'")
             else:
                 self.bad(line, f"{where}: unknown key {key!r}; known are {', '.join(known)}{nearest(key, known)}")
         return out
