@@ -38,7 +38,9 @@ def _shard_size(text: str) -> int:
     """mergekit's sizes: a whole number and K, M or B. Its help calls them parameters; its code counts bytes."""
     match = re.fullmatch(r"\s*(\d+)\s*([KMB]?)\s*", text.upper())
     if match is None:
-        raise ArgumentError(f"--out-shard-size: expected a whole number with K, M or B after it, such as 5B, got {text!r}")
+        raise ArgumentError(
+            f"--out-shard-size: expected a whole number with K, M or B after it, such as 5B, got {text!r}"
+        )
     return int(match[1]) * _UNITS[match[2]] or 10**15
 
 
@@ -76,9 +78,7 @@ def mergekit_yaml(
 ) -> None:
     """Merge as CONFIG_FILE, a recipe of mergekit's, says, with the options of mergekit-yaml."""
     if not safe_serialization:
-        raise typer.BadParameter(
-            "--no-safe-serialization: outputs are safetensors; torch.save them yourself where you must"
-        )
+        raise ArgumentError("--no-safe-serialization: outputs are safetensors; torch.save them yourself where you must")
     size = _shard_size(out_shard_size)
     if transformers_cache is not None:
         os.environ["HF_HUB_CACHE"] = transformers_cache

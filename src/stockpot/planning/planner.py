@@ -128,13 +128,8 @@ class _Planner(Inputs):
     def base_alone(self) -> Recipe:
         """mergekit's recipes may name no model but the base (to apply an adapter to it): what changes nothing is a copy."""
         recipe = self.recipe
-        entries = [*recipe.models, *(s for piece in recipe.slices for s in piece.sources)]
-        if (
-            not recipe.mergekit_compat
-            or recipe.rules
-            or not entries
-            or any(e.ref != recipe.base_model for e in entries)
-        ):
+        refs = {e.ref for e in recipe.models} | {s.ref for piece in recipe.slices for s in piece.sources}
+        if not recipe.mergekit_compat or recipe.rules or refs != {recipe.base_model}:
             return recipe
         method = get_method(recipe.merge_method) if recipe.merge_method in methods() else None
         if method is None or method.space is not Space.DELTA or any(piece.base_model for piece in recipe.slices):

@@ -69,8 +69,10 @@ def load_as_mergekit(path: str | os.PathLike[str], **more: str) -> Recipe:
     for node in documents:
         steps = next((value for key, _, value in node.value if key == "steps"), None) if node.kind == "map" else None
         for recipe in steps.value if steps is not None and steps.kind == "list" else [node]:
-            own = {key for key, _, _ in recipe.value} if recipe.kind == "map" else None
-            for key, value in {"compat": "mergekit", **more}.items() if own is not None else ():
+            if recipe.kind != "map":
+                continue
+            own = {key for key, _, _ in recipe.value}
+            for key, value in {"compat": "mergekit", **more}.items():
                 if key not in own:
                     recipe.value.append((key, recipe.line, Node("scalar", value, recipe.line, value)))
     whole = "---\n".join(_text_of(plain_value(node, {})) for node in documents if node.kind == "map")
