@@ -23,6 +23,42 @@ HERE = Path(__file__).parent
 METHODS = ("linear", "task_arithmetic", "slerp", "passthrough", "ties", "ties_paper", "dare_ties")
 
 
+#: of methods beside the plain ones: (whether a base is given, how many experts at most, parameters of each model, of the whole)
+MORE: dict[str, tuple[bool, int, str, str]] = {
+    "ties_paper": (True, 9, "density: 0.5", "dialect: paper"),
+    "ties": (True, 9, "density: 0.5", ""),
+    "dare_ties": (True, 9, "density: 0.5", ""),
+    "dare_linear": (True, 9, "density: 0.5", ""),
+    "breadcrumbs": (True, 9, "density: 0.5, gamma: 0.01", ""),
+    "breadcrumbs_ties": (True, 9, "density: 0.5, gamma: 0.01", ""),
+    "della": (True, 9, "density: 0.5, epsilon: 0.2", ""),
+    "della_linear": (True, 9, "density: 0.5, epsilon: 0.2", ""),
+    "sce": (True, 9, "", "select_topk: 0.5"),
+    "pcb": (True, 9, "", ""),
+    "consensus_ta": (True, 9, "", ""),
+    "consensus_ties": (True, 9, "", ""),
+    "emr": (True, 9, "", ""),
+    "magmax": (True, 9, "", ""),
+    "ram": (True, 9, "", ""),
+    "ramplus_tl": (True, 9, "", ""),
+    "model_stock": (True, 9, "", ""),
+    "model_stock_rows": (True, 9, "", "filter_wise: true"),
+    "multislerp": (True, 9, "weight: 0.3", ""),
+    "karcher": (False, 9, "", ""),
+    "nuslerp": (True, 2, "weight: 0.5", ""),
+    "nuslerp_rows": (True, 2, "weight: 0.5", "nuslerp_flatten: false"),
+    "nuslerp_columns": (True, 2, "weight: 0.5", "nuslerp_flatten: false, nuslerp_row_wise: true"),
+    "slerp_rows": (True, 1, "", "t: 0.4, over: row"),
+    "arcee_fusion": (True, 1, "", ""),
+    "nearswap": (True, 1, "", "t: 0.001"),
+    "wise_ft": (True, 1, "", ""),
+    "warp": (True, 9, "", ""),
+    "lm_cocktail": (False, 9, "loss: 1.0", ""),
+}
+_NAMES = {"ties_paper": "ties", "model_stock_rows": "model_stock", "nuslerp_rows": "nuslerp", "nuslerp_columns": "nuslerp"}
+_NAMES |= {"slerp_rows": "slerp"}
+
+
 def recipe(method: str, data: Path, experts: int) -> tuple[str, list[str]]:
     """(YAML, names of the models that it reads)."""
     names = [f"expert{i}" for i in range(experts)]
@@ -35,19 +71,21 @@ def recipe(method: str, data: Path, experts: int) -> tuple[str, list[str]]:
             "parameters: {t: 0.4}\ndtype: bfloat16\n"
         )
         return text, ["base", "expert0"]
-    density = method in ("ties", "ties_paper", "dare_ties")
-    lines = [f"merge_method: {method.removesuffix('_paper')}", "dtype: bfloat16"]
-    used = names
-    if method != "linear":
+    based, most, own, whole = MORE.get(method, (method != "linear", 9, "", ""))
+    names = names[:most]
+    lines = [f"merge_method: {_NAMES.get(method, method)}", "dtype: bfloat16"]
+    if based:
         lines.append(f"base_model: {data}/base")
-        used = ["base", *names]
     lines.append("models:")
+    weighed = method in ("linear", "task_arithmetic") or "density" in own
     for name, weight in zip(names, weights):
+        parts = ([f"weight: {weight}"] if weighed else []) + ([own] if own else [])
         lines.append(f"  - model: {data}/{name}")
-        lines.append(f"    parameters: {{weight: {weight}{', density: 0.5' if density else ''}}}")
-    if method == "ties_paper":
-        lines.append("parameters: {dialect: paper}")
-    return "\n".join(lines) + "\n", used
+        if parts:
+            lines.append(f"    parameters: {{{', '.join(parts)}}}")
+    if whole:
+        lines.append(f"parameters: {{{whole}}}")
+    return "\n".join(lines) + "\n", ["base", *names] if based else names
 
 
 def measured(command: list[str], timeout: float) -> tuple[float, float, int]:

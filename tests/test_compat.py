@@ -75,8 +75,8 @@ def test_shards_are_counted_in_bytes(breadcrumbs: Path, tmp_path: Path) -> None:
 def test_every_option_of_mergekit_yaml_is_known() -> None:
     names = """allow-crimes unsafe-truncate-embeddings trust-remote-code transformers-cache lora-merge-cache lora-merge-dtype
     random-seed quiet cuda device low-cpu-memory lazy-unpickle read-to-gpu multi-gpu num-threads gpu-rich async-write
-    write-threads out-shard-size copy-tokenizer clone-tensors write-model-card safe-serialization no-copy-tokenizer no-write-model-card
-    no-safe-serialization no-cuda no-quiet"""
+    write-threads out-shard-size copy-tokenizer clone-tensors write-model-card safe-serialization no-copy-tokenizer
+    no-write-model-card no-safe-serialization no-cuda no-quiet"""
     shown = mergekit_yaml("--help").stdout
     for name in names.split():
         assert f"--{name}" in shown
