@@ -116,7 +116,7 @@ def drop(paths: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=sorted({*METHODS, *MORE}))
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--mergekit", help="mergekit-yaml of an environment of its own")
