@@ -6,7 +6,7 @@
     stockpot.open_checkpoint("model").names()
     stockpot.soup("output_dir", "soup", stockpot.SoupSpec(last=10, by="loss", penalty=0.7))
     stockpot.evaluate("soup", "suite.yml").score           # and sweep, gate, path, report
-    stockpot.methods.ties([a, b], base=c, density=0.2)     # state dicts in memory
+    stockpot.merge_modules([a, b], "ties", base=c, density=0.2)    # modules of torch in memory
 
 Importing it imports neither torch nor transformers nor numpy; names are loaded when first used.
 """

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from stockpot.api.looking import inspect, verify
     from stockpot.api.measuring import Evaluation, evaluate
     from stockpot.api.merging import MergeResult, Options, merge, plan
+    from stockpot.api.modules import merge_modules
     from stockpot.api.pages import path, report
     from stockpot.api.release import gate
     from stockpot.api.searching import Sweep, sweep
@@ -40,6 +41,7 @@ _WHERE = {
     "inspect": "stockpot.api.looking",
     "load_recipe": "stockpot.recipes",
     "merge": "stockpot.api.merging",
+    "merge_modules": "stockpot.api.modules",
     "methods": "stockpot.methods",
     "metric_weights": "stockpot.runs",
     "open_checkpoint": "stockpot.checkpoints",
@@ -75,6 +77,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "merge",
+    "merge_modules",
     "methods",
     "metric_weights",
     "open_checkpoint",

@@ -29,6 +29,7 @@ def _form(weight: tuple[float, ...], scale: float, normalize: bool) -> Form:
     check=check_weights,
     form=_form,
     neutral={},
+    differentiable=True,
     examples=(
         Example([[2.5], [1.5]], [2.1], base=[2], parameters={"weight": [0.6, 0.4]}, within=1e-6),
         Example([[2.5]], [1.5], base=[2], parameters={"weight": -1}, source="forgetting"),

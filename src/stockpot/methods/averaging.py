@@ -46,6 +46,7 @@ def _form(weight: tuple[float, ...], normalize: bool) -> Form:
     cite="arXiv:2203.05482",
     check=check_weights,
     form=_form,
+    differentiable=True,
     examples=(
         Example([[1, -2], [4, 1]], [3, 0], parameters={"weight": [1, 2]}),
         Example([[1, -2], [4, 1]], [9, 0], parameters={"weight": [1, 2], "normalize": False}),
@@ -73,6 +74,7 @@ def linear(
     neutral={},
     copies=lambda params: params["scale"] == (1.0,),
     form=lambda scale: Form(scale),
+    differentiable=True,
     examples=(Example([[3, -1]], [1.5, -0.5], parameters={"scale": 0.5}),),
 )
 def passthrough(models: Any, *, scale: Annotated[PerModel, Real()] = 1.0) -> Any:

@@ -119,6 +119,7 @@ class Method:
     dialects_say  for each dialect what it does differently
     ranks         in FACTORS space the rank of a result: (ranks of the models, (out, in), parameters) -> int
     sees          (parameters) -> the scope with these parameters, where they decide it; `scope` is then that of the defaults
+    differentiable  whether the function takes tensors of torch too, for its block and its parameters, and keeps their graph
     neutral       the parameters, beside the defaults, with which one model merges to itself; None: there are none
     """
 
@@ -149,6 +150,7 @@ class Method:
     neutral: Mapping[str, Any] | None = None
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None
     sees: Callable[[Mapping[str, Any]], Scope] | None = None
+    differentiable: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.function.__module__, self.name, self.space.value, self.scope.value)
@@ -288,6 +290,7 @@ def method(
     neutral: Mapping[str, Any] | None = None,
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None,
     sees: Callable[[Mapping[str, Any]], Scope] | None = None,
+    differentiable: bool = False,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare and register a merge method; see the module's docstring and `docs/extending.md`.
 
@@ -325,6 +328,7 @@ def method(
             neutral=neutral,
             ranks=ranks,
             sees=sees,
+            differentiable=differentiable,
         )
         check_declaration(made, ROLES)
         if made.name in _REGISTRY:

@@ -360,6 +360,7 @@ def model_stock(
     ordered=True,
     cite="arXiv:2109.01903",
     form=lambda alpha: Form((1.0 - alpha, alpha)),
+    differentiable=True,
     examples=(
         Example([[1, 0], [3, 10]], [1.6, 3], parameters={"alpha": 0.3}),
         Example([[1, 0], [3, 10]], [2, 5]),
