@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stockpot import methods
+    from stockpot.api.diagnosing import diagnose
     from stockpot.api.looking import inspect, verify
     from stockpot.api.measuring import Evaluation, evaluate
     from stockpot.api.merging import MergeResult, Options, merge, plan
@@ -36,6 +37,7 @@ _WHERE = {
     "StockpotError": "stockpot.errors",
     "Sweep": "stockpot.api.searching",
     "SweepOptions": "stockpot.search",
+    "diagnose": "stockpot.api.diagnosing",
     "evaluate": "stockpot.api.measuring",
     "gate": "stockpot.api.release",
     "inspect": "stockpot.api.looking",
@@ -72,6 +74,7 @@ __all__ = [
     "StockpotError",
     "Sweep",
     "SweepOptions",
+    "diagnose",
     "evaluate",
     "gate",
     "inspect",

@@ -67,7 +67,7 @@ def merge_modules(
         merged = found(dicts, base=own, seed=seed, **{k: _plain(v) for k, v in parameters.items()})
     if not as_modules:
         return merged
-    template = base if base is not None and found.space is Space.DELTA else given[0]
+    template: Any = base if base is not None and found.space is Space.DELTA else given[0]
     out = copy.deepcopy(template)
     out.load_state_dict(merged)
     return out

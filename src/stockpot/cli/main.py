@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from stockpot.cli.boundary import boundary
+from stockpot.cli.diagnose import diagnose
 from stockpot.cli.evidence import register, release_of
 from stockpot.cli.groups import grouped
 from stockpot.cli.options import AsJson, Compat, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 app.add_typer(run_app)
 app.command()(soup)
+app.command()(diagnose)
 register(app)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from stockpot.errors import ArgumentError, visible
 from stockpot.search.path import PathResult
 from stockpot.search.result import Row, SweepResult
 
-__all__ = ["Chart", "path_chart", "sweep_charts"]
+__all__ = ["Chart", "heatmap", "path_chart", "require_charts", "sweep_charts"]
 
 #: drawn in these, which the page replaces by its own (light and dark)
 _COLOURS = {"#1b1f24": "--text", "#6e7781": "--muted", "#d0d7de": "--line", "#0969da": "--c1", "#bc4c00": "--c2",
@@ -22,6 +23,7 @@ _COLOURS = {"#1b1f24": "--text", "#6e7781": "--muted", "#d0d7de": "--line", "#09
 _TEXT, _MUTED, _LINE = list(_COLOURS)[:3]
 _SERIES = list(_COLOURS)[3:]
 _PER_STAGE = 8
+_MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,48 @@ def _matplotlib() -> Any:
         raise ArgumentError("charts and the HTML report need matplotlib: pip install 'stockpot[evaluate]'") from e
     matplotlib.use("Agg")
     return matplotlib
+
+
+def require_charts() -> None:
+    """Raises ArgumentError where charts could not be drawn."""
+    _matplotlib()
+
+
+def heatmap(
+    name: str, title: str, caption: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
+    span: tuple[float, float] | None = None,
+) -> Chart:  # fmt: skip
+    """A table as colours, with its numbers in it. span: the values that the palest and the fullest colour stand for."""
+    order = range(len(rows))
+    if len(rows) > _MOST_ROWS:  # the fullest, in their order
+        weight = {i: max((abs(v) for v in values[i] if v is not None), default=0.0) for i in order}
+        order = sorted(sorted(order, key=lambda i: -weight[i])[:_MOST_ROWS])  # type: ignore[assignment]
+        caption = f"{caption} The {_MOST_ROWS} largest of {len(rows)} rows."
+    shown = [(rows[i], values[i]) for i in order]
+    known = [abs(v) for _, line in shown for v in line if v is not None and math.isfinite(v)]
+    top = max(map(abs, span)) if span else max(known, default=0.0) or 1.0
+
+    def fill(figure: Any, data: Any) -> bool:
+        figure.set_size_inches(max(3.0, 1.6 + 0.8 * len(columns)), 0.9 + 0.24 * len(shown))
+        ax = figure.add_subplot()
+        for i, (_, line) in enumerate(shown):
+            for j, v in enumerate(line):
+                if v is not None and math.isfinite(v):
+                    ax.add_patch(_square(j, i, min(abs(v) / top, 1.0), _SERIES[0] if v >= 0 else _SERIES[4]))
+                text = "-" if v is None else f"{v:.2f}" if abs(v) >= 0.1 or v == 0 else f"{v:.2g}"
+                ax.text(j, i, text, ha="center", va="center", fontsize=7, color=_TEXT)
+        ax.set_xlim(-0.5, len(columns) - 0.5)
+        ax.set_ylim(len(shown) - 0.5, -0.5)
+        turned = len(columns) > 1
+        ax.set_xticks(
+            range(len(columns)), columns, rotation=30 * turned, ha="right" if turned else "center", fontsize=8
+        )
+        ax.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=8)
+        return True
+
+    made = _draw(name, title, caption, None, fill)
+    assert made is not None
+    return made
 
 
 def sweep_charts(result: SweepResult, path: PathResult | None = None) -> list[Chart]:

@@ -17,7 +17,7 @@ from stockpot.reports.table import leaderboard_csv, path_csv, recipe_text, setti
 from stockpot.search.path import PathResult
 from stockpot.search.result import Row, SweepResult, label_text
 
-__all__ = ["path_page", "sweep_page"]
+__all__ = ["document", "path_page", "sweep_page", "table", "text_of"]
 
 
 def sweep_page(
@@ -39,7 +39,7 @@ def sweep_page(
     downloads += [("path.csv", "text/csv", path_csv(path).encode())] if path is not None else []
     recipes = {r.name: recipe_text(r.tried.recipe) for r in result.rows}
     title = f"Sweep of {result.what}"
-    return _document(
+    return document(
         title,
         _about(result),
         [p for p in parts if p],
@@ -55,26 +55,28 @@ def path_page(path: PathResult) -> str:
         [_number(p.t, "g"), _span(p.score), _number(p.excess, "+.4g"), "yes" if p.accepted else "no"]
         for p in path.points
     ]
-    table = _table(["t", "score", "over the straight line", "accepted"], rows)
+    points = table(["t", "score", "over the straight line", "accepted"], rows)
     words = [f"A: {path.a}", f"B: {path.b}", f"Barrier {path.barrier:.4g}: {path.verdict}."]
-    body = ['<section class="verdict">' + "".join(f"<p>{_text(w)}</p>" for w in words) + "</section>", _charts([chart]),
-            f"<section><h2>Points</h2>{table}</section>"]  # fmt: skip
+    body = ['<section class="verdict">' + "".join(f"<p>{text_of(w)}</p>" for w in words) + "</section>", _charts([chart]),
+            f"<section><h2>Points</h2>{points}</section>"]  # fmt: skip
     downloads = [("path.csv", "text/csv", path_csv(path).encode()), ("path.png", "image/png", chart.png)]
-    return _document("Interpolation path", f"{len(path.points)} points, suite {path.suite.name}", body, downloads, {})
+    return document("Interpolation path", f"{len(path.points)} points, suite {path.suite.name}", body, downloads, {})
 
 
-def _document(
+def document(
     title: str,
     about: str,
     parts: Sequence[str],
     downloads: Sequence[tuple[str, str, bytes]],
     recipes: Mapping[str, str],
 ) -> str:
+    """A page of these parts, each markup already."""
+
     def text(name: str) -> str:
         return resources.files("stockpot.reports").joinpath(name).read_text("utf-8")
 
     links = " · ".join(
-        f'<a download="{_text(name)}" href="data:{kind};base64,{base64.b64encode(data).decode()}">{_text(name)}</a>'
+        f'<a download="{text_of(name)}" href="data:{kind};base64,{base64.b64encode(data).decode()}">{text_of(name)}</a>'
         for name, kind, data in downloads
     )
     held = visible_json(json.dumps(dict(recipes))).replace("<", "\\u003c")
@@ -90,7 +92,7 @@ def _document(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{text_of(title)}</title>
 <link rel="icon" href="data:,">
 <style>
 {text("page.css")}</style>
@@ -98,8 +100,8 @@ def _document(
 <body>
 <div class="page">
 <a class="skip" href="#main">Skip to the results</a>
-<header><h1>{_text(title)}</h1><button id="theme" type="button">Light or dark</button></header>
-<p class="muted">{_text(about)}</p>
+<header><h1>{text_of(title)}</h1><button id="theme" type="button">Light or dark</button></header>
+<p class="muted">{text_of(about)}</p>
 <main id="main">
 {"".join(parts)}
 <section><h2>Downloads</h2><p>{links}</p></section>
@@ -126,7 +128,7 @@ def _about(result: SweepResult) -> str:
 def _verdict(result: SweepResult) -> str:
     return (
         '<section class="verdict" aria-label="Conclusion">'
-        + "".join(f"<p>{_text(line)}</p>" for line in result.conclusion)
+        + "".join(f"<p>{text_of(line)}</p>" for line in result.conclusion)
         + "</section>"
     )
 
@@ -139,17 +141,17 @@ def _comparison(result: SweepResult) -> str:
     for label, d in result.final_comparison.items():
         rows.append(
             [
-                _text(label_text(label)),
+                text_of(label_text(label)),
                 _number(d.value, "+.4g"),
                 _difference(d),
-                f'<span class="{_text(d.verdict)}">{_words(d)}</span>',
+                f'<span class="{text_of(d.verdict)}">{_words(d)}</span>',
                 str(d.n),
             ]
         )
-    table = _table(["against", "difference", "95 % interval", "verdict", "examples"], rows)
+    compared = table(["against", "difference", "95 % interval", "verdict", "examples"], rows)
     return (
-        f"<section><h2>{_text(result.winner)} on the report data</h2>"
-        f'<p class="muted">Data that nothing was chosen by. Paired bootstrap; above 0 means that the merge is better.</p>{table}</section>'
+        f"<section><h2>{text_of(result.winner)} on the report data</h2>"
+        f'<p class="muted">Data that nothing was chosen by. Paired bootstrap; above 0 means that the merge is better.</p>{compared}</section>'
     )
 
 
@@ -167,9 +169,9 @@ def _leaderboard(result: SweepResult) -> str:
     for rank, r in enumerate(result.leaderboard(), 1):
         cells = [
             _cell(str(rank), rank),
-            f"<td>{_text(r.name)}{' ★' if r.name == result.winner else ''}</td>",
-            f'<td><button type="button" data-copy="{_text(r.name)}" aria-label="Copy the recipe of {_text(r.name)}">Copy recipe</button></td>',
-            f"<td>{_text(r.tried.stage)}</td>",
+            f"<td>{text_of(r.name)}{' ★' if r.name == result.winner else ''}</td>",
+            f'<td><button type="button" data-copy="{text_of(r.name)}" aria-label="Copy the recipe of {text_of(r.name)}">Copy recipe</button></td>',
+            f"<td>{text_of(r.tried.stage)}</td>",
         ]
         score = r.selection
         cells += [
@@ -181,17 +183,17 @@ def _leaderboard(result: SweepResult) -> str:
         for label in labels:
             d = r.against.get(label)
             cells.append(
-                _cell(f'<span class="{_text(d.verdict)}">{_number(d.value, "+.4g")}</span>', d.value)
+                _cell(f'<span class="{text_of(d.verdict)}">{_number(d.value, "+.4g")}</span>', d.value)
                 if d
                 else _cell("", None)
             )
         cells.append(_cell(_number(r.report.value), r.report.value) if r.report else _cell("", None))
         cells.append(f'<td class="wrap">{_settings(r)}</td>')
         kind = "winner" if r.name == result.winner else "reference" if r.is_reference else ""
-        rows.append(f'<tr class="{kind}" data-stage="{_text(r.tried.stage)}">{"".join(cells)}</tr>')
-    stages = "".join(f"<option>{_text(s)}</option>" for s in dict.fromkeys(r.tried.stage for r in result.rows))
+        rows.append(f'<tr class="{kind}" data-stage="{text_of(r.tried.stage)}">{"".join(cells)}</tr>')
+    stages = "".join(f"<option>{text_of(s)}</option>" for s in dict.fromkeys(r.tried.stage for r in result.rows))
     head = "".join(
-        f'<th scope="col"><button type="button">{_text(h)}</button></th>' if h else '<th scope="col">recipe</th>'
+        f'<th scope="col"><button type="button">{text_of(h)}</button></th>' if h else '<th scope="col">recipe</th>'
         for h in heads
     )
     return f"""<section><h2>Leaderboard</h2>
@@ -203,15 +205,15 @@ def _leaderboard(result: SweepResult) -> str:
 
 
 def _settings(r: Row) -> str:
-    error = f'<br><span class="fail">{_text(r.error)}</span>' if r.error else ""
-    recipe = f"<details><summary>Recipe</summary><pre>{_text(recipe_text(r.tried.recipe))}</pre></details>"
-    return f"{_text(settings_text(r))}{error}{recipe}"
+    error = f'<br><span class="fail">{text_of(r.error)}</span>' if r.error else ""
+    recipe = f"<details><summary>Recipe</summary><pre>{text_of(recipe_text(r.tried.recipe))}</pre></details>"
+    return f"{text_of(settings_text(r))}{error}{recipe}"
 
 
 def _charts(charts: Sequence[Chart]) -> str:
     figures = "".join(
-        f'<figure id="chart-{_text(c.name)}"><h3>{_text(c.title)}</h3><div class="drawing" tabindex="0" role="group" aria-label="{_text(c.title)}">'
-        f"{c.svg}</div><figcaption>{_text(c.caption)}</figcaption></figure>"
+        f'<figure id="chart-{text_of(c.name)}"><h3>{text_of(c.title)}</h3><div class="drawing" tabindex="0" role="group" aria-label="{text_of(c.title)}">'
+        f"{c.svg}</div><figcaption>{text_of(c.caption)}</figcaption></figure>"
         for c in charts
     )
     return f'<section><h2>Charts</h2><div class="charts">{figures}</div></section>' if figures else ""
@@ -222,47 +224,50 @@ def _gates(verdict: Mapping[str, Any] | None) -> str:
         return ""
     rows = [
         [
-            _text(g["gate"]),
-            _text(g["severity"]),
-            f'<span class="{_text(g["status"])}">{_text(g["status"])}</span>',
-            _text(g["why"]),
+            text_of(g["gate"]),
+            text_of(g["severity"]),
+            f'<span class="{text_of(g["status"])}">{text_of(g["status"])}</span>',
+            text_of(g["why"]),
         ]
         for g in verdict["gates"]
     ]
     word = "passed" if verdict["passed"] else "not passed" + (", published by force" if verdict.get("forced") else "")
-    return f"<section><h2>Release gates: {word}</h2>{_table(['gate', 'severity', 'status', 'why'], rows, wrap=3)}</section>"
+    return (
+        f"<section><h2>Release gates: {word}</h2>{table(['gate', 'severity', 'status', 'why'], rows, wrap=3)}</section>"
+    )
 
 
 def _lineage(lineage: Mapping[str, Any] | None) -> str:
     if not lineage:
         return ""
-    inputs = "".join(f"<li>{_text(str(i.get('path')))}</li>" for i in lineage.get("inputs", ()))
+    inputs = "".join(f"<li>{text_of(str(i.get('path')))}</li>" for i in lineage.get("inputs", ()))
     files = ", ".join(f"{f['name']} {f['digest'][:16]}…" for f in lineage.get("output", {}).get("files", ()))
     packages = ", ".join(f"{k} {v}" for k, v in lineage.get("packages", {}).items())
     facts = {"created": lineage.get("created"), "recipe (SHA-256)": lineage.get("recipe", {}).get("sha256"), "files": files,
              "made with": packages, "on": lineage.get("platform")}  # fmt: skip
-    rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(str(v))}</dd>" for k, v in facts.items() if v)
+    rows = "".join(f"<dt>{text_of(k)}</dt><dd>{text_of(str(v))}</dd>" for k, v in facts.items() if v)
     return f"<section><h2>Lineage of the published merge</h2><dl>{rows}</dl><details><summary>Inputs</summary><ul>{inputs}</ul></details></section>"
 
 
 def _notes(notes: Sequence[str]) -> str:
     return (
-        f"<section><h2>Notes</h2><ul>{''.join(f'<li>{_text(n)}</li>' for n in notes)}</ul></section>" if notes else ""
+        f"<section><h2>Notes</h2><ul>{''.join(f'<li>{text_of(n)}</li>' for n in notes)}</ul></section>" if notes else ""
     )
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """Anybody's text, as a page may hold it: what is markup in it, or can't be seen, is written out."""
     return escape(visible(str(value)))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], wrap: int | None = None) -> str:
-    head = "".join(f'<th scope="col">{_text(h)}</th>' for h in heads)
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], wrap: int | None = None) -> str:
+    """Cells are markup; those of column `wrap` may break into lines."""
+    head = "".join(f'<th scope="col">{text_of(h)}</th>' for h in heads)
     body = "".join(
         "<tr>" + "".join(f"<td{' class=wrap' if i == wrap else ''}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(heads[0])}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{text_of(heads[0])}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str, value: float | None) -> str:
