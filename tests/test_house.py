@@ -26,7 +26,7 @@ LEVELS = [
     {"adapters", "runs"},
     {"planning"},
     {"engine"},
-    {"lineage", "doctor"},
+    {"lineage", "doctor", "diagnosis"},
     {"training", "evaluation"},
     {"search"},
     {"reports"},

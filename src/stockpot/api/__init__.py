@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stockpot.api.measuring import Evaluation, evaluate
     from stockpot.api.merging import MergeResult, Options, merge, plan
     from stockpot.api.modules import merge_modules
+    from stockpot.api.multitask import make_masks, open_task, restore_task
     from stockpot.api.pages import path, report
     from stockpot.api.release import gate
     from stockpot.api.searching import Sweep, sweep
@@ -42,17 +43,20 @@ _WHERE = {
     "gate": "stockpot.api.release",
     "inspect": "stockpot.api.looking",
     "load_recipe": "stockpot.recipes",
+    "make_masks": "stockpot.api.multitask",
     "merge": "stockpot.api.merging",
     "merge_modules": "stockpot.api.modules",
     "methods": "stockpot.methods",
     "metric_weights": "stockpot.runs",
     "open_checkpoint": "stockpot.checkpoints",
     "open_run": "stockpot.runs",
+    "open_task": "stockpot.api.multitask",
     "parse_name": "stockpot.runs",
     "path": "stockpot.api.pages",
     "plan": "stockpot.api.merging",
     "report": "stockpot.api.pages",
     "resolve_soup": "stockpot.runs",
+    "restore_task": "stockpot.api.multitask",
     "soup": "stockpot.api.soups",
     "soup_recipe": "stockpot.api.soups",
     "sweep": "stockpot.api.searching",
@@ -79,17 +83,20 @@ __all__ = [
     "gate",
     "inspect",
     "load_recipe",
+    "make_masks",
     "merge",
     "merge_modules",
     "methods",
     "metric_weights",
     "open_checkpoint",
     "open_run",
+    "open_task",
     "parse_name",
     "path",
     "plan",
     "report",
     "resolve_soup",
+    "restore_task",
     "soup",
     "soup_recipe",
     "sweep",

@@ -17,6 +17,7 @@ from stockpot.cli.boundary import boundary
 from stockpot.cli.diagnose import diagnose
 from stockpot.cli.evidence import register, release_of
 from stockpot.cli.groups import grouped
+from stockpot.cli.masks import masks
 from stockpot.cli.options import AsJson, Compat, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
 from stockpot.cli.soup import run_app, soup
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(run_app)
 app.command()(soup)
 app.command()(diagnose)
+app.command()(masks)
 register(app)
 
 
