@@ -55,7 +55,12 @@ MORE: dict[str, tuple[bool, int, str, str]] = {
     "warp": (True, 9, "", ""),
     "lm_cocktail": (False, 9, "loss: 1.0", ""),
 }
-_NAMES = {"ties_paper": "ties", "model_stock_rows": "model_stock", "nuslerp_rows": "nuslerp", "nuslerp_columns": "nuslerp"}
+_NAMES = {
+    "ties_paper": "ties",
+    "model_stock_rows": "model_stock",
+    "nuslerp_rows": "nuslerp",
+    "nuslerp_columns": "nuslerp",
+}
 _NAMES |= {"slerp_rows": "slerp"}
 
 

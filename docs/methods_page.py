@@ -75,7 +75,9 @@ def _more(method: Method) -> str:
         )
         out.append(f" For tensors of the kinds {', '.join(method.applies)}; others get {rest}.")
     if method.reproducible == "machine":
-        out.append(" Rests on a library (linear algebra, exponentials), so that its last bits may differ from machine to machine.")
+        out.append(
+            " Rests on a library (linear algebra, exponentials): its last bits may differ from machine to machine."
+        )
     if method.ordered:
         out.append(" The order of the models matters.")
     if method.experimental:

@@ -6,12 +6,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from stockpot.checkpoints.checkpoint import Checkpoint
-from stockpot.errors import ArgumentError, CheckpointError, MismatchError
+from stockpot.errors import ArgumentError, CheckpointError, MismatchError, RecipeError, StockpotError
 from stockpot.files import is_url, read_json, without_file_scheme
+from stockpot.methods.code import load_method_file, names_file
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Plan
 from stockpot.planning.planner import DEFAULT_SHARD_SIZE, build_plan
@@ -47,6 +48,7 @@ class Options:
     shard_size  bytes of tensor data in a file, at most
     seed        of random masks
     allow_nonfinite  publish although an input or the output holds NaN or infinities
+    allow_code  run the files that a recipe's `merge_method: FILE.py:FUNCTION` names
     """
 
     device: str = "cpu"
@@ -55,6 +57,7 @@ class Options:
     shard_size: int | str = DEFAULT_SHARD_SIZE
     seed: int = 0
     allow_nonfinite: bool = False
+    allow_code: bool = False
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -104,8 +107,9 @@ def plan(
     Raises StockpotError with every problem found.
     """
     chosen = options or Options()
-    return build_plan(
-        load_recipe(recipe),
+    asked, notes = with_code(load_recipe(recipe), allowed=chosen.allow_code)
+    planned = build_plan(
+        asked,
         shard_size=parse_size(chosen.shard_size),
         max_memory=None if chosen.max_memory is None else parse_size(chosen.max_memory),
         threads=chosen.threads,
@@ -113,6 +117,39 @@ def plan(
         sources=sources,
         run=run,
     )
+    return replace(planned, notes=(*planned.notes, *notes)) if notes else planned
+
+
+def with_code(recipe: Recipe, *, allowed: bool) -> tuple[Recipe, list[str]]:
+    """(the recipe with the methods of its files loaded, notes of them). Raises RecipeError where code is not allowed."""
+    folder = os.path.dirname(os.path.abspath(recipe.origin)) if os.path.isfile(recipe.origin) else os.getcwd()
+    notes: list[str] = []
+
+    def loaded(name: str, line: int) -> str:
+        if not names_file(name):
+            return name
+        try:
+            if not allowed:
+                raise RecipeError(
+                    f"merge_method {name!r} is code in a file, which is run only with --allow-code (Options(allow_code=True)): "
+                    "use it for files whose author you trust"
+                )
+            method, note = load_method_file(name, folder)
+        except StockpotError as e:
+            raise e.within(recipe.at(line)) from e.__cause__
+        notes.append(note)
+        return method.name
+
+    main = loaded(recipe.merge_method, recipe.lines.get("merge_method", 1))
+    rules = tuple(
+        replace(r, merge_method=loaded(r.merge_method, r.line)) if r.merge_method else r for r in recipe.rules
+    )
+    steps = []
+    for step in recipe.steps:
+        made, more = with_code(step, allowed=allowed)
+        steps.append(made)
+        notes += more
+    return replace(recipe, merge_method=main, rules=rules, steps=tuple(steps)), notes
 
 
 def merge(

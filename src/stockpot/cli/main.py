@@ -18,7 +18,19 @@ from stockpot.cli.diagnose import diagnose
 from stockpot.cli.evidence import register, release_of
 from stockpot.cli.groups import grouped
 from stockpot.cli.masks import masks
-from stockpot.cli.options import AsJson, Compat, Engine, MaxMemory, Out, Publishing, Seed, ShardSize, Shown, Threads
+from stockpot.cli.options import (
+    AllowCode,
+    AsJson,
+    Compat,
+    Engine,
+    MaxMemory,
+    Out,
+    Publishing,
+    Seed,
+    ShardSize,
+    Shown,
+    Threads,
+)
 from stockpot.cli.soup import run_app, soup
 
 __all__ = ["app", "main"]
@@ -101,6 +113,7 @@ def plan(
     max_memory: MaxMemory = "512MiB",
     shard_size: ShardSize = "5GB",
     compat: Compat = None,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what RECIPE would read, write and hold in memory, or every problem that headers can show."""
@@ -108,7 +121,7 @@ def plan(
     from stockpot.cli.show import show_plan
     from stockpot.recipes import load_as_mergekit
 
-    options = Options(threads=threads, max_memory=max_memory, shard_size=shard_size)
+    options = Options(threads=threads, max_memory=max_memory, shard_size=shard_size, allow_code=allow_code)
     show_plan(plan(load_as_mergekit(recipe) if compat else recipe, options), as_json=as_json)
 
 

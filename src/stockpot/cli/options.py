@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stockpot.api import Options
 
 __all__ = [
+    "AllowCode",
     "AllowNonfinite",
     "AsJson",
     "Compat",
@@ -67,6 +68,9 @@ Compat = Annotated[
         callback=_compat, metavar="mergekit", help="Read RECIPE as mergekit does (as `compat: mergekit` in it)."
     ),
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the files that `merge_method: FILE.py:FUNCTION` names.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")]
 Gates = Annotated[
@@ -86,12 +90,19 @@ class Engine:
     shard_size: ShardSize = "5GB"
     overwrite: Overwrite = False
     allow_nonfinite: AllowNonfinite = False
+    allow_code: AllowCode = False
 
     def options(self, seed: int = 0) -> Options:
         from stockpot.api.merging import Options
 
         return Options(
-            self.device, self.threads, self.max_memory, self.shard_size, seed, allow_nonfinite=self.allow_nonfinite
+            self.device,
+            self.threads,
+            self.max_memory,
+            self.shard_size,
+            seed,
+            allow_nonfinite=self.allow_nonfinite,
+            allow_code=self.allow_code,
         )
 
 

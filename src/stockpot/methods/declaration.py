@@ -16,6 +16,7 @@ beside its parameters,
 from __future__ import annotations
 
 import enum
+import hashlib
 import importlib
 import inspect
 import traceback
@@ -181,6 +182,16 @@ class Method:
         return self.function.__module__.startswith("stockpot.")
 
     @property
+    def code(self) -> str:
+        """SHA-256 of the file that declares it, hexadecimal; "" where there is none, as in a notebook."""
+        try:
+            file = inspect.getsourcefile(self.function)
+            with open(file or "", "rb") as f:
+                return hashlib.sha256(f.read()).hexdigest()
+        except (OSError, TypeError):
+            return ""
+
+    @property
     def dialects(self) -> tuple[str, ...]:
         """The named readings of the formula, the default first."""
         dialect = self.parameters.get("dialect")
@@ -342,7 +353,10 @@ def method(
 def _restored(module: str, name: str, space: str, scope: str) -> Method:
     """A pickled method: its module declares it where it is read."""
     if name not in _REGISTRY:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            raise MethodError(f"the code of method {name!r} is not here ({e}): plan the recipe on this machine") from e
     found = _REGISTRY[name]
     if found.space.value != space:
         found = found.without_base()

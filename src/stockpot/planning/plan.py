@@ -256,6 +256,9 @@ class Plan:
             digest.update(model.checkpoint.made.encode())
         if self.soup is not None:
             digest.update(json.dumps(self.soup.to_dict(), sort_keys=True).encode())
+        for group in self.groups:
+            if not group.method.builtin:
+                digest.update(f"{group.method.name} {group.method.code}\n".encode())
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
         return digest.hexdigest()
