@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stockpot.cli.show import default_text
 from stockpot.methods import Example, Method, methods
+from stockpot.methods.finding import passes_of, traits
 
 HEAD = """# Methods
 
@@ -17,20 +18,26 @@ Notation: `m` models, deltas are model minus base, `[m, *block]` is a block of e
 *for each model* may stand on a model, on a slice or at the top; all may be a number, a gradient over the layers or a choice
 by tensor name (see [Recipes](recipes.md)).
 
-## Who computes what under the same name
+`stockpot methods spherical` (or `two models`, `needs a base`, `random`, an arXiv id, any word of this page's table) finds those that
+fit. Who computes what under the same name: [Dialects](dialects.md).
 
-| | default here | mergekit 0.1.5 | PEFT | papers' code |
-|---|---|---|---|---|
-| TIES cutoff | each tensor; whole model with `dialect: paper` | each tensor | each tensor | whole model |
-| TIES kept | int(density x n), at least 1, and ties at the cutoff | same, ties broken at will | int(density x n) | one more |
-| TIES election | on weighted deltas; unweighted with `peft` | weighted | unweighted | no weights |
-| TIES divisor | agreeing weight; agreeing count with `peft` | agreeing weight | agreeing count | agreeing count |
-| TIES exactly zero sum | positive; the model's majority sign with `paper` | positive | positive | majority sign |
-| DARE rescale | 1/density; L1 norm restored with `dialect: mergekit` | L1 norm restored | 1/density | 1/density |
-| SLERP, zero or nearly opposite tensors | linear; unguarded with `dialect: mergekit` | unguarded | | |
+Unless a method says otherwise below, all tensors are treated alike, one-dimensional ones, embeddings and heads too, as in mergekit;
+`rules` in a recipe gives any of them other parameters or another method.
 
-`compat: mergekit` in a recipe makes the mergekit dialects the default.
 """
+
+
+FAMILIES_SAY = {
+    "averages": "weighted means of the models",
+    "spherical": "directions and lengths apart: weights from the inner products of the models alone",
+    "task vectors": "sums of changes from a base",
+    "trimmed": "only the elements of each change that matter",
+    "random": "a random part of each change, rescaled",
+    "consensus": "element by element, by how the models agree",
+    "adapters": "LoRA factors, module by module",
+    "layers": "layers stacked, copied, filled in",
+}
+FAMILIES = list(FAMILIES_SAY)
 
 
 SEES = {
@@ -43,16 +50,24 @@ SEES = {
 def render() -> str:
     """The page."""
     parts = [HEAD]
-    for method in methods().values():
-        if not method.builtin:
-            continue
+    found = [m for m in methods().values() if m.builtin]
+    for family in dict.fromkeys(m.family for m in sorted(found, key=lambda m: FAMILIES.index(m.family))):
+        parts.append(f"**{family}**: {FAMILIES_SAY[family]}\n\n| method | | |\n|---|---|---|")
+        for m in found:
+            if m.family == family:
+                said = [t for t in traits(m)[1:] if not t.startswith("dialects")]
+                parts.append(f"| [`{m.name}`](#{m.name}) | {m.summary.replace('|', chr(92) + '|')} | {', '.join(said)} |")
+        parts.append("")
+    for method in found:
         low, high = method.models
         count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         doc = (inspect.getdoc(method.function) or "").split("\n", 1)
         parts.append(f"## {method.name}\n\n{doc[0]}\n")
         space = "deltas, or on weights where there is no base" if method.base_optional else SEES[method.space.value]
+        fewest, most = passes_of(method)
+        passes = "once" if most == 1 else f"{fewest} times" if fewest == most else f"{fewest} to {most} times"
         source = f" Source: {method.cite}." if method.cite else ""
-        parts.append(f"Works on {space}; models: {count}.{source}{_more(method)}\n")
+        parts.append(f"Works on {space}; models: {count}; reads its inputs {passes}.{source}{_more(method)}\n")
         parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")
         for p in method.parameters.values():
             kind = p.kind.describe().replace("|", "\\|")
@@ -81,7 +96,7 @@ def _more(method: Method) -> str:
     if method.ordered:
         out.append(" The order of the models matters.")
     if method.experimental:
-        out.append(" Experimental.")
+        out.append(" Experimental: rebuilt from the paper, no public code confirms it.")
     return "".join(out)
 
 

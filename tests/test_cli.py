@@ -76,6 +76,35 @@ def test_version_help_and_methods() -> None:
         assert "Usage" in cli(command, "--help").stdout
     assert "elect a sign" in cli("methods").stdout
     assert "arXiv:2306.01708" in cli("methods", "ties").stdout
+    assert "reads its inputs 2 times" in cli("methods", "slerp").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["spherical"], {"karcher", "model_stock", "multislerp", "nuslerp", "slerp", "warp"}),
+        (["Spherical", "needs", "a", "base"], {"model_stock", "warp"}),
+        (["two", "models"], {"arcee_fusion", "model_stock", "nuslerp", "slerp", "wise_ft"}),
+        (["random"], {"dare_linear", "dare_ties", "della", "della_linear"}),
+        (["dare"], {"dare_linear", "dare_ties"}),
+        (["2406.16768"], {"warp"}),
+        (["experimental"], {"warp"}),
+        (["LoRA", "factors"], {"evo_asymmetric", "product", "product_svd"}),
+        (["companion"], {"fisher", "ota"}),
+        (["keeps autograd"], {"linear", "passthrough", "task_arithmetic", "wise_ft"}),
+    ],
+)
+def test_methods_are_found_by_what_is_said_of_them(words: list[str], names: set[str]) -> None:
+    found = json.loads(cli("methods", *words, "--json").stdout)
+    assert {m["name"] for m in found} == names
+    assert all(m["name"] in cli("methods", *words).stdout for m in found)
+
+
+def test_what_is_said_of_no_method_names_what_is_said() -> None:
+    done = cli("methods", "quantum")
+    assert done.returncode == 2
+    assert "unknown merge method 'quantum'; nor is it said of any: " in done.stderr
+    assert "spherical" in done.stderr
 
 
 CODES: dict[str, tuple[list[str], int, str]] = {

@@ -123,6 +123,7 @@ CASES = {
         "odd": {"density": [0.3, 0.71, 0.0], "weight": [0.3, 1.0, 0.5], "normalize": True, "scale": 1.5},
         "unscaled": {"density": 0.4, "rescale": False},
     },
+    "lm_cocktail": {"losses": {"loss": [0.5, 2.0, 9.0]}, "resilient": {"loss": [0.5, 2.0, 9.0], "alpha": 0.4}},
     "passthrough": {"plain": {}, "scaled": {"scale": 0.5}},
 }
 

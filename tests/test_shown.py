@@ -21,7 +21,7 @@ from stockpot.cli.show import print_table
 from stockpot.engine.verify import compare
 from stockpot.errors import StockpotError, VerificationError, brief, few_of, visible, visible_json
 from stockpot.lineage import damage, read_lineage
-from stockpot.reports.page import _document, _gates, _lineage
+from stockpot.reports.page import _gates, _lineage, document
 
 from helpers import cli, write_model
 
@@ -150,7 +150,7 @@ def test_the_page_escapes_everything() -> None:
         "created": bad,
         "platform": bad,
     }
-    page = _document(bad, bad, [_gates(verdict), _lineage(lineage)], [(bad, "text/csv", b"x")], {bad: bad})
+    page = document(bad, bad, [_gates(verdict), _lineage(lineage)], [(bad, "text/csv", b"x")], {bad: bad})
     tags = Tags()
     tags.feed(page)
     assert not SEEN.search(page)

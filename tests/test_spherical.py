@@ -190,8 +190,6 @@ def test_nuslerp_at_its_limits() -> None:
     for weight in ([1, -1], [0, 0], [2, -1]):
         with pytest.raises(stockpot.StockpotError, match="expected none below zero"):
             nuslerp([one, side], weight=weight)
-    with pytest.raises(stockpot.StockpotError, match="coming feature; true takes each tensor as one vector"):
-        nuslerp([one, side], nuslerp_flatten=False)
 
 
 @pytest.mark.parametrize("weight", [[1, 1, 1], [0.2, 3, 1], [2, -0.5, 1]])
@@ -247,7 +245,7 @@ def test_recipes_of_mergekit(tmp_path: Any, family: Any) -> None:
     for text, dialect in (
         (f"merge_method: model_stock\nbase_model: {base}\nmodels: [{a}, {b}]\n", "stockpot"),
         (f"merge_method: model_stock\nbase_model: {base}\nmodels: [{a}, {b}]\ncompat: mergekit\n", "mergekit"),
-        (f"merge_method: karcher\nmodels: [{a}, {b}]\nparameters: {{max_iter: 10, tol: 1e-5}}\n", None),
+        (f"merge_method: karcher\nmodels: [{a}, {b}]\nparameters: {{max_iter: 10, tol: 1e-5}}\n", "stockpot"),
         (f"merge_method: nuslerp\nmodels: [{a}, {b}]\nparameters: {{weight: 0.5}}\ncompat: mergekit\n", "mergekit"),
         (
             f"merge_method: multislerp\nbase_model: {base}\nmodels: [{a}, {b}]\nparameters: {{weight: 0.5, eps: 1e-8}}\n",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -541,6 +543,35 @@ def test_grids() -> None:
     for bad in ("weight", "weight=", "weight=1:0:1", "weight=0:1:0", "weight=0:1:x", "weight=0:1:1e-9"):
         with pytest.raises(ArgumentError, match="grid"):
             parse_grid([bad])
+
+
+@pytest.mark.parametrize(("models", "parts", "points"), [(2, 10, 11), (3, 4, 15), (3, 10, 66), (4, 5, 56)])
+def test_a_simplex_shares_one_among_the_models(models: int, parts: int, points: int) -> None:
+    recipe = {"merge_method": "linear", "models": [f"m{i}" for i in range(models)]}
+    found = list(grid_candidates(recipe, parse_grid([f"models.weight=simplex:{parts}"])))
+    weights = [tuple(m["parameters"]["weight"] for m in c.recipe["models"]) for c in found]
+    assert len(set(weights)) == len(weights) == points
+    assert len({c.name for c in found}) == points
+    assert all(abs(sum(w) - 1) < 1e-12 and min(w) >= 0 for w in weights)
+    # what is written by hand
+    every = itertools.product(range(parts + 1), repeat=models)
+    assert set(weights) == {tuple(n / parts for n in w) for w in every if sum(w) == parts}
+    assert found[0].settings == {"models.weight": weights[0]}
+
+
+def test_a_simplex_that_has_no_meaning_is_refused() -> None:
+    for bad, why in [("weight=simplex:3", "models.weight=simplex:3"), ("models.weight=simplex", "as simplex:10"),
+                     ("models.weight=simplex:0", "simplex:PARTS"), ("models[0].weight=simplex:2", "all models")]:  # fmt: skip
+        with pytest.raises(ArgumentError, match=re.escape(why)):
+            parse_grid([bad])
+    for recipe, why in [
+        ({"models": ["a"]}, "the recipe lists 1"),
+        ({"models": list("abcdefgh")}, "combinations are more"),
+    ]:
+        with pytest.raises(ArgumentError, match=why):
+            list(grid_candidates({"merge_method": "linear", **recipe}, parse_grid(["models.weight=simplex:100"])))
+    with pytest.raises(ArgumentError, match="did you mean 'weight'"):
+        list(grid_candidates({"merge_method": "linear", "models": ["a", "b"]}, parse_grid(["models.wait=simplex:2"])))
 
 
 def test_a_grid_over_a_recipe_of_full_models(family32: Path, tmp_path: Path) -> None:

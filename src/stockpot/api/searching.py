@@ -14,10 +14,12 @@ from stockpot.api.release import lineage_of, release_check
 from stockpot.errors import ArgumentError, GateError, OutputError
 from stockpot.evaluation.gates import Verdict
 from stockpot.evaluation.suite import Suite
+from stockpot.methods.code import names_file
 from stockpot.planning.inputs import located
 from stockpot.recipes.parsing import load_recipe
 from stockpot.runs import Run, open_run
 from stockpot.search import SweepOptions, SweepResult
+from stockpot.search.grid import Simplex
 from stockpot.search.store import ScoreStore
 from stockpot.search.sweep import Shown, SweepJob, run_sweep
 
@@ -38,7 +40,8 @@ class Sweep:
 def sweep(
     run: Run | str | os.PathLike[str] | None, out: str | os.PathLike[str], suite: SuiteLike,
     options: SweepOptions | None = None, *,
-    recipe: Any = None, grid: Mapping[str, Sequence[Any]] | None = None, base: str | None = None, device: str | None = None,
+    recipe: Any = None, grid: Mapping[str, Sequence[Any] | Simplex] | None = None, base: str | None = None,
+    device: str | None = None,
     jobs: int = 1, publish: bool = True, force: bool = False, retry_failed: bool = False, shown: Shown | None = None,
 ) -> Sweep:  # fmt: skip
     """Search merges of a run's snapshots, or a grid over a recipe, and publish the best as OUT/best with a report.
@@ -86,6 +89,12 @@ def _plain_recipe(recipe: Any) -> dict[str, Any]:
     parsed = load_recipe(recipe)
     if parsed.steps:
         raise ArgumentError("recipe: several steps can't be swept; merge the earlier ones first")
+    for name in (parsed.merge_method, *(r.merge_method for r in parsed.rules if r.merge_method)):
+        if names_file(name):
+            raise ArgumentError(
+                f"recipe: merge_method {name!r}: a sweep scores in processes of its own, which know methods of installed packages "
+                "(entry point stockpot.methods) only"
+            )
     plan(parsed)  # every mistake in it, before the grid
     return located(parsed)
 

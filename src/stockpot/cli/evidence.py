@@ -159,7 +159,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUES",
-            help="weight=0.2:0.8:0.2 or density=0.3,0.5; models[0].weight, run.penalty. May be repeated.",
+            help="weight=0.2:0.8:0.2 or density=0.3,0.5; models[0].weight, run.penalty; models.weight=simplex:10. "
+            "May be repeated.",
         ),
     ] = None,
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Don't merge the winner into OUT/best.")] = False,

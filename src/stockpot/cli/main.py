@@ -160,16 +160,16 @@ def verify(
 @app.command()
 @boundary
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="One method, in full.")] = None,  # noqa: UP045
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="One method's name, or what is searched: spherical, two models, needs a base, random, ..."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the merge methods, or describe one with its parameters."""
-    from stockpot.cli.show import show_method, show_methods
+    """List the merge methods, describe one with its parameters, or find those that fit."""
+    from stockpot.cli.show import show_methods
 
-    if name is None:
-        show_methods(as_json=as_json)
-    else:
-        show_method(name, as_json=as_json)
+    show_methods(words or [], as_json=as_json)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stockpot.cli.terminal import console, print_json, say, tell
@@ -19,7 +19,6 @@ __all__ = [
     "show_checkpoint",
     "show_doctor",
     "show_merge",
-    "show_method",
     "show_methods",
     "show_notes",
     "show_plan",
@@ -214,9 +213,14 @@ def show_verified(out: str, lineage: Mapping[str, Any], *, as_json: bool) -> Non
 
 
 def _method_row(method: Any) -> dict[str, Any]:
+    from stockpot.methods.finding import passes_of, traits
+
     return {
         "name": method.name,
         "summary": method.summary,
+        "family": method.family,
+        "traits": list(traits(method)),
+        "passes": list(passes_of(method)),
         "space": method.space.value,
         "base_optional": method.base_optional,
         "scope": method.scope.value,
@@ -254,18 +258,26 @@ def default_text(parameter: Any) -> str:
     return str(parameter.default).lower() if isinstance(parameter.default, bool) else str(parameter.default)
 
 
-def show_methods(*, as_json: bool) -> None:
+def show_methods(words: Sequence[str], *, as_json: bool) -> None:
+    """All methods, one in full, or those of which all the words are said."""
     from stockpot.methods import methods
+    from stockpot.methods.finding import find_methods
 
-    found = methods().values()
+    known = methods()
+    if len(words) == 1 and words[0] in known:
+        _show_method(words[0], as_json=as_json)
+        return
+    found = find_methods(words) if words else list(known.values())
     if as_json:
         print_json([_method_row(m) for m in found])
         return
-    print_table("", ("method", "works on", "what it does"), ((m.name, m.space.value, m.summary) for m in found))
+    rows = [(m.name, m.family or "of your own", m.space.value, m.summary) for m in found]
+    print_table("", ("method", "family", "works on", "what it does"), rows)
 
 
-def show_method(name: str, *, as_json: bool) -> None:
+def _show_method(name: str, *, as_json: bool) -> None:
     from stockpot.methods import get_method
+    from stockpot.methods.finding import passes_of, traits
 
     method = get_method(name)
     if as_json:
@@ -277,6 +289,11 @@ def show_method(name: str, *, as_json: bool) -> None:
     sees = {"delta": "deltas (a base is needed)", "weight": "weights", "factors": "the factors of LoRA adapters"}
     works_on = "deltas, or weights where there is no base" if method.base_optional else sees[method.space.value]
     say(f"works on {works_on}; models: {count}")
+    fewest, most = passes_of(method)
+    passes = (
+        "once" if most == 1 else f"{fewest} times" if fewest == most else f"{fewest} to {most} times, by its parameters"
+    )
+    say(f"{', '.join(traits(method))}; reads its inputs {passes}")
     if method.cite:
         say(f"source: {method.cite}")
     say()

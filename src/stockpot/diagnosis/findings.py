@@ -117,13 +117,17 @@ def _directions(d: Diagnosis, total: Measured) -> list[Finding]:
     for i, j in itertools.combinations(range(len(d.models)), 2):
         cosine = total.cosine(i, j)
         if cosine is not None and cosine < limit("opposed"):
-            why = f"{d.models[i]} and {d.models[j]} undo one another: their deltas have cosine {cosine:.2f}"
+            why = f"{d.models[i]} and {d.models[j]} undo one another: their deltas have cosine {_said(cosine)}"
             out.append(Finding("warn", why, "opposed"))
     rate = total.conflict_rate
     if rate is not None and rate > limit("conflict") * total.conflict_of_chance:
         why = f"signs conflict in {rate:.0%} of the elements that several models change"
         out.append(Finding("note", why, "conflict"))
     return out
+
+
+def _said(cosine: float) -> str:
+    return f"{round(cosine, 2) + 0.0:.2f}"  # never -0.00
 
 
 def _mean_cosine(total: Measured) -> float | None:
@@ -147,7 +151,7 @@ def _advice(d: Diagnosis, total: Measured) -> list[Advice]:
         say("wise_ft nearswap arcee_fusion slerp", True, "one model beside its base")
     cosine, rate = _mean_cosine(total), total.conflict_rate
     if cosine is not None:
-        why = f"deltas have a mean cosine of {cosine:.2f}"
+        why = f"deltas have a mean cosine of {_said(cosine)}"
         if cosine > limit("alike"):
             say("linear model_stock karcher multislerp", True, f"{why}: runs of one task average well", "alike")
             say(

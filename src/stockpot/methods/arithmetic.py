@@ -23,6 +23,7 @@ def _form(weight: tuple[float, ...], scale: float, normalize: bool) -> Form:
 
 
 @method(
+    family="task vectors",
     space=Space.DELTA,
     models=(1, None),
     cite="arXiv:2212.04089",

@@ -39,6 +39,7 @@ def _form(weight: tuple[float, ...], normalize: bool) -> Form:
 
 
 @method(
+    family="averages",
     space=Space.WEIGHT,
     models=(1, None),
     average=True,
@@ -68,6 +69,7 @@ def linear(
 
 
 @method(
+    family="layers",
     space=Space.WEIGHT,
     models=(1, 1),
     base_role="copied",
@@ -106,6 +108,7 @@ def _cocktail_check(params: Mapping[str, Any]) -> str | None:
 
 
 @method(
+    family="averages",
     space=Space.WEIGHT,
     models=(1, None),
     neutral={"loss": 1.0},
@@ -140,6 +143,7 @@ def lm_cocktail(
 
 
 @method(
+    family="layers",
     space=Space.WEIGHT,
     models=(1, 2),
     neutral={},

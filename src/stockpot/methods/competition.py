@@ -98,6 +98,7 @@ def _scale(delta: Any, ends: Any, scores: Any, dialect: str) -> Any:
 
 
 @method(
+    family="trimmed",
     space=Space.DELTA,
     models=(1, None),
     stats=(

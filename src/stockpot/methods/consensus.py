@@ -33,6 +33,7 @@ def _agreed(delta: Any, merged: Any, threshold: Sequence[float], least: int) -> 
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     cite="arXiv:2405.07813",
@@ -70,6 +71,7 @@ def _signs(delta: Any, *, cutoff: Any, **_: Any) -> Any:
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     stats=(Rank("density", over="model"), SignSum("majority", of=_signs, over="model")),
@@ -126,6 +128,7 @@ def elected_largest(delta: Any) -> Any:
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     cite="arXiv:2405.17461",

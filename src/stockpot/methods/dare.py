@@ -73,6 +73,7 @@ def _election(normalize: bool) -> Election:
 
 
 @method(
+    family="random",
     space=Space.DELTA,
     models=(1, None),
     stats=NORMS,
@@ -113,6 +114,7 @@ def dare_linear(
 
 
 @method(
+    family="random",
     space=Space.DELTA,
     models=(1, None),
     stats=NORMS,

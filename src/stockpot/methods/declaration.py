@@ -121,6 +121,7 @@ class Method:
     ranks         in FACTORS space the rank of a result: (ranks of the models, (out, in), parameters) -> int
     sees          (parameters) -> the scope with these parameters, where they decide it; `scope` is then that of the defaults
     differentiable  whether the function takes tensors of torch too, for its block and its parameters, and keeps their graph
+    family        what it is listed under: "averages", "trimmed", ...
     neutral       the parameters, beside the defaults, with which one model merges to itself; None: there are none
     """
 
@@ -152,6 +153,7 @@ class Method:
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None
     sees: Callable[[Mapping[str, Any]], Scope] | None = None
     differentiable: bool = False
+    family: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.function.__module__, self.name, self.space.value, self.scope.value)
@@ -302,6 +304,7 @@ def method(
     ranks: Callable[[Sequence[int], tuple[int, int], Mapping[str, Any]], int] | None = None,
     sees: Callable[[Mapping[str, Any]], Scope] | None = None,
     differentiable: bool = False,
+    family: str = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Declare and register a merge method; see the module's docstring and `docs/extending.md`.
 
@@ -340,6 +343,7 @@ def method(
             ranks=ranks,
             sees=sees,
             differentiable=differentiable,
+            family=family,
         )
         check_declaration(made, ROLES)
         if made.name in _REGISTRY:

@@ -42,6 +42,7 @@ _FIRST, _SECOND = (1.0, [[1, -3, 2, 0.5]], [[1], [2]]), (1.0, [[0, 1, 1, -2]], [
 
 
 @method(
+    family="adapters",
     space=Space.FACTORS,
     cite="arXiv:2509.12951",
     ranks=_rank,

@@ -33,6 +33,7 @@ def _check(params: Mapping[str, Any]) -> str | None:
 
 
 @method(
+    family="averages",
     space=Space.WEIGHT,
     companions=(Companion("fisher", "the diagonal of its Fisher information"),),
     stats=(Total("squares", of=_squares_and_count, over="model", when=_normalises),),

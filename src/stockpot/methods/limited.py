@@ -17,6 +17,7 @@ _NEAR = 1e-6
 
 
 @method(
+    family="task vectors",
     space=Space.DELTA,
     models=(1, 1),
     cite="mergekit (no paper)",
@@ -45,6 +46,7 @@ def nearswap(delta: Any, *, t: Annotated[float, Real(0)]) -> Any:
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     cite="arXiv:2601.13572",
@@ -96,6 +98,7 @@ _RAM = [[0.1, 0.2, 0, 0.3], [0.3, 0, 0.5, -0.1]]
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     stats=(Total("overlap", of=_shared_and_unique, over=_plus_extent),),
@@ -140,6 +143,7 @@ def ramplus_tl(
 
 
 @method(
+    family="consensus",
     space=Space.DELTA,
     models=(1, None),
     cite="arXiv:2407.06322",

@@ -36,6 +36,7 @@ _MOMENTS = {"moment": [[1e-4, 4e-4], [9e-4, 1e-4]]}
 
 
 @method(
+    family="averages",
     space=Space.DELTA,
     models=(1, None),
     companions=(Companion("moment", "Adam's second moments (exp_avg_sq)"),),

@@ -32,6 +32,7 @@ def _sum(factors: Sequence[Factors], weight: tuple[float, ...]) -> tuple[Any, An
 
 
 @method(
+    family="adapters",
     space=Space.FACTORS,
     average=True,
     neutral={},
@@ -62,6 +63,7 @@ def product(
 
 
 @method(
+    family="adapters",
     space=Space.FACTORS,
     average=True,
     neutral={"rank": 1000},

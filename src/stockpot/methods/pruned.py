@@ -132,6 +132,7 @@ _HALF = {"density": 0.5, "gamma": 0.25}
 
 
 @method(
+    family="trimmed",
     space=Space.DELTA,
     sees=_scope,
     models=(1, None),
@@ -194,6 +195,7 @@ def breadcrumbs(
 
 
 @method(
+    family="trimmed",
     space=Space.DELTA,
     sees=_scope,
     models=(1, None),
@@ -327,6 +329,7 @@ def _della(delta: Any, uniform: Any, norms: Any, density: Any, epsilon: Any, res
 
 
 @method(
+    family="random",
     space=Space.DELTA,
     scope=Scope.ROW,
     models=(1, None),
@@ -369,6 +372,7 @@ def della_linear(
 
 
 @method(
+    family="random",
     space=Space.DELTA,
     scope=Scope.ROW,
     models=(1, None),

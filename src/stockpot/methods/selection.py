@@ -92,6 +92,7 @@ _TINY = [[x * 1e-3 for x in row] for row in _T]
 
 
 @method(
+    family="trimmed",
     space=Space.DELTA,
     models=(1, None),
     stats=(
@@ -213,6 +214,7 @@ def _three(models: Any, **keywords: Any) -> Any:
 
 
 @method(
+    family="task vectors",
     space=Space.WEIGHT,
     scope=Scope.ROW,
     models=(2, 2),

@@ -101,6 +101,7 @@ def _form(gram: Any, t: float, over: str, dialect: str) -> Form:
 
 
 @method(
+    family="spherical",
     space=Space.WEIGHT,
     models=(2, 2),
     sees=_slerp_scope,
@@ -209,6 +210,7 @@ def _karcher_check(params: Any) -> str | None:
 
 
 @method(
+    family="spherical",
     space=Space.WEIGHT,
     models=(1, None),
     stats=(Gram(),),
@@ -304,6 +306,7 @@ def _stock_scope(params: Mapping[str, Any]) -> Scope:
 
 
 @method(
+    family="spherical",
     space=Space.DELTA,
     models=(2, None),
     sees=_stock_scope,
@@ -354,6 +357,7 @@ def model_stock(
 
 
 @method(
+    family="averages",
     space=Space.WEIGHT,
     models=(2, 2),
     base_role="first",
@@ -462,6 +466,7 @@ _A, _B = [[3, 0], [1, 2]], [[0, 4], [2, 1]]
 
 
 @method(
+    family="spherical",
     space=Space.DELTA,
     base_optional=True,
     models=(2, 2),
@@ -543,10 +548,12 @@ def warp_weights(gram: Any, t: float, eta: float) -> tuple[float, ...]:
 
 
 @method(
+    family="spherical",
     space=Space.DELTA,
     models=(1, None),
     stats=(Gram(over="layer"),),
     ordered=True,
+    experimental=True,
     cite="arXiv:2406.16768",
     form=lambda gram, t, eta: Form(warp_weights(gram, t, eta)),
     neutral={"eta": 1.0},
@@ -608,6 +615,7 @@ def _multislerp_check(params: Any) -> str | None:
 
 
 @method(
+    family="spherical",
     space=Space.DELTA,
     base_optional=True,
     models=(1, None),

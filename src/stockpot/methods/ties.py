@@ -120,6 +120,7 @@ def _form(
 
 
 @method(
+    family="trimmed",
     space=Space.DELTA,
     models=(1, None),
     stats=(

@@ -1,4 +1,7 @@
-"""Grids over the parameters of any recipe: `weight=0.2:0.8:0.2`, `models[0].weight=0.3,0.7`, `run.penalty=0.5,0.7`."""
+"""Grids over the parameters of any recipe: `weight=0.2:0.8:0.2`, `models[0].weight=0.3,0.7`, `run.penalty=0.5,0.7`.
+
+`models.weight=simplex:10` is the grid of rewarded soups (arXiv 2306.04488): every way to share 1 among the models in tenths.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,41 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stockpot.errors import ArgumentError, nearest
 from stockpot.methods import get_method
 from stockpot.search.candidates import Tried
 
-__all__ = ["grid_candidates", "parse_grid"]
+__all__ = ["Simplex", "grid_candidates", "parse_grid"]
 
 _MAX_POINTS = 10_000
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`KEY=FIRST:LAST:STEP` (both ends included) or `KEY=A,B,C` -> values by key. Raises ArgumentError."""
-    out: dict[str, list[Any]] = {}
+@dataclass(frozen=True)
+class Simplex:
+    """Every way to share 1 among the models in steps of 1 / parts: C(parts + models - 1, models - 1) points, corners included."""
+
+    parts: int
+
+    def count(self, models: int) -> int:
+        return math.comb(self.parts + models - 1, models - 1)
+
+    def points(self, models: int) -> Iterator[tuple[float, ...]]:
+        # the places of models - 1 bars among parts stars
+        for bars in itertools.combinations(range(self.parts + models - 1), models - 1):
+            edges = (-1, *bars, self.parts + models - 1)
+            yield tuple((b - a - 1) / self.parts for a, b in itertools.pairwise(edges))
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any] | Simplex]:
+    """`KEY=FIRST:LAST:STEP` (both ends included), `KEY=A,B,C` or `models.KEY=simplex:PARTS` -> values by key.
+
+    Raises ArgumentError.
+    """
+    out: dict[str, list[Any] | Simplex] = {}
     for text in texts:
         key, sign, values = text.partition("=")
         key = key.strip()
@@ -29,14 +52,29 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise ArgumentError(f"grid: expected KEY=FIRST:LAST:STEP or KEY=A,B,..., got {text!r}")
         if key in out:
             raise ArgumentError(f"grid: {key} is given twice")
+        if values.strip().startswith("simplex"):
+            out[key] = _simplex(text, key, values.strip())
+            continue
         match = _RANGE.fullmatch(values.strip())
         out[key] = (
             _range(text, *match.groups()) if match else [_value(v.strip()) for v in values.split(",") if v.strip()]
         )
-    points = math.prod(len(v) for v in out.values())
+    _few_enough(math.prod(len(v) for v in out.values() if not isinstance(v, Simplex)))
+    return out
+
+
+def _few_enough(points: int) -> None:
     if points > _MAX_POINTS:
         raise ArgumentError(f"grid: {points} combinations are more than {_MAX_POINTS}")
-    return out
+
+
+def _simplex(text: str, key: str, values: str) -> Simplex:
+    match = re.fullmatch(r"simplex:(\d{1,4})", values)
+    if match is None or int(match[1]) < 1:
+        raise ArgumentError(f"grid: expected simplex:PARTS, as simplex:10 for tenths, got {text!r}")
+    if not re.fullmatch(r"models\.\w+", key):
+        raise ArgumentError(f"grid: a simplex shares 1 among all models: models.weight={values}, got {text!r}")
+    return Simplex(int(match[1]))
 
 
 def _range(text: str, first: str, last: str, step: str) -> list[Any]:
@@ -62,17 +100,34 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def grid_candidates(recipe: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Iterator[Tried]:
+def grid_candidates(recipe: Mapping[str, Any], grid: Mapping[str, Sequence[Any] | Simplex]) -> Iterator[Tried]:
     """The recipe with every combination of values. Raises ArgumentError for a key that the recipe has no place for."""
-    for key in grid:
-        _place(copy.deepcopy(dict(recipe)), key)
-    for values in itertools.product(*grid.values()):
+    models = len(recipe.get("models") or [])
+    for key, values in grid.items():
+        for place in _each(key, models) if isinstance(values, Simplex) else [key]:
+            _place(copy.deepcopy(dict(recipe)), place)
+    _few_enough(math.prod(v.count(models) if isinstance(v, Simplex) else len(v) for v in grid.values()))
+    axes = [list(v.points(models)) if isinstance(v, Simplex) else v for v in grid.values()]
+    for chosen in itertools.product(*axes):
         made = copy.deepcopy(dict(recipe))
-        settings = dict(zip(grid, values))
+        settings = dict(zip(grid, chosen))
         for key, value in settings.items():
-            container, name = _place(made, key)
-            container[name] = value
-        yield Tried("_".join(f"{k}-{v}" for k, v in settings.items()) or "recipe", "grid", made, settings)
+            shared = isinstance(grid[key], Simplex)
+            for place, one in zip(_each(key, models), value) if shared else [(key, value)]:
+                container, name = _place(made, place)
+                container[name] = one
+        yield Tried("_".join(f"{k}-{_written(v)}" for k, v in settings.items()) or "recipe", "grid", made, settings)
+
+
+def _each(key: str, models: int) -> list[str]:
+    """`models.weight` -> `models[0].weight`, ..."""
+    if models < 2:
+        raise ArgumentError(f"grid: {key}: a simplex shares 1 among two models or more, the recipe lists {models}")
+    return [f"models[{i}].{key.removeprefix('models.')}" for i in range(models)]
+
+
+def _written(value: Any) -> str:
+    return "-".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
 def _place(recipe: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
@@ -106,6 +161,6 @@ def _settings(owner: dict[str, Any]) -> dict[str, Any]:
 
 def _known(key: str, name: str, parameters: Sequence[str]) -> str:
     if name not in parameters:
-        raise ArgumentError(f"grid: {key}: no such parameter; known are {', '.join(parameters) or 'none'}, models[N].NAME and "
-                            f"run.NAME{nearest(name, parameters)}")  # fmt: skip
+        raise ArgumentError(f"grid: {key}: no such parameter; known are {', '.join(parameters) or 'none'}, models[N].NAME, "
+                            f"models.NAME=simplex:PARTS and run.NAME{nearest(name, parameters)}")  # fmt: skip
     return name

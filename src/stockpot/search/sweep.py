@@ -14,7 +14,7 @@ from stockpot.evaluation.scores import Scores
 from stockpot.evaluation.suite import Suite
 from stockpot.runs import Run
 from stockpot.search.candidates import Tried, single
-from stockpot.search.grid import grid_candidates
+from stockpot.search.grid import Simplex, grid_candidates
 from stockpot.search.options import SweepOptions
 from stockpot.search.result import REFERENCE_STAGES, SweepResult, goodness, make_result, references_of
 from stockpot.search.stages import STAGE_FUNCTIONS, Stage
@@ -39,7 +39,7 @@ class SweepJob:
     run: Run | None = None
     options: SweepOptions = field(default_factory=SweepOptions)
     recipe: Mapping[str, Any] | None = None
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any] | Simplex] = field(default_factory=dict)
     jobs: int = 1
     memory: int | None = None
     retry_failed: bool = False
