@@ -363,3 +363,27 @@ def test_keys_that_are_no_text_and_one_element_of_any_stride() -> None:
     merged = linear(models)
     assert list(merged) == [1, 2]
     assert torch.equal(merged[2], torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.83])
+def test_peft_dialect_is_what_peft_computes(density: float) -> None:
+    merge_utils = pytest.importorskip("peft.utils.merge_utils")
+    generator = torch.Generator().manual_seed(4)
+    deltas = [torch.randn(37, 23, generator=generator) for _ in range(3)]
+    zero = {"w": torch.zeros(37, 23)}
+    given = [{"w": d} for d in deltas]
+    weight = [0.3, 1.0, 0.6]
+    theirs = merge_utils.ties(deltas, torch.tensor(weight), density)
+    ours = ties(given, base=zero, weight=weight, density=density, dialect="peft")["w"]
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    # the others are other methods
+    assert not torch.allclose(ties(given, base=zero, weight=weight, density=density)["w"], theirs, atol=1e-2)
+    # magnitude pruning alone is TIES of one model
+    one = merge_utils.magnitude_prune(deltas, torch.tensor(weight), density)
+    each = [ties([g], base=zero, density=density, dialect="peft")["w"] for g in given]
+    assert torch.allclose(sum(w * e for w, e in zip(weight, each)), one, rtol=1e-6, atol=1e-6)
+    # DARE draws other elements; what is kept is scaled alike, here where nothing is dropped
+    dense = merge_utils.dare_linear(deltas, torch.tensor(weight), 1.0)
+    assert torch.allclose(dare_linear(given, base=zero, weight=weight)["w"], dense, rtol=1e-6, atol=1e-6)
+    ratio = (dare_linear(given[:1], base=zero, density=density)["w"] / deltas[0]).flatten()
+    assert torch.allclose(ratio[ratio != 0], torch.tensor(1 / density))
