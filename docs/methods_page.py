@@ -18,11 +18,11 @@ Notation: `m` models, deltas are model minus base, `[m, *block]` is a block of e
 *for each model* may stand on a model, on a slice or at the top; all may be a number, a gradient over the layers or a choice
 by tensor name (see [Recipes](recipes.md)).
 
-`stockpot methods spherical` (or `two models`, `needs a base`, `random`, an arXiv id, any word of this page's table) finds those that
-fit. Who computes what under the same name: [Dialects](dialects.md).
+`stockpot methods spherical` (or `two models`, `needs a base`, `random`, an arXiv id, any word of this page's tables)
+finds those that fit. Who computes what under the same name: [Dialects](dialects.md).
 
-Unless a method says otherwise below, all tensors are treated alike, one-dimensional ones, embeddings and heads too, as in mergekit;
-`rules` in a recipe gives any of them other parameters or another method.
+Unless a method says otherwise below, all tensors are treated alike, one-dimensional ones, embeddings and heads too,
+as in mergekit; `rules` in a recipe gives any of them other parameters or another method.
 
 """
 
@@ -56,7 +56,9 @@ def render() -> str:
         for m in found:
             if m.family == family:
                 said = [t for t in traits(m)[1:] if not t.startswith("dialects")]
-                parts.append(f"| [`{m.name}`](#{m.name}) | {m.summary.replace('|', chr(92) + '|')} | {', '.join(said)} |")
+                parts.append(
+                    f"| [`{m.name}`](#{m.name}) | {m.summary.replace('|', chr(92) + '|')} | {', '.join(said)} |"
+                )
         parts.append("")
     for method in found:
         low, high = method.models

@@ -152,6 +152,8 @@ def test_rules_and_steps_may_name_files_too(family: Path, recipe: Path, tmp_path
 
 
 def test_a_sweep_says_what_to_do_instead(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "suite.yml").write_text("slices: [{name: x, kind: command, metric: value, direction: max, command: 'echo {split}'}]\n")
+    (tmp_path / "suite.yml").write_text(
+        "slices: [{name: x, kind: command, metric: value, direction: max, command: 'echo {split}'}]\n"
+    )
     with pytest.raises(stockpot.StockpotError, match=r"installed packages \(entry point stockpot.methods\) only"):
         stockpot.sweep(None, tmp_path / "found", tmp_path / "suite.yml", recipe=recipe, grid={"density": [0.5]})

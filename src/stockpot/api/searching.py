@@ -92,8 +92,8 @@ def _plain_recipe(recipe: Any) -> dict[str, Any]:
     for name in (parsed.merge_method, *(r.merge_method for r in parsed.rules if r.merge_method)):
         if names_file(name):
             raise ArgumentError(
-                f"recipe: merge_method {name!r}: a sweep scores in processes of its own, which know methods of installed packages "
-                "(entry point stockpot.methods) only"
+                f"recipe: merge_method {name!r}: a sweep scores in processes of its own, which know methods of installed "
+                "packages (entry point stockpot.methods) only"
             )
     plan(parsed)  # every mistake in it, before the grid
     return located(parsed)

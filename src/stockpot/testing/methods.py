@@ -282,7 +282,9 @@ def _invariance(method: Method, folder: str) -> None:
             stockpot.merge(recipe, out, stockpot.Options(threads=threads, max_memory=memory))
             with open(os.path.join(out, "model.safetensors"), "rb") as f:
                 outs.append(f.read())
-        assert outs[0] == outs[min(1, len(outs) - 1)], f"{method.name} {given}: the bytes depend on the number of threads"
+        assert outs[0] == outs[min(1, len(outs) - 1)], (
+            f"{method.name} {given}: the bytes depend on the number of threads"
+        )
         assert outs[0] == outs[-1], f"{method.name} {given}: the bytes depend on the memory that it may take"
         planned = stockpot.plan(recipe)
         other = replace(planned, budget=replace(planned.budget, chunk=planned.budget.chunk // 4 * 3))
