@@ -342,3 +342,27 @@ def test_masks_are_numpys(density, start):
         stream.fill(mask_key(3, 1, "layer.weight"), density, start, out)
         drawn.append(out)
     assert np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (3, 2), (7, 41), (2, 70_000), (0, 5), (5, 0), (4, 3, 300)])
+def test_ranks_in_rows_are_numpy_s(shape: tuple[int, ...]) -> None:
+    from stockpot.methods.arrays import row_ranks
+
+    assert load_kernels() is not None
+    sizes = np.abs(np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+    for x in (sizes, np.minimum(sizes, 1), np.zeros_like(sizes)):
+        with numpy_only():
+            plain = row_ranks(x)
+        found = row_ranks(x)
+        assert (found.dtype, found.tolist()) == (plain.dtype, plain.tolist())
+        assert plain.tolist() == np.argsort(np.argsort(x, axis=-1, kind="stable"), axis=-1).tolist()
+
+
+@pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (3, 10), (4, 4), (7, 1001), (5, 0), (10**12 + 1, 77)])
+def test_words_of_a_stream_are_numpy_s(start: int, n: int) -> None:
+    key = mask_key(3, 1, "w")
+    compiled = MaskStream().words(key, start, n)
+    with numpy_only():
+        plain = MaskStream().words(key, start, n)
+    assert compiled.tolist() == plain.tolist()
+    assert len(compiled) == n

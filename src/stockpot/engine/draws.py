@@ -66,7 +66,8 @@ def _numbers(declared: Draw, stream: MaskStream, seed: int, segment: Segment, st
         elif wide:
             np.multiply(words >> np.uint64(11), 2.0**-53, out=out[i])
         else:
-            np.multiply(words >> np.uint64(40), np.float32(2.0**-24), out=out[i], casting="unsafe")
+            high = words.view("<u4")[1::2] >> np.uint32(8)  # 24 bits: exact in float32
+            np.multiply(high.view(np.int32), np.float32(2.0**-24), out=out[i], dtype=np.float32, casting="unsafe")
     return out
 
 

@@ -6,12 +6,23 @@ the same bytes whatever its size, on every machine. Whole-matrix methods use `me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stockpot.statistics import magnitude32 as magnitude
 
-__all__ = ["add_rows", "column", "count_rows", "keep_where", "magnitude", "weighted_sum", "weighted_sum_64"]
+__all__ = [
+    "add_rows",
+    "column",
+    "count_rows",
+    "keep_only",
+    "keep_where",
+    "magnitude",
+    "row_ranks",
+    "use_ranker",
+    "weighted_sum",
+    "weighted_sum_64",
+]
 
 
 def add_rows(x: Any) -> Any:
@@ -64,9 +75,48 @@ def keep_where(x: Any, mask: Any) -> Any:
     return kept.view(x.dtype)
 
 
+def keep_only(x: Any, mask: Any) -> None:
+    """`keep_where` into x itself; the mask may have fewer dimensions."""
+    import numpy as np
+
+    bits = np.uint32 if x.dtype == np.float32 else np.uint64
+    words = x.view(bits)
+    np.multiply(words, mask.astype(bits), out=words)
+
+
 def count_rows(mask: Any, like: Any) -> Any:
     """`[m, ...]` booleans -> how many are True down the first axis, in the dtype of `like`."""
     import numpy as np
 
     dtype = np.int8 if len(mask) < 128 else np.int64
     return np.add.reduce(mask.view(np.int8), axis=0, dtype=dtype).astype(like.dtype)
+
+
+#: (sorted keys, ranks to fill): what does a part of row_ranks' work faster, or none
+_ranker: list[Callable[[Any, Any], None]] = []
+
+
+def use_ranker(ranker: Callable[[Any, Any], None] | None) -> None:
+    """Have a part of `row_ranks` done by a compiled function (None: by numpy)."""
+    _ranker[:] = [ranker] if ranker is not None else []
+
+
+def row_ranks(size: Any) -> Any:
+    """`[..., n]` magnitudes, float32 -> uint32: the place of each among its row, from 0; equal ones by their place.
+
+    Magnitude and place in one number of 64 bits: such are sorted several times faster than places by a key.
+    """
+    import numpy as np
+
+    n = size.shape[-1]
+    keys = np.ascontiguousarray(size).view(np.uint32).astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort(axis=-1)
+    ranks = np.empty(size.shape, np.uint32)
+    if _ranker:
+        _ranker[0](keys, ranks)
+    else:
+        places = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+        np.put_along_axis(ranks, places, np.arange(n, dtype=np.uint32), axis=-1)
+    return ranks

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from stockpot.methods.arithmetic import scaled
-from stockpot.methods.arrays import column, keep_where, magnitude, weighted_sum
+from stockpot.methods.arrays import column, keep_where, magnitude, row_ranks, weighted_sum
 from stockpot.methods.averaging import check_weights
 from stockpot.methods.declaration import Example, Scope, Space, method
 from stockpot.methods.forms import Election, Form
@@ -245,24 +245,6 @@ def breadcrumbs_ties(
 
 
 # DELLA
-
-
-def row_ranks(size: Any) -> Any:
-    """`[..., n]` magnitudes, float32 -> the place of each among its row, from 0, in its dtype's integers; ties by their place.
-
-    Magnitude and place in one number of 64 bits: such are sorted several times faster than places by a key.
-    """
-    import numpy as np
-
-    n = size.shape[-1]
-    keys = np.ascontiguousarray(size).view(np.uint32).astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(n, dtype=np.uint64)
-    keys.sort(axis=-1)
-    places = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
-    ranks = np.empty(size.shape, np.uint32)
-    np.put_along_axis(ranks, places, np.arange(n, dtype=np.uint32), axis=-1)
-    return ranks
 
 
 def magprune_probabilities(delta: Any, density: Sequence[float], epsilon: Sequence[float]) -> Any:

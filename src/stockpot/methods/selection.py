@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import add_rows, column, keep_where
+from stockpot.methods.arrays import add_rows, column, keep_only, keep_where
 from stockpot.methods.declaration import Example, Scope, Space, method
 from stockpot.methods.parameters import Choice, Real
 from stockpot.statistics import Rank, Total
@@ -61,21 +61,25 @@ def _selected_count(params: Params, count: int, known: Params) -> list[int]:
 
 
 def _selected(delta: Any, cutoff: Any) -> Any:
-    """Zeros where the models differ too little. cutoff: `[1]`; 0 keeps everything."""
+    """`[*block]`: where the models differ enough, or None: everywhere. cutoff: `[1]`; 0 keeps everything."""
     import numpy as np
 
     if cutoff[0] == 0:
-        return delta
-    kept = spread(delta).astype(np.float32) >= np.float32(cutoff[0])
-    return keep_where(delta, np.broadcast_to(kept, delta.shape))
+        return None
+    return spread(delta)[0].astype(np.float32, copy=False) >= np.float32(cutoff[0])
 
 
 def _energies(delta: Any, *, cutoff: Any, **_: Any) -> Any:
     """`[m + 1, n]` float64: squares of what is selected, and ones to count the elements."""
     import numpy as np
 
-    wide = _selected(delta, cutoff).astype(np.float64)
-    return np.concatenate((wide * wide, np.ones_like(wide[:1])))
+    out = np.empty((len(delta) + 1, *delta.shape[1:]))
+    np.multiply(delta, delta, out=out[:-1], dtype=np.float64)
+    out[-1] = 1
+    selected = _selected(delta, cutoff)
+    if selected is not None:
+        keep_only(out[:-1], selected)
+    return out
 
 
 def _sce_weights(energy: Any, dialect: str) -> tuple[float, ...]:
@@ -138,17 +142,20 @@ def sce(
     """
     import numpy as np
 
-    kept = _selected(delta, cutoff)
-    agree = (kept > 0) == (add_rows(kept) >= 0)
-    agree &= kept != 0
-    weight = column(_sce_weights(energy, dialect), kept)
-    merged = add_rows(keep_where(kept * weight, agree))
+    agree = (delta > 0) == (add_rows(delta) >= 0)
+    agree &= delta != 0
+    weight = column(_sce_weights(energy, dialect), delta)
+    merged = add_rows(keep_where(delta * weight, agree))
     divisor = add_rows(agree * weight)
     if dialect == "mergekit":
         np.maximum(divisor, divisor.dtype.type(1e-6), out=divisor)
     else:
         divisor += divisor == 0
-    return merged / divisor
+    merged /= divisor
+    selected = _selected(delta, cutoff)  # or not: of all models together
+    if selected is not None:
+        keep_only(merged, selected)
+    return merged
 
 
 # Arcee's fusion

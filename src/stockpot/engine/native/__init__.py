@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from stockpot.methods.arrays import use_ranker
 from stockpot.methods.declaration import Method
 from stockpot.methods.forms import Form
 from stockpot.specs import DType
@@ -26,7 +27,7 @@ from stockpot.statistics.order import Tally, Window, use_picker
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 7
+_ABI = 8
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -119,6 +120,10 @@ class Kernels:
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
+        library.stockpot_words.argtypes = (u64, u64, i64, i64, p)
+        library.stockpot_words.restype = None
+        library.stockpot_ranks.argtypes = (p, i64, i64, p)
+        library.stockpot_ranks.restype = None
         library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
         library.stockpot_measure.restype = None
         library.stockpot_transfer.argtypes = (p, i32, i32, p, i64, p, i64)
@@ -262,6 +267,15 @@ class Kernels:
         """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""
         self.library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
 
+    def words(self, key: int, start: int, out: Any) -> None:
+        """Fill the uint64 `out` with words start, start + 1, ... of a stream: see masks.MaskStream."""
+        self.library.stockpot_words(key & _ALL, key >> 64, start, len(out), out.ctypes.data)
+
+    def ranks(self, keys: Any, out: Any) -> None:
+        """Of sorted keys `[..., n]`, uint64, whose low halves are places, the rank of each: see methods.arrays.row_ranks."""
+        n = keys.shape[-1]
+        self.library.stockpot_ranks(keys.ctypes.data, keys.size // n if n else 0, n, out.ctypes.data)
+
 
 def task_of(models: int, form: Form | None) -> tuple[_Task, list[Any]]:
     """A task without its data, and what must stay alive while it is used."""
@@ -350,13 +364,12 @@ def load_kernels() -> Kernels | None:
 def numpy_only() -> Iterator[None]:
     """Within it numpy does the kernels' work, in all threads: for tests, which hold the two to the same bytes."""
     _off.append(True)
-    use_picker(None)
+    _use(None)
     try:
         yield
     finally:
         _off.pop()
-        kernels = load_kernels()
-        use_picker(None if kernels is None else kernels.select)
+        _use(load_kernels())
 
 
 @cache
@@ -370,5 +383,11 @@ def _loaded() -> Kernels | None:
         kernels = Kernels(library)
     except (OSError, AttributeError):
         return None
-    use_picker(kernels.select)
+    _use(kernels)
     return kernels
+
+
+def _use(kernels: Kernels | None) -> None:
+    """Statistics and methods have functions of their own that kernels do faster, to the same numbers."""
+    use_picker(None if kernels is None else kernels.select)
+    use_ranker(None if kernels is None else kernels.ranks)

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 7
+#define ABI 8
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -392,6 +392,31 @@ CLONES static void draw_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n,
 
 EXPORT void stockpot_mask(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t whole, uint64_t rest, uint8_t *out) {
     draw_mask(k0, k1, start, n, whole, rest, out);
+}
+
+/* Words start, start + 1, ... of the stream. */
+static void draw_words(uint64_t k0, uint64_t k1, int64_t start, int64_t n, uint64_t *out) {
+    uint64_t counter[4] = {(uint64_t)start / 4 + 1, 0, 0, 0}, words[4]; /* numpy raises the counter before it draws */
+    int64_t at = 0;
+    for (int64_t skip = start % 4; skip && at < n; counter[0]++, skip = 0) {
+        philox(counter, k0, k1, words);
+        for (int64_t i = skip; i < 4 && at < n; i++) out[at++] = words[i];
+    }
+    for (; n - at >= 4; at += 4, counter[0]++) philox(counter, k0, k1, out + at);
+    if (at < n) {
+        philox(counter, k0, k1, words);
+        memcpy(out + at, words, (size_t)(n - at) * 8);
+    }
+}
+
+EXPORT void stockpot_words(uint64_t k0, uint64_t k1, int64_t start, int64_t n, uint64_t *out) {
+    draw_words(k0, k1, start, n, out);
+}
+
+/* Of rows of sorted keys whose low halves are places: the rank of each place. */
+EXPORT void stockpot_ranks(const uint64_t *keys, int64_t rows, int64_t n, uint32_t *ranks) {
+    for (int64_t r = 0; r < rows; r++, keys += n, ranks += n)
+        for (int64_t i = 0; i < n; i++) ranks[(uint32_t)keys[i]] = (uint32_t)i;
 }
 
 #ifdef BY_TARGET
