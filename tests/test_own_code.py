@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -157,3 +158,38 @@ def test_a_sweep_says_what_to_do_instead(recipe: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(stockpot.StockpotError, match=r"installed packages \(entry point stockpot.methods\) only"):
         stockpot.sweep(None, tmp_path / "found", tmp_path / "suite.yml", recipe=recipe, grid={"density": [0.5]})
+
+
+def test_a_file_is_run_once_and_named_by_its_digest(recipe: Path, tmp_path: Path) -> None:
+    text = CODE.replace("FACTOR", "1.0") + f"\nopen({str(tmp_path / 'runs')!r}, 'a').write('x')\n"
+    (tmp_path / "mine.py").write_text(text)
+    allowed = stockpot.Options(allow_code=True)
+    notes = stockpot.plan(recipe, allowed).notes
+    stockpot.plan(recipe, allowed)
+    assert (tmp_path / "runs").read_text() == "x"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert any(f"(SHA-256 {digest}...)" in n for n in notes)
+
+
+def test_methods_of_a_file_may_stand_in_for_one_another(recipe: Path, family: Path, tmp_path: Path) -> None:
+    rest = '''
+
+@method(space=Space.DELTA, neutral={})
+def none_of_it(delta: Any) -> Any:
+    """Nothing: the base.
+
+    delta    [m, *block]  model minus base
+    returns  [*block]     zeros
+    """
+    return add_rows(delta * 0)
+'''
+    code = CODE.replace("FACTOR", "1.0").replace("neutral=", 'applies=("matrix",), otherwise="none_of_it", neutral=')
+    head, declared = code.split("\n\n\n", 1)
+    (tmp_path / "mine.py").write_text(head + rest + "\n\n" + declared)
+    stockpot.merge(recipe, tmp_path / "out", stockpot.Options(allow_code=True))
+    base, out = load(family / "base"), load(tmp_path / "out")
+    changed = {n.split(".")[-2] for n in out if not torch.equal(out[n], base[n])}
+    assert changed
+    for name, value in out.items():
+        if value.dim() == 1 or "embed" in name:
+            assert torch.equal(value, base[name]), name
