@@ -10,7 +10,7 @@ import transformers as tf
 
 import stockpot
 from stockpot.checkpoints.meaning.architectures import default_of, list_rule_of, part_types
-from stockpot.checkpoints.meaning.depth import Pick, config_parts, describing_part, follow, hidden_layers
+from stockpot.checkpoints.meaning.depth import Pick, _kinds_there, config_parts, describing_part, follow, hidden_layers
 from stockpot.errors import MismatchError
 
 TAKEN = [0, 2, 3, 3]
@@ -272,3 +272,12 @@ def test_layers_that_compute_with_their_number_are_said_to_move(tmp_path: Path) 
 
     assert any("compute with their own number" in n for n in notes(1))
     assert not any("compute with their own number" in n for n in notes(0))
+
+
+def test_which_of_two_layers_is_the_odd_one_can_t_be_told() -> None:
+    """Whatever order a set of the two happens to have."""
+    for i in range(40):
+        assert _kinds_there([f"a{i}", f"b{i}"], 1, 3) == set()
+        assert _kinds_there([f"a{i}", f"b{i}"], 0, 2) == {f"a{i}"}
+    assert _kinds_there(["odd", "usual", "usual"], 2, 5) == {"usual"}
+    assert _kinds_there(["usual", "usual", "odd"], 4, 5) == {"odd"}

@@ -63,7 +63,7 @@ def build_plan(
                 f"sources: {name!r}: expected what open_checkpoint or stockpot.views gave, got {source!r}"
             )
     known = {ref for step in (*recipe.steps, recipe) for ref in step.references()}
-    for name in set(given) - known:
+    for name in sorted(set(given) - known):
         raise ArgumentError(f"sources: the recipe names no model {name!r}{nearest(name, known)}")
     return _Planner(recipe, computed=given, run=run).plan(
         shard_size, max_memory or DEFAULT_LIMIT, threads or available_threads(), seed

@@ -19,7 +19,7 @@ __all__ = ["CUT", "DEGENERATE", "WHOLE", "read_model", "state", "write_model"]
 CUT: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (530, 1000),
     "model.layers.0.mlp.weight": (1, 540_000),
-    "model.layers.1.mlp.weight": (3, 5_400),
+    "model.layers.1.mlp.weight": (1, 540_000),
     "model.layers.0.norm.weight": (97,),
     "model.layers.1.norm.weight": (97,),
     "model.flat": (600_001,),

@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,7 +226,10 @@ def _kinds_there(kinds: Sequence[Hashable], at: int, layers: int) -> set[Hashabl
     """
     from_start = kinds[at] if at < len(kinds) else None
     from_end = kinds[len(kinds) - layers + at] if len(kinds) >= layers - at else None
-    usual = max(set(kinds), key=list(kinds).count)
+    counts = Counter(kinds)
+    usual, most = counts.most_common(1)[0]
+    if sum(c == most for c in counts.values()) > 1:  # which are the odd ones can't be told
+        return {from_start} & {from_end}
     odd = [i for i, kind in enumerate(kinds) if kind != usual]
     if all(2 * i < len(kinds) for i in odd):
         return {from_start if at < len(kinds) else usual}
