@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stockpot.adapters.fitting import sides_of
 from stockpot.adapters.peft import Adapter, LowRank
+from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.derived import KEPT_MODULES, DerivedCheckpoint, files_of
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.errors import MethodError, MismatchError
@@ -52,6 +53,14 @@ class FactoredAdapter(DerivedCheckpoint):
     def made(self) -> str:
         each = (f"{n} {c.method.name} {dict(c.params)} {[i for i, _ in c.of]}" for n, c in self.modules.items())
         return super().made + "\n".join(each)
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        """The factors and biases of its module, of every adapter that has it."""
+        module, _ = self.owners[name]
+        for i, m in self.modules[module].of:
+            for own in (m.a, m.b, m.bias) if m is not None else ():
+                if own is not None:
+                    yield from self.adapters[i].checkpoint.stored(own)
 
     def read(self, requests: Sequence[ReadRequest], buffer: memoryview[Any]) -> None:
         """What is asked for together comes of one computation, whatever other threads do to the cache meanwhile."""

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 from stockpot.checkpoints.checkpoint import Checkpoint, FilePart
@@ -103,11 +102,7 @@ class DerivedCheckpoint(Checkpoint):
         found = self.passed(name)
         if found is not None:
             return found[0].stored(found[1])
-        return self._everything
-
-    @cached_property
-    def _everything(self) -> tuple[tuple[Checkpoint, str], ...]:
-        return tuple(pair for source in self.sources for own in source.names() for pair in source.stored(own))
+        return (pair for source in self.sources for own in source.names() for pair in source.stored(own))
 
     def origin(self, name: str) -> Origin | None:
         found = self.passed(name)

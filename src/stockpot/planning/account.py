@@ -40,17 +40,10 @@ def account_of(
             continue
         for part in model.checkpoint.parts or (model.checkpoint,):
             leaves.setdefault(id(part), (model.ref, part))
-    # a computed checkpoint gives one tuple of all there is for each of its tensors; kept here, so that ids stay their own
-    seen: dict[tuple[int, str], Any] = {}
     for t in tensors:
         fate = "merged" if t.action is Action.MERGE else "copied"
         for o in t.inputs:
-            pairs = inputs[o.model].checkpoint.stored(o.name)
-            if isinstance(pairs, tuple):
-                if (id(pairs), fate) in seen:
-                    continue
-                seen[id(pairs), fate] = pairs
-            for leaf, name in pairs:
+            for leaf, name in inputs[o.model].checkpoint.stored(o.name):
                 own = used.setdefault(id(leaf), {})
                 own[name] = "merged" if own.get(name) == "merged" else fate
     for model in inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,13 @@ class RestoredCheckpoint(DerivedCheckpoint):
         if name in self.own:
             return masks, f"own/{name}", 0
         return None if name in self.masked else (merged, name, 0)
+
+    def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
+        merged, base, masks = self.sources
+        if name not in self.masked or name in self.own:
+            return super().stored(name)
+        made_of = ((merged, name), (base, name), (masks, f"mask/{name}"))
+        return (pair for source, own in made_of for pair in source.stored(own))
 
     @property
     def scratch_itemsize(self) -> int:
