@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,43 @@ def test_what_can_not_be_masked_is_refused_and_nothing_is_left(models: Path) -> 
         open_task(models / "task0", "x")
 
 
+def test_short_writes_lose_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["task0", "task1", "task2"]
+    make_masks(recipe(models, *names), models / "out")
+    real = os.pwrite
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[: max(len(data) // 3, 1)], at))
+        make_masks(recipe(models, *names), models / "slow")
+    for file in (models / "out/masks").iterdir():
+        assert file.read_bytes() == (models / "slow/masks" / file.name).read_bytes()
+
+
+def test_stopped_and_begun_again_even_with_another_recipe(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stockpot.api.multitask import making
+
+    before = sorted(p.name for p in models.iterdir())
+    with monkeypatch.context() as m:
+        m.setattr(making, "base_digest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make_masks(recipe(models, "task0", "task1", "task2"), models / "out")
+    assert not (models / "out").exists()
+    assert (models / "out.steps").is_dir()
+    make_masks(recipe(models, "task0", "task2"), models / "out")
+    assert sorted(p.name for p in models.iterdir()) == sorted([*before, "out"])
+    assert sorted(p.name for p in (models / "out/masks").iterdir()) == ["task0.safetensors", "task2.safetensors"]
+    make_masks(recipe(models, "task0", "task2"), models / "plain")
+    for file in ("model/model.safetensors", "masks/task0.safetensors", "masks/task2.safetensors"):
+        assert (models / "out" / file).read_bytes() == (models / "plain" / file).read_bytes()
+
+
+def test_what_is_not_ours_stays(models: Path) -> None:
+    (models / "out.steps").mkdir()
+    (models / "out.steps" / "thesis.txt").write_text("mine")
+    with pytest.raises(stockpot.StockpotError, match="holds something else; move it away"):
+        make_masks(recipe(models, "task0"), models / "out")
+    assert (models / "out.steps" / "thesis.txt").read_text() == "mine"
+
+
 def test_on_the_command_line(models: Path) -> None:
     path = models / "recipe.yml"
     path.write_text(json.dumps(recipe(models, "task0", "task1")))
@@ -179,6 +217,7 @@ def test_on_the_command_line(models: Path) -> None:
     assert "did you mean 'task1'" in cli("masks", "restore", models / "out", "tsk1").stderr
     assert "name the task" in cli("masks", "restore", models / "out").stderr
     assert "takes no task" in cli("masks", path, models / "o2", "task1").stderr
+    assert "no --overwrite" in cli("masks", path, models / "o2", "--overwrite").stderr
     told = json.loads(cli("masks", path, models / "o3", "--json").stdout)
     assert [t["name"] for t in told["tasks"]] == ["task0", "task1"]
     (models / "out/masks.json").write_text('{"format": 7}')

@@ -21,6 +21,7 @@ __all__ = [
     "is_url",
     "make_folders",
     "open_regular",
+    "pwrite_all",
     "read_any_json",
     "read_bytes",
     "read_json",
@@ -142,6 +143,16 @@ def write_all(fd: int, view: memoryview) -> None:
         if not n:
             raise OSError(errno.EIO, "nothing can be written any more")
         view = view[n:]
+
+
+def pwrite_all(fd: int, view: memoryview, offset: int) -> None:
+    """The same at an offset; the file's own place stays where it is. Raises OSError."""
+    while len(view):
+        n = os.pwrite(fd, view, offset)
+        if not n:
+            raise OSError(errno.EIO, "nothing can be written any more")
+        view = view[n:]
+        offset += n
 
 
 def _fresh(path: str) -> int:

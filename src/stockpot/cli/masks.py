@@ -61,9 +61,9 @@ def masks(
             )
         show_merge(result, as_json=shown.as_json, quiet=shown.quiet)
         return
-    if task is not None or base is not None:
+    if task is not None or base is not None or engine.overwrite:
         raise ArgumentError(
-            "stockpot masks RECIPE OUT takes no task and no --base; they go with `stockpot masks restore`"
+            "stockpot masks RECIPE OUT takes no task, no --base and no --overwrite; they go with `stockpot masks restore`"
         )
     with progress_bar(enabled=shown.talks) as progress:
         report = make_masks(recipe, out, options, threshold=threshold, progress=progress)

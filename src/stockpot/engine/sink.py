@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from stockpot.errors import OutputError
+from stockpot.files import pwrite_all
 from stockpot.planning.plan import Shard, TensorPlan
 
 __all__ = ["MemorySink", "ShardSink", "Sink"]
@@ -98,13 +99,7 @@ class ShardSink:
             raise OutputError(f"{self.paths[shard]}: write at byte {offset} failed: {e.strerror or e}") from e
 
     def _write(self, shard: int, buffer: Any, offset: int) -> None:
-        view = memoryview(buffer)
-        while len(view):
-            n = os.pwrite(self._fds[shard], view, offset)
-            if not n:
-                raise OSError(errno.EIO, "nothing can be written any more", self.paths[shard])
-            view = view[n:]
-            offset += n
+        pwrite_all(self._fds[shard], memoryview(buffer), offset)
         self.wrote([shard])
 
     def flush(self) -> None:

@@ -14,19 +14,20 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from stockpot.api.merging import Options, RecipeLike, merge_planned, plan
+from stockpot.api.merging import Options, RecipeLike, check_target, merge_planned, plan
 from stockpot.checkpoints import Checkpoint, open_checkpoint
 from stockpot.checkpoints.header import encode_header
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import load_block
-from stockpot.errors import ArgumentError, OutputError
+from stockpot.engine.outdir import check_trusted, claim_scratch, remove_scratch, scratch_path
+from stockpot.errors import ArgumentError, OutputError, StockpotError
+from stockpot.files import make_folders, pwrite_all, sync_folder, write_file
 from stockpot.methods.declaration import Space
 from stockpot.planning.plan import Action, Plan, TensorPlan
 from stockpot.specs import DType, TensorSpec
@@ -97,36 +98,50 @@ def make_masks(
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise OutputError(f"{target}: there is no directory {parent}")
-    scratch = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.", dir=parent)
+    _check_dtypes(planned, base.checkpoint)
+    check_target(planned, target, overwrite=False)
+    report = MaskReport(target, planned.recipe.merge_method, base.ref)
+    names = _task_names([planned.inputs[i].ref for i in experts])
+    report.tasks = [TaskReport(n, planned.inputs[i].ref, threshold) for n, i in zip(names, experts, strict=True)]
+    scratch = scratch_path(target)
+    whole = os.path.join(scratch, "whole")
     try:
-        merge_planned(planned, os.path.join(scratch, "model"), chosen, progress=progress)
-        merged = open_checkpoint(os.path.join(scratch, "model"))
-        report = MaskReport(target, planned.recipe.merge_method, base.ref)
-        names = _task_names([planned.inputs[i].ref for i in experts])
-        report.tasks = [TaskReport(n, planned.inputs[i].ref, threshold) for n, i in zip(names, experts, strict=True)]
+        check_trusted(scratch)
+        claim_scratch(scratch)  # one that was left by a kill too: the merge in it goes on
+        make_folders(whole)
+        shutil.rmtree(os.path.join(whole, "masks"), ignore_errors=True)
+        merge_planned(planned, os.path.join(whole, "model"), chosen, overwrite=True, progress=progress)
+        merged = open_checkpoint(os.path.join(whole, "model"))
         try:
-            _write(planned, experts, merged, report, os.path.join(scratch, "masks"))
+            _write(planned, experts, merged, report, os.path.join(whole, "masks"))
         finally:
             merged.close()
             for model in planned.inputs:
                 model.checkpoint.close()
-        _measure_bytes(report, planned, experts, scratch)
-        with open(os.path.join(scratch, INDEX), "w", encoding="utf-8") as f:
-            masked = [t.name for t in planned.tensors if t.action is Action.MERGE]
-            json.dump(_index(report, base.checkpoint, base_digest(base.checkpoint, masked)), f, indent=1)
-        os.chmod(scratch, 0o777 & ~_umask())
-        os.rename(scratch, target)
+        _measure_bytes(report, planned, experts, whole)
+        masked = [t.name for t in planned.tensors if t.action is Action.MERGE]
+        index = _index(report, base.checkpoint, base_digest(base.checkpoint, masked))
+        write_file(os.path.join(whole, INDEX), json.dumps(index, indent=1))
+        sync_folder(whole)
+        os.rename(whole, target)
+        sync_folder(parent)
+    except StockpotError:  # some are of OSError's kinds too
+        raise
     except OSError as e:
-        raise OutputError(f"{target}: can't be written: {e.strerror}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise OutputError(f"{target}: can't be written: {e.strerror}; what is done lies in {scratch}") from e
+    remove_scratch(scratch)
     return report
 
 
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now
+def _check_dtypes(planned: Plan, base: Checkpoint) -> None:
+    """Masks choose between the bits of the merged model and the base's. Raises ArgumentError where these are of two kinds."""
+    for t in planned.tensors:
+        if t.action is Action.MERGE and t.spec.dtype is not base.spec(t.name).dtype:
+            came, kept = base.spec(t.name).dtype, t.spec.dtype
+            raise ArgumentError(
+                f"{t.name} is {came.label} in the base and {kept.label} in the merged model: masks choose between the two bit by "
+                f"bit; leave dtype out of the recipe, or give the base in {kept.label}"
+            )
 
 
 def _experts(planned: Plan) -> list[int]:
@@ -172,6 +187,10 @@ def read_block(source: Checkpoint, name: str, start: int, stop: int) -> tuple[me
     return raw, dtype
 
 
+def _ranges(numel: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _BLOCK, numel)) for start in range(0, numel, _BLOCK))
+
+
 def base_digest(base: Checkpoint, names: Sequence[str]) -> str:
     """Of the bytes of these tensors, in order of their names."""
     import blake3
@@ -179,8 +198,8 @@ def base_digest(base: Checkpoint, names: Sequence[str]) -> str:
     hashed = blake3.blake3()
     for name in sorted(names):
         hashed.update(f"{name}\0".encode())
-        for start in range(0, base.spec(name).numel, _BLOCK * 8):
-            hashed.update(read_block(base, name, start, min(start + _BLOCK * 8, base.spec(name).numel))[0])
+        for start, stop in _ranges(base.spec(name).numel):
+            hashed.update(read_block(base, name, start, stop)[0])
     return hashed.hexdigest()
 
 
@@ -193,19 +212,12 @@ class _Sums:
 
 
 def _write(planned: Plan, experts: list[int], merged: Checkpoint, report: MaskReport, folder: str) -> None:
-    os.mkdir(folder)
+    make_folders(folder)
     emr = report.method == "emr"
     sums = [_Sums() for _ in experts]
     merged_ones = [t for t in planned.tensors if t.action is Action.MERGE]
     others = [t for t in planned.tensors if t.action is not Action.MERGE]
     base = planned.inputs[_base_of(planned)].checkpoint
-    for t in merged_ones:
-        kept, came = merged.spec(t.name).dtype, base.spec(t.name).dtype
-        if kept is not came:
-            raise ArgumentError(
-                f"{t.name} is {came.label} in the base and {kept.label} in the merged model: masks choose between the two bit by "
-                f"bit; leave dtype out of the recipe, or give the base in {kept.label}"
-            )
     files = []
     try:
         for i, task in zip(experts, report.tasks, strict=True):
@@ -222,22 +234,25 @@ def _write(planned: Plan, experts: list[int], merged: Checkpoint, report: MaskRe
                 entries[f"own/{t.name}"] = (spec, at)
                 at += spec.nbytes
             header = encode_header(_filled(entries, at), {"format": "stockpot masks"})
-            fd = os.open(os.path.join(folder, f"{task.name}.safetensors"), os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)
-            os.write(fd, header)
+            path = os.path.join(folder, f"{task.name}.safetensors")
+            write_file(path, header)
+            fd = os.open(path, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
             files.append((fd, len(header), entries))
             for t in own:
-                raw, _ = read_block(source, t.name, 0, source.spec(t.name).numel)
-                os.pwrite(fd, raw, len(header) + entries[f"own/{t.name}"][1])
+                spec, to = entries[f"own/{t.name}"]
+                for start, stop in _ranges(spec.numel):
+                    raw, dtype = read_block(source, t.name, start, stop)
+                    pwrite_all(fd, raw, len(header) + to + start * dtype.itemsize)
             os.ftruncate(fd, len(header) + at)
         for t in merged_ones:
-            for start in range(0, t.spec.numel, _BLOCK):
-                stop = min(start + _BLOCK, t.spec.numel)
+            for start, stop in _ranges(t.spec.numel):
                 masks = _masks(planned, experts, base, merged, t, start, stop, report, sums, emr)
                 for (fd, after, entries), mask in zip(files, masks, strict=True):
                     packed = np.packbits(mask, bitorder="little")
-                    os.pwrite(fd, packed.data, after + entries[f"mask/{t.name}"][1] + start // 8)
+                    pwrite_all(fd, packed.data, after + entries[f"mask/{t.name}"][1] + start // 8)
         for fd, _, _ in files:
             os.fsync(fd)
+        sync_folder(folder)
     finally:
         for fd, _, _ in files:
             os.close(fd)
@@ -267,12 +282,12 @@ def _filled(entries: Mapping[str, tuple[TensorSpec, int]], end: int) -> dict[str
 
 def _differs(source: Checkpoint, merged: Checkpoint, t: TensorPlan) -> bool:
     """Whether an expert's own tensor, one that was not merged, is another than the merged model's."""
-    if t.name not in set(source.names()):
+    if t.name not in source:
         return False
-    spec = source.spec(t.name)
-    if spec != merged.spec(t.name):
+    if source.spec(t.name) != merged.spec(t.name):
         return True
-    return bytes(read_block(source, t.name, 0, spec.numel)[0]) != bytes(read_block(merged, t.name, 0, spec.numel)[0])
+    ranges = _ranges(source.spec(t.name).numel)
+    return any(read_block(source, t.name, *r)[0] != read_block(merged, t.name, *r)[0] for r in ranges)
 
 
 def _masks(
@@ -306,15 +321,12 @@ def _masks(
     return out
 
 
-def _measure_bytes(report: MaskReport, planned: Plan, experts: list[int], scratch: str) -> None:
-    def size(checkpoint: Checkpoint) -> int:
-        return sum(checkpoint.spec(n).nbytes for n in checkpoint.names())
-
+def _measure_bytes(report: MaskReport, planned: Plan, experts: list[int], whole: str) -> None:
     report.model_bytes = sum(t.spec.nbytes for t in planned.tensors)
-    report.base_bytes = size(planned.inputs[_base_of(planned)].checkpoint)
-    report.experts_bytes = sum(size(planned.inputs[i].checkpoint) for i in experts)
+    report.base_bytes = planned.inputs[_base_of(planned)].checkpoint.nbytes
+    report.experts_bytes = sum(planned.inputs[i].checkpoint.nbytes for i in experts)
     for task in report.tasks:
-        task.bytes = os.path.getsize(os.path.join(scratch, "masks", f"{task.name}.safetensors"))
+        task.bytes = os.path.getsize(os.path.join(whole, "masks", f"{task.name}.safetensors"))
 
 
 def _index(report: MaskReport, base: Checkpoint, digest: str) -> dict[str, Any]:

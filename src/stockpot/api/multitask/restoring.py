@@ -105,7 +105,7 @@ def open_task(folder: str | os.PathLike[str], task: str, *, base: str | None = N
     own = frozenset(n.removeprefix("own/") for n in masks.names() if n.startswith("own/"))
     specs = {n: masks.spec(f"own/{n}") if n in own else merged.spec(n) for n in merged.names()}
     for name in masked:
-        if name not in specs or name not in set(origin.names()) or origin.spec(name) != specs[name]:
+        if name not in specs or name not in origin or origin.spec(name) != specs[name]:
             raise CheckpointError(
                 f"{origin.ref}: has no {name!r} like the merged model's: it is not the base of these masks"
             )
