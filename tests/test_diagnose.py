@@ -210,6 +210,27 @@ def test_parameters_do_not_matter_and_slices_do(shelf: Shelf) -> None:
     assert left_out.copied == 1
 
 
+def test_layers_of_two_stacks_are_not_one(tmp_path: Path) -> None:
+    names = [f"{side}.block.{i}.layer.0.wo.weight" for side in ("encoder", "decoder") for i in range(2)]
+    rng = np.random.default_rng(0)
+    base = {n: rng.standard_normal((8, 8)).astype(np.float32) for n in [*names, "shared.weight"]}
+    shelf = Shelf(tmp_path)
+    shelf.put("base", base)
+    shelf.put("a", near(base, 1))
+    d = stockpot.diagnose(shelf.recipe("a"))
+    assert list(d.by_layer()) == ["decoder.block.0", "decoder.block.1", "encoder.block.0", "encoder.block.1", None]
+    assert d.by_layer()["encoder.block.1"].elements == 64
+    assert {k: v.tensors for k, v in d.by_kind().items()} == {"layer.0.wo": 4, "shared": 1}
+
+
+def test_what_is_not_compared_is_said(shelf: Shelf, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(shelf.recipe("a", "b", exclude=["model.norm.weight"])))
+    assert "tensors not compared: 1 (" in cli("diagnose", path).stdout
+    path.write_text(json.dumps(shelf.recipe("a", "b")))
+    assert "tensors not compared" not in cli("diagnose", path).stdout
+
+
 def test_on_the_command_line(shelf: Shelf, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yml"
     path.write_text(json.dumps(shelf.recipe("a", "b", "base")))

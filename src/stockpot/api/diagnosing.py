@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.api.merging import Options, RecipeLike, plan
 from stockpot.errors import ArgumentError
+from stockpot.machine import available_threads
 from stockpot.recipes import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ def diagnose(
 
     `stockpot.diagnosis.judge` says what the measures speak for. Raises StockpotError, as `plan` does.
     """
-    import os
-
     from stockpot.diagnosis import measure
 
     asked = load_recipe(recipe)
@@ -35,7 +34,7 @@ def diagnose(
         raise ArgumentError(
             "diagnose measures full models: A and B of an adapter say little apart; name each as base+adapter in the recipe"
         )
-    return measure(planned, reference=reference, threads=threads or os.cpu_count() or 1, progress=progress)
+    return measure(planned, reference=reference, threads=threads or available_threads(), progress=progress)
 
 
 def _with_base(recipe: Recipe) -> tuple[Recipe, bool]:

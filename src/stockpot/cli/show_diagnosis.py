@@ -39,7 +39,7 @@ def show_diagnosis(d: Diagnosis, *, as_json: bool, page: str | None) -> None:
     say(f"base: {d.base}" + (" (the first model: the recipe has no base)" if d.reference else ""))
     for i, name in enumerate(d.models):
         relative = total.relative(i)
-        share = int(total.changed[i]) / total.elements if total.elements else 0.0
+        share = total.share(total.changed[i])
         size = "" if relative is None else f", {relative:.3g} of the base's"
         say(f"  {i + 1}. {name}: delta norm {total.norm(i):.4g}{size}; {share:.1%} of the elements changed")
     if len(d.models) > 1:
@@ -62,6 +62,8 @@ def show_diagnosis(d: Diagnosis, *, as_json: bool, page: str | None) -> None:
         say(f"{_WORDS[f.level]}: {f.text}{_by(f.by)}")
     for a in advice:
         say(f"{'fits' if a.fits else 'does not fit'}: {', '.join(a.methods)}: {a.why}{_by(a.by)}")
+    if d.copied:
+        say(f"note: tensors not compared: {d.copied} (integers, what the recipe leaves out, layers of fewer models)")
     for note in d.notes:
         say(f"note: {note}")
     if page is not None:

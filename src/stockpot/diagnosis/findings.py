@@ -98,7 +98,7 @@ def _sizes(d: Diagnosis, total: Measured) -> list[Finding]:
         why = f"the largest delta is {times:.1f} times the smallest: it decides every sum and election; give it less weight"
         out.append(Finding("warn", why, "uneven"))
     for i, name in enumerate(d.models):
-        share, unchanged = _share(total, total.large[i]), 1 - _share(total, total.changed[i])
+        share, unchanged = total.share(total.large[i]), 1 - total.share(total.changed[i])
         if share > limit("large_share"):
             out.append(
                 Finding("warn", f"{name}: {share:.1%} of its elements have moved by more than {LARGE}", "large_share")
@@ -106,10 +106,6 @@ def _sizes(d: Diagnosis, total: Measured) -> list[Finding]:
         if limit("sparse") < unchanged < 1:
             out.append(Finding("note", f"{name} leaves {unchanged:.1%} of the elements as they were", "sparse"))
     return out
-
-
-def _share(total: Measured, count: int) -> float:
-    return int(count) / total.elements if total.elements else 0.0
 
 
 def _directions(d: Diagnosis, total: Measured) -> list[Finding]:
@@ -176,14 +172,14 @@ def _advice(d: Diagnosis, total: Measured) -> list[Advice]:
         say("ties breadcrumbs_ties sce consensus_ta", True, why, "conflict")
     elif rate is not None and rate < limit("calm") * total.conflict_of_chance:
         say("ties", False, f"{rate:.0%} sign conflicts: there is little to elect", "calm")
-    large = max((_share(total, x) for x in total.large), default=0.0)
+    large = max((total.share(x) for x in total.large), default=0.0)
     if large > limit("large_share"):
         why = f"up to {large:.1%} of the elements have moved by more than {LARGE}: dropping at random was reported to fail"
         say("dare_linear dare_ties della della_linear", False, why, "large_share")
     elif large <= limit("large_share") / 100:
         why = f"hardly an element has moved by more than {LARGE}: most changes can be dropped at random"
         say("dare_linear dare_ties della", True, why, "large_share")
-    unchanged = 1 - max((_share(total, c) for c in total.changed), default=1.0)
+    unchanged = 1 - max((total.share(c) for c in total.changed), default=1.0)
     if unchanged > limit("sparse"):
         why = f"at least {unchanged:.0%} of each model is unchanged: sole changes can be taken whole"
         say("ram ramplus_tl", True, why, "sparse")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,6 @@ LARGE = 0.03
 _BLOCK = 2**16
 #: memory that each thread uses again
 _of_thread = threading.local()
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
 @dataclass
@@ -87,6 +85,10 @@ class Measured:
         scale = math.sqrt(max(self.product(i, i) + self.product(i, b) + along, 0.0)) * self.norm(b)
         return max(-1.0, min(1.0, along / scale)) if scale > 0 else None
 
+    def share(self, count: int) -> float:
+        """Of the elements; of none, none."""
+        return int(count) / self.elements if self.elements else 0.0
+
     @property
     def conflict_rate(self) -> float | None:
         """Of the elements that two models or more change, in how many they do not agree on the sign."""
@@ -126,7 +128,7 @@ class Diagnosis:
     base: str
     reference: bool
     tensors: dict[str, Measured] = field(repr=False)
-    layers: dict[str, int | None] = field(repr=False)
+    layers: dict[str, tuple[str, int] | None] = field(repr=False)
     equal: tuple[tuple[int, int], ...] = ()
     copied: int = 0
     notes: tuple[str, ...] = ()
@@ -143,20 +145,21 @@ class Diagnosis:
             groups.setdefault(key(name), Measured(len(self.models))).add(measured)
         return groups
 
-    def by_layer(self) -> dict[int | None, Measured]:
-        """Numbered layers in order, then (None) what lies outside of them."""
+    def by_layer(self) -> dict[int | str | None, Measured]:
+        """Numbered layers in order, then (None) what lies outside of them. Of several stacks: by `encoder.block.0`, ..."""
         found = self._by(lambda name: self.layers[name])
-        return {k: found[k] for k in sorted(found, key=lambda k: (k is None, k))}
+        several = len({place[0] for place in found if place is not None}) > 1
+        ordered = sorted(found, key=lambda place: (place is None, place))
+        return {p and (f"{p[0]}.{p[1]}" if several else p[1]): found[p] for p in ordered}
 
     def by_kind(self) -> dict[str, Measured]:
         """`self_attn.q_proj`, `embed_tokens`, ..."""
         return self._by(lambda name: kind_of(name, self.layers[name]))
 
 
-def kind_of(name: str, layer: int | None) -> str:
+def kind_of(name: str, layer: tuple[str, int] | None) -> str:
     """A tensor's name without its layer and `.weight`."""
-    found = _LAYER.search(name) if layer is not None else None
-    return (found[2] if found else name).removesuffix(".weight")
+    return name.removeprefix(f"{layer[0]}.{layer[1]}." if layer else "").removesuffix(".weight")
 
 
 Progress = Callable[[int, int], None]
@@ -200,7 +203,7 @@ def measure(plan: Plan, *, reference: bool = False, threads: int = 2, progress: 
         base=base,
         reference=reference,
         tensors=tensors,
-        layers={t.name: None if t.layer is None else t.layer[1] for t in merged},
+        layers={t.name: t.layer for t in merged},
         equal=tuple(p for p in pairs if p not in different),
         copied=len(plan.tensors) - len(merged),
         notes=plan.notes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import OutputError
 from stockpot.reports.charts import Chart, heatmap, require_charts
-from stockpot.reports.page import document, table, text_of
+from stockpot.reports.page import document, figures, notes_section, table, text_of, verdict
 
 if TYPE_CHECKING:
     from stockpot.diagnosis import Diagnosis, Measured
@@ -104,16 +104,12 @@ def diagnosis_page(d: Diagnosis) -> str:
 
     findings, advice = judge(d)
     total = d.summed()
-    verdict = [f.text for f in findings if f.level != "note"] or ["Nothing speaks against merging these models."]
-    parts = [
-        '<section class="verdict" aria-label="Conclusion">'
-        + "".join(f"<p>{text_of(v)}</p>" for v in verdict)
-        + "</section>"
-    ]
+    against = [f.text for f in findings if f.level != "note"]
+    parts = [verdict(against or ["Nothing speaks against merging these models."])]
     rows = []
     for i, name in enumerate(d.models):
         relative = total.relative(i)
-        share = int(total.changed[i]) / total.elements if total.elements else 0.0
+        share = total.share(total.changed[i])
         rows.append(
             [text_of(name), f"{total.norm(i):.4g}", "" if relative is None else f"{relative:.3g}", f"{share:.1%}"]
         )
@@ -124,16 +120,10 @@ def diagnosis_page(d: Diagnosis) -> str:
                           ["methods", "", "why", "judged by"]))  # fmt: skip
     parts.append(_section("Findings", [[f.level, f.text, f.by] for f in findings], ["level", "finding", "judged by"]))
     charts = diagnosis_charts(d)
-    figures = "".join(
-        f'<figure id="chart-{text_of(c.name)}"><h3>{text_of(c.title)}</h3><div class="drawing" tabindex="0" role="group" '
-        f'aria-label="{text_of(c.title)}">{c.svg}</div><figcaption>{text_of(c.caption)}</figcaption></figure>'
-        for c in charts
-    )
-    parts.append(f'<section><h2>Charts</h2><div class="charts">{figures}</div></section>')
+    parts.append(figures(charts))
     used = [[k, f"{v:g}", about] for k, (v, about) in THRESHOLDS.items()]
     parts.append(_section("Thresholds", used, ["name", "value", "what it decides"]))
-    if d.notes:
-        parts.append(_section("Notes", [[n] for n in d.notes], ["note"]))
+    parts.append(notes_section(d.notes))
     about = (
         f"Base: {d.base}. {len(d.tensors)} tensors compared, {total.elements} elements; {d.copied} others not compared."
     )

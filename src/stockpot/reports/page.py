@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -17,7 +17,7 @@ from stockpot.reports.table import leaderboard_csv, path_csv, recipe_text, setti
 from stockpot.search.path import PathResult
 from stockpot.search.result import Row, SweepResult, label_text
 
-__all__ = ["document", "path_page", "sweep_page", "table", "text_of"]
+__all__ = ["document", "figures", "notes_section", "path_page", "sweep_page", "table", "text_of", "verdict"]
 
 
 def sweep_page(
@@ -27,13 +27,13 @@ def sweep_page(
     """The page of a sweep. lineage: that of the published winner; gates: a verdict as plain data."""
     drawn = sweep_charts(result, path) if charts is None else charts
     parts = [
-        _verdict(result),
+        verdict(result.conclusion),
         _comparison(result),
         _leaderboard(result),
-        _charts(drawn),
+        figures(drawn),
         _gates(gates),
         _lineage(lineage),
-        _notes(result.notes),
+        notes_section(result.notes),
     ]
     downloads = [("leaderboard.csv", "text/csv", leaderboard_csv(result).encode())]
     downloads += [("path.csv", "text/csv", path_csv(path).encode())] if path is not None else []
@@ -57,8 +57,7 @@ def path_page(path: PathResult) -> str:
     ]
     points = table(["t", "score", "over the straight line", "accepted"], rows)
     words = [f"A: {path.a}", f"B: {path.b}", f"Barrier {path.barrier:.4g}: {path.verdict}."]
-    body = ['<section class="verdict">' + "".join(f"<p>{text_of(w)}</p>" for w in words) + "</section>", _charts([chart]),
-            f"<section><h2>Points</h2>{points}</section>"]  # fmt: skip
+    body = [verdict(words), figures([chart]), f"<section><h2>Points</h2>{points}</section>"]
     downloads = [("path.csv", "text/csv", path_csv(path).encode()), ("path.png", "image/png", chart.png)]
     return document("Interpolation path", f"{len(path.points)} points, suite {path.suite.name}", body, downloads, {})
 
@@ -125,12 +124,10 @@ def _about(result: SweepResult) -> str:
     )
 
 
-def _verdict(result: SweepResult) -> str:
-    return (
-        '<section class="verdict" aria-label="Conclusion">'
-        + "".join(f"<p>{text_of(line)}</p>" for line in result.conclusion)
-        + "</section>"
-    )
+def verdict(lines: Iterable[str]) -> str:
+    """What a page says first."""
+    said = "".join(f"<p>{text_of(line)}</p>" for line in lines)
+    return f'<section class="verdict" aria-label="Conclusion">{said}</section>'
 
 
 def _comparison(result: SweepResult) -> str:
@@ -210,13 +207,14 @@ def _settings(r: Row) -> str:
     return f"{text_of(settings_text(r))}{error}{recipe}"
 
 
-def _charts(charts: Sequence[Chart]) -> str:
-    figures = "".join(
+def figures(charts: Sequence[Chart]) -> str:
+    """The section of charts."""
+    drawn = "".join(
         f'<figure id="chart-{text_of(c.name)}"><h3>{text_of(c.title)}</h3><div class="drawing" tabindex="0" role="group" aria-label="{text_of(c.title)}">'
         f"{c.svg}</div><figcaption>{text_of(c.caption)}</figcaption></figure>"
         for c in charts
     )
-    return f'<section><h2>Charts</h2><div class="charts">{figures}</div></section>' if figures else ""
+    return f'<section><h2>Charts</h2><div class="charts">{drawn}</div></section>' if drawn else ""
 
 
 def _gates(verdict: Mapping[str, Any] | None) -> str:
@@ -249,7 +247,7 @@ def _lineage(lineage: Mapping[str, Any] | None) -> str:
     return f"<section><h2>Lineage of the published merge</h2><dl>{rows}</dl><details><summary>Inputs</summary><ul>{inputs}</ul></details></section>"
 
 
-def _notes(notes: Sequence[str]) -> str:
+def notes_section(notes: Sequence[str]) -> str:
     return (
         f"<section><h2>Notes</h2><ul>{''.join(f'<li>{text_of(n)}</li>' for n in notes)}</ul></section>" if notes else ""
     )
