@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stockpot.cli.show import default_text
 from stockpot.methods import Example, Method, methods
-from stockpot.methods.finding import passes_of, traits
+from stockpot.methods.finding import models_text, passes_text, space_text, traits
 
 HEAD = """# Methods
 
@@ -27,7 +27,7 @@ as in mergekit; `rules` in a recipe gives any of them other parameters or anothe
 """
 
 
-FAMILIES_SAY = {
+FAMILIES = {
     "averages": "weighted means of the models",
     "spherical": "directions and lengths apart: weights from the inner products of the models alone",
     "task vectors": "sums of changes from a base",
@@ -37,22 +37,15 @@ FAMILIES_SAY = {
     "adapters": "LoRA factors, module by module",
     "layers": "layers stacked, copied, filled in",
 }
-FAMILIES = list(FAMILIES_SAY)
-
-
-SEES = {
-    "delta": "differences from a base (`base_model` is needed)",
-    "weight": "weights",
-    "factors": "the factors of LoRA adapters, module by module",
-}
 
 
 def render() -> str:
     """The page."""
     parts = [HEAD]
     found = [m for m in methods().values() if m.builtin]
-    for family in dict.fromkeys(m.family for m in sorted(found, key=lambda m: FAMILIES.index(m.family))):
-        parts.append(f"**{family}**: {FAMILIES_SAY[family]}\n\n| method | | |\n|---|---|---|")
+    assert {m.family for m in found} == set(FAMILIES)
+    for family, about in FAMILIES.items():
+        parts.append(f"**{family}**: {about}\n\n| method | | |\n|---|---|---|")
         for m in found:
             if m.family == family:
                 said = [t for t in traits(m)[1:] if not t.startswith("dialects")]
@@ -61,15 +54,13 @@ def render() -> str:
                 )
         parts.append("")
     for method in found:
-        low, high = method.models
-        count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
         doc = (inspect.getdoc(method.function) or "").split("\n", 1)
         parts.append(f"## {method.name}\n\n{doc[0]}\n")
-        space = "deltas, or on weights where there is no base" if method.base_optional else SEES[method.space.value]
-        fewest, most = passes_of(method)
-        passes = "once" if most == 1 else f"{fewest} times" if fewest == most else f"{fewest} to {most} times"
         source = f" Source: {method.cite}." if method.cite else ""
-        parts.append(f"Works on {space}; models: {count}; reads its inputs {passes}.{source}{_more(method)}\n")
+        parts.append(
+            f"Works on {space_text(method)}; models: {models_text(method)}; reads its inputs {passes_text(method)}."
+            f"{source}{_more(method)}\n"
+        )
         parts.append("| parameter | value | for each model | default |\n|---|---|---|---|")
         for p in method.parameters.values():
             kind = p.kind.describe().replace("|", "\\|")

@@ -261,39 +261,29 @@ def default_text(parameter: Any) -> str:
 def show_methods(words: Sequence[str], *, as_json: bool) -> None:
     """All methods, one in full, or those of which all the words are said."""
     from stockpot.methods import methods
-    from stockpot.methods.finding import find_methods
+    from stockpot.methods.finding import family_of, find_methods
 
     known = methods()
     if len(words) == 1 and words[0] in known:
-        _show_method(words[0], as_json=as_json)
+        _show_method(known[words[0]], as_json=as_json)
         return
     found = find_methods(words) if words else list(known.values())
     if as_json:
         print_json([_method_row(m) for m in found])
         return
-    rows = [(m.name, m.family or "of your own", m.space.value, m.summary) for m in found]
+    rows = [(m.name, family_of(m), m.space.value, m.summary) for m in found]
     print_table("", ("method", "family", "works on", "what it does"), rows)
 
 
-def _show_method(name: str, *, as_json: bool) -> None:
-    from stockpot.methods import get_method
-    from stockpot.methods.finding import passes_of, traits
+def _show_method(method: Any, *, as_json: bool) -> None:
+    from stockpot.methods.finding import models_text, passes_text, space_text, traits
 
-    method = get_method(name)
     if as_json:
         print_json(_method_row(method))
         return
-    low, high = method.models
-    count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
     say(f"{method.name}: {inspect.getdoc(method.function)}\n")
-    sees = {"delta": "deltas (a base is needed)", "weight": "weights", "factors": "the factors of LoRA adapters"}
-    works_on = "deltas, or weights where there is no base" if method.base_optional else sees[method.space.value]
-    say(f"works on {works_on}; models: {count}")
-    fewest, most = passes_of(method)
-    passes = (
-        "once" if most == 1 else f"{fewest} times" if fewest == most else f"{fewest} to {most} times, by its parameters"
-    )
-    say(f"{', '.join(traits(method))}; reads its inputs {passes}")
+    say(f"works on {space_text(method)}; models: {models_text(method)}")
+    say(f"{', '.join(traits(method))}; reads its inputs {passes_text(method)}")
     if method.cite:
         say(f"source: {method.cite}")
     say()

@@ -6,21 +6,50 @@ from collections.abc import Mapping, Sequence
 
 from stockpot.errors import ArgumentError, nearest
 from stockpot.methods.declaration import Method, Scope, Space, methods
-from stockpot.methods.parameters import REQUIRED, ByDialect
+from stockpot.methods.parameters import REQUIRED
 from stockpot.statistics import Statistic
 
-__all__ = ["find_methods", "passes_of", "traits"]
+__all__ = ["family_of", "find_methods", "models_text", "passes_of", "passes_text", "space_text", "traits"]
+
+_SPACES = {
+    Space.DELTA: "deltas, differences from a base (`base_model` is needed)",
+    Space.WEIGHT: "weights",
+    Space.FACTORS: "the factors of LoRA adapters, module by module",
+}
 
 
 def passes_of(method: Method) -> tuple[int, int]:
     """How many times its inputs are read, at least and at most: to combine, and for each statistic that parameters ask for."""
-    given = (p for p in method.parameters.values() if p.default is not REQUIRED)
-    defaults = {p.keyword: (_default(p.default),) if p.per_model else _default(p.default) for p in given}
+    dialect = method.dialects[0] if method.dialects else None
+    given = {p.keyword: (p.default_for(dialect), p.per_model) for p in method.parameters.values()}
+    defaults = {k: (v,) if per_model else v for k, (v, per_model) in given.items() if v is not REQUIRED}
     return 1 + sum(_is_needed(s, defaults) for s in method.stats), 1 + len(method.stats)
 
 
-def _default(value: object) -> object:
-    return next(iter(value.values.values())) if isinstance(value, ByDialect) else value
+def passes_text(method: Method) -> str:
+    """The same in words."""
+    fewest, most = passes_of(method)
+    if fewest == most:
+        return "once" if most == 1 else f"{most} times"
+    return f"{fewest} to {most} times, by its parameters"
+
+
+def models_text(method: Method) -> str:
+    """How many models it takes: "2", "1 or more", "1 to 2"."""
+    low, high = method.models
+    return f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def space_text(method: Method) -> str:
+    """What it works on."""
+    if method.base_optional:
+        return "deltas, or weights where there is no base"
+    return _SPACES[method.space]
+
+
+def family_of(method: Method) -> str:
+    """What it is listed under."""
+    return method.family or "of your own"
 
 
 def _is_needed(statistic: Statistic, defaults: Mapping[str, object]) -> bool:
@@ -39,7 +68,7 @@ def traits(method: Method) -> tuple[str, ...]:
     )
     if high is None and low > 1:
         many = f"{numbers.get(low, f'{low} models')} or more"
-    said = [method.family or "of your own", many]
+    said = [family_of(method), many]
     if method.space is Space.FACTORS:
         said.append("LoRA factors")
     elif method.base_optional:

@@ -103,17 +103,16 @@ def _value(text: str) -> Any:
 def grid_candidates(recipe: Mapping[str, Any], grid: Mapping[str, Sequence[Any] | Simplex]) -> Iterator[Tried]:
     """The recipe with every combination of values. Raises ArgumentError for a key that the recipe has no place for."""
     models = len(recipe.get("models") or [])
-    for key, values in grid.items():
-        for place in _each(key, models) if isinstance(values, Simplex) else [key]:
-            _place(copy.deepcopy(dict(recipe)), place)
+    places = {key: _each(key, models) if isinstance(v, Simplex) else [key] for key, v in grid.items()}
+    for place in itertools.chain(*places.values()):
+        _place(copy.deepcopy(dict(recipe)), place)
     _few_enough(math.prod(v.count(models) if isinstance(v, Simplex) else len(v) for v in grid.values()))
     axes = [list(v.points(models)) if isinstance(v, Simplex) else v for v in grid.values()]
     for chosen in itertools.product(*axes):
         made = copy.deepcopy(dict(recipe))
         settings = dict(zip(grid, chosen))
         for key, value in settings.items():
-            shared = isinstance(grid[key], Simplex)
-            for place, one in zip(_each(key, models), value) if shared else [(key, value)]:
+            for place, one in zip(places[key], value if isinstance(grid[key], Simplex) else [value]):
                 container, name = _place(made, place)
                 container[name] = one
         yield Tried("_".join(f"{k}-{_written(v)}" for k, v in settings.items()) or "recipe", "grid", made, settings)
