@@ -15,7 +15,8 @@ from stockpot.methods.arrays import row_ranks
 from stockpot.methods.consensus import tall_masks
 from stockpot.methods.pruned import magprune_probabilities
 from stockpot.methods.selection import divergence
-from stockpot.methods.spherical import arcs, nuslerp_arcs, nuslerp_weights, slerp_weights, stock_share, stock_shares
+from stockpot.methods.spherical import arcs, nuslerp_arcs, nuslerp_weights, slerp_weights
+from stockpot.methods.stock import stock_share, stock_shares
 from stockpot.testing import method_checks
 from test_spherical import SHAPE, close, drawn, merged
 

@@ -11,7 +11,8 @@ import torch
 
 import stockpot
 from stockpot.methods import karcher, magmax, model_stock, multislerp, nearswap, nuslerp, ram, wise_ft
-from stockpot.methods.spherical import karcher_weights, stock_share
+from stockpot.methods.directions import karcher_weights
+from stockpot.methods.stock import stock_share
 
 from helpers import load
 

@@ -1,4 +1,4 @@
-"""Weighted averages of weights, and the method that copies."""
+"""Weighted averages of weights, the straight line between two, and the method that copies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from stockpot.methods.parameters import Flag, PerModel, Real
 
 __all__ = [
     "check_weights", "cocktail_weights", "layer_average", "linear", "lm_cocktail", "normalised", "passthrough",
+    "wise_ft",
 ]  # fmt: skip
 
 
@@ -164,3 +165,28 @@ def layer_average(models: Any, *, weight: Annotated[PerModel, Real(0)] = 1.0) ->
     returns [*block]          their weighted mean
     """
     return weighted_sum(models, normalised(weight))
+
+
+@method(
+    family="averages",
+    space=Space.WEIGHT,
+    models=(2, 2),
+    base_role="first",
+    ordered=True,
+    cite="arXiv:2109.01903",
+    form=lambda alpha: Form((1.0 - alpha, alpha)),
+    differentiable=True,
+    examples=(
+        Example([[1, 0], [3, 10]], [1.6, 3], parameters={"alpha": 0.3}),
+        Example([[1, 0], [3, 10]], [2, 5]),
+        Example([[1, 0], [3, 10]], [3, 10], parameters={"alpha": 1}),
+    ),
+)
+def wise_ft(models: Any, *, alpha: Annotated[float, Real(0, 1)] = 0.5) -> Any:
+    """The straight line from a pretrained model to its fine-tune: alpha = 0 gives the base (or first), 1 the other.
+
+    models  [2, *block]  the base (or first) model, the fine-tune
+    alpha   float64      0 to 1; 0.5 where nothing is known
+    returns [*block]     (1 - alpha) a + alpha b
+    """
+    return weighted_sum(models, (1.0 - alpha, alpha))
