@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,3 +244,17 @@ def test_doctor_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.returncode == 0, done.stderr
     assert "missing: compiled kernels are switched off by STOCKPOT_NATIVE=0" in done.stdout
     assert "nowhere: No such file or directory" in done.stdout
+
+
+def test_a_plan_is_the_same_whatever_order_sets_have(family: Path, recipe: Callable[[str], Path]) -> None:
+    path = recipe(
+        f"merge_method: ties\nbase_model: {family}/base\nmodels: [{family}/a, {family}/b]\nparameters: {{density: 0.4}}\n"
+        "rules: [{match: '*mlp*', merge_method: dare_ties, parameters: {density: 0.5}}]\n"
+    )
+    told = set()
+    for seed in ("1", "2", "3"):
+        command = [sys.executable, "-m", "stockpot.cli.main", "plan", str(path), "--json"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told.add(done.stdout)
+    assert len(told) == 1

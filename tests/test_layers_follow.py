@@ -279,5 +279,8 @@ def test_which_of_two_layers_is_the_odd_one_can_t_be_told() -> None:
     for i in range(40):
         assert _kinds_there([f"a{i}", f"b{i}"], 1, 3) == set()
         assert _kinds_there([f"a{i}", f"b{i}"], 0, 2) == {f"a{i}"}
+        pairs = [f"a{i}", f"a{i}", f"b{i}", f"b{i}"]
+        assert [_kinds_there(pairs, at, 5) for at in range(1, 4)] == [{f"a{i}"}, set(), {f"b{i}"}]
+        assert _kinds_there([f"a{i}", f"b{i}", f"c{i}"], 1, 3) == {f"b{i}"}
     assert _kinds_there(["odd", "usual", "usual"], 2, 5) == {"usual"}
     assert _kinds_there(["usual", "usual", "odd"], 4, 5) == {"odd"}
