@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import stockpot
 from stockpot.api.multitask import make_masks, open_task, restore_task
+from stockpot.checkpoints.source import ReadRequest
+from stockpot.testing import run_checks, source_checks
 
 from helpers import cli
 
@@ -114,13 +116,24 @@ def test_any_range_can_be_read(models: Path) -> None:
     whole = open_task(models / "out", "task0")
     name = "model.layers.1.w"
     everything = np.empty(whole.spec(name).nbytes, np.uint8)
-    from stockpot.checkpoints.source import ReadRequest
-
     whole.read([ReadRequest(name, 0, whole.spec(name).numel)], everything.data)
     for start, stop in [(0, 1), (3, 9), (7, 8), (8, 8), (1001, 560_000), (560_699, 560_700)]:
         part = np.empty(4 * (stop - start), np.uint8)
         whole.read([ReadRequest(name, start, stop)], part.data)
         assert part.tobytes() == everything[4 * start : 4 * stop].tobytes()
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "emr"])
+def test_a_restored_task_is_a_source_like_others(models: Path, method: str) -> None:
+    make_masks(recipe(models, "task1", "task2", method=method), models / "out")
+    run_checks(source_checks(lambda: open_task(models / "out", "task2")))
+    found = open_task(models / "out", "task2")
+    files = {(Path(leaf.path).name, name) for leaf, name in found.stored("model.norm")}
+    assert files == {("model", "model.norm"), ("base", "model.norm"), ("task2.safetensors", "mask/model.norm")}
+    assert [name for _, name in found.stored("steps")] == ["own/steps"]
+    raw = np.empty(2, np.int64)
+    found.read([ReadRequest("steps", 0, 2)], memoryview(raw).cast("B"))
+    assert raw.tolist() == [3, 5]
 
 
 def test_a_base_that_is_another_or_elsewhere(models: Path) -> None:
@@ -165,6 +178,25 @@ def test_what_can_not_be_masked_is_refused_and_nothing_is_left(models: Path) -> 
     assert sorted(p.name for p in models.iterdir()) == before
     with pytest.raises(stockpot.StockpotError, match="holds no masks"):
         open_task(models / "task0", "x")
+
+
+def test_tasks_of_one_name_and_one_that_changes_nothing(models: Path) -> None:
+    shutil.copytree(models / "task1", models / "more" / "task0")
+    shutil.copytree(models / "base", models / "still" / "task0")
+    for method in ("task_arithmetic", "emr"):
+        asked = recipe(models, "task0", "more/task0", "still/task0", method=method)
+        report = make_masks(asked, models / method)
+        assert [t.name for t in report.tasks] == ["task0", "task0-2", "task0-3"]
+        still = report.tasks[2]
+        assert (still.kept, still.error) == (0, 0)
+        assert still.scale == (0 if method == "emr" else 1)
+        back = load_file(
+            Path(restore_task(models / method, "task0-3", models / f"{method}-b").path) / "model.safetensors"
+        )
+        base = load_file(models / "base/model.safetensors")
+        assert all(torch.equal(back[n], base[n]) for n in base)
+        second = open_task(models / method, "task0-2")
+        assert second.spec("model.norm") == open_task(models / method, "task0").spec("model.norm")
 
 
 def test_short_writes_lose_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class RestoredCheckpoint(DerivedCheckpoint):
 
     def stored(self, name: str) -> Iterable[tuple[Checkpoint, str]]:
         merged, base, masks = self.sources
-        if name not in self.masked or name in self.own:
+        if name not in self.masked:
             return super().stored(name)
         made_of = ((merged, name), (base, name), (masks, f"mask/{name}"))
         return (pair for source, own in made_of for pair in source.stored(own))
