@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import stockpot
-from stockpot.diagnosis import Diagnosis, judge
+from stockpot.diagnosis import THRESHOLDS, Diagnosis, judge
 from stockpot.testing.models import write_model
 
 from helpers import cli
@@ -208,6 +208,55 @@ def test_parameters_do_not_matter_and_slices_do(shelf: Shelf) -> None:
     left_out = stockpot.diagnose({**recipe, "exclude": ["model.embed_tokens.weight"]})
     assert "model.embed_tokens.weight" not in left_out.tensors
     assert left_out.copied == 1
+
+
+def test_the_docs_have_the_thresholds_that_are_used() -> None:
+    page = Path(__file__).parents[1] / "docs/diagnosis.md"
+    if not page.exists():
+        pytest.skip("not a source checkout")
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{name}` | {value:g} | {about} |" for name, (value, about) in THRESHOLDS.items()]
+
+
+def test_a_share_of_large_changes_between_says_nothing_of_dropping(shelf: Shelf) -> None:
+    for name, share, fits in (("few", 0.0, True), ("some", 0.004, None), ("many", 0.02, False)):
+        rng = np.random.default_rng(8)
+        values = near(shelf.values["base"], 9, 0.001)
+        far = {n: v + np.where(rng.random(v.shape) < share, np.float32(0.05), np.float32(0)) for n, v in values.items()}
+        shelf.put(name, far)
+        _, fitting = said(stockpot.diagnose(shelf.recipe(name)))
+        assert fitting.get("dare_linear") is fits
+
+
+def test_conflicts_by_chance_few_and_many(shelf: Shelf) -> None:
+    base = shelf.values["base"]
+    ups = {n: np.abs(v) * np.float32(0.01) + np.float32(1e-4) for n, v in base.items()}
+    shelf.put("up", {n: base[n] + u for n, u in ups.items()})
+    shelf.put("alike", {n: base[n] + u * np.float32(0.5) for n, u in ups.items()})
+    shelf.put("half", {n: base[n] + u * _signs(u.shape, 0.2) for n, u in ups.items()})
+    shelf.put("against", {n: base[n] + u * _signs(u.shape, 0.5) for n, u in ups.items()})
+    for other, fits in (("alike", False), ("against", True)):  # rates of 0 and 1/2
+        _, advice = judge(stockpot.diagnose(shelf.recipe("up", other)))
+        assert [a.fits for a in advice if a.methods[0] == "ties" and "conflicts" in a.why] == [fits]
+    _, advice = judge(stockpot.diagnose(shelf.recipe("up", "half")))  # 0.2 of a half that chance gives
+    assert not [a for a in advice if "conflicts" in a.why]
+
+
+def _signs(shape: tuple[int, ...], against: float) -> Any:
+    return np.where(np.random.default_rng(1).random(shape) < against, np.float32(-1), np.float32(1))
+
+
+def test_a_base_of_zeros_and_progress(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put("base", {n: np.zeros(s, np.float32) for n, s in SHAPES.items()})
+    shelf.put("a", near(shelf.values["base"], 1))
+    seen: list[tuple[int, int]] = []
+    d = stockpot.diagnose(shelf.recipe("a"), progress=lambda done, total: seen.append((done, total)))
+    assert d.summed().relative(0) is None
+    assert not any("moved by" in f or "no fine-tune" in f for f in said(d)[0])
+    whole = sum(int(np.prod(s)) for s in SHAPES.values())
+    assert seen[-1] == (whole, whole)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_layers_of_two_stacks_are_not_one(tmp_path: Path) -> None:
