@@ -256,6 +256,8 @@ a_pickle("a_class_of_a_long_name", b"(" + _text(b"torch" + b"a" * 400_000) + b"q
          + _text(b"_rebuild" + b"b" * 400_000) + b"q\x02" + b"h\x01h\x02\x93" * 9000 + b"t.")  # fmt: skip
 a_pickle("mappings_that_fan_out", b"}q\x01" + _text(b"w") + _TENSOR + b"K\x04\x85K\x01\x85tRs" + b"".join(
     b"q\x02}(" + b"".join(_text(b"%d" % k) + b"h\x02" for k in range(10)) + b"u" for _ in range(8)) + b".")  # fmt: skip
+a_pickle("empty_mappings_that_fan_out", b"}q\x01" + b"".join(
+    b"q\x02}(" + b"".join(_text(b"%d" % k) + b"h\x02" for k in range(10)) + b"u" for _ in range(8)) + b".")  # fmt: skip
 a_pickle("lists_that_fan_out", b"]q\x02" + b"".join(b"](" + b"h\x02" * 20 + b"eq\x02" for _ in range(12))
          + b"q\x03}" + _text(b"optimizer") + b"}" + _text(b"x") + b"h\x03ss.")  # fmt: skip
 a_pickle(

@@ -99,6 +99,35 @@ def test_a_pickle_can_t_alter_the_reader(tmp_path: Path, victim: bytes) -> None:
     assert open_checkpoint(tmp_path / "good.pt").spec("w").nbytes == 64
 
 
+def test_one_state_dict_under_very_many_keys(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(2)}
+    torch.save({f"k{i}": state for i in range(1001)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="holds one state dict under more than 1000 keys, the last 'k1000'"):
+        open_checkpoint(tmp_path / "m.pt")
+    torch.save({f"k{i}": {"w": torch.zeros(2)} for i in range(1001)}, tmp_path / "n.pt")
+    assert len(open_checkpoint(tmp_path / "n.pt")) == 1001
+
+
+def test_containers_of_nothing_are_looked_into_once_and_others_again(tmp_path: Path) -> None:
+    """What holds state dicts is found under each of its keys, also where it was first met too deep."""
+    empty: dict[str, Any] = {"x": [{}, {"y": 1}]}
+    held = {"net": {"w": torch.zeros(2)}}
+    deep: dict[str, Any] = {"end": held}
+    for i in range(9):
+        deep = {f"d{i}": deep}
+    torch.save({"a": empty, "deep": deep, "b": held, "c": {"empty": empty, "held": held}}, tmp_path / "m.pt")
+    assert set(open_checkpoint(tmp_path / "m.pt").names()) == {"b.net.w", "c.held.net.w"}
+
+
+def test_a_shallower_way_to_what_lay_too_deep_for_a_look(tmp_path: Path) -> None:
+    inner: dict[str, Any] = {"e": {"f": {"g": {"h": {"net": {"w": torch.zeros(2)}}}}}}
+    deep: dict[str, Any] = {"e": inner}
+    for i in range(7):
+        deep = {f"d{i}": deep}
+    torch.save({"deep": deep, "near": inner}, tmp_path / "m.pt")
+    assert "w" in {n.rsplit(".", 1)[-1] for n in open_checkpoint(tmp_path / "m.pt").names()}
+
+
 def test_odd_members(tmp_path: Path) -> None:
     craft(tmp_path / "a.pt", pickle.dumps({}), byteorder=b" " * 10_000)
     with pytest.raises(CheckpointError, match="little-endian"):

@@ -29,6 +29,8 @@ __all__ = ["TorchFile", "read_torch_file", "torch_file_of"]
 _MAX_PICKLE = 64 * 2**20
 #: entries of mappings and lists that are looked at
 _MOST_VISITS = 2_000_000
+#: keys that may lead to one and the same state dict
+_MOST_WAYS = 1000
 #: how deep in a document state dicts are looked for
 _DEPTH = 8
 #: keys under which trainers keep the model's tensors: the first that is there gives names of its own, other parts' names
@@ -189,8 +191,11 @@ class _States:
         self.members: dict[str, frozenset[str]] = {}
         self.left: list[str] = []
         self.visits = 0
+        self.ways: Counter[int] = Counter()  # by state dict, the keys that lead to it
+        self.said = 0  # state dicts found, and what is left out
+        self.barren: dict[int, int] = {}  # containers in which nothing was found, and how deep they lay then
         states: dict[str, Mapping[Any, Any]] = {"": document} if self.direct(document) else {}
-        states |= self.states(document, "")
+        states |= self.states(document, "", {})
         main = next((k for k in _STATES if k in states), "" if "" in states else None)
         if len(states) == 1:
             main = next(iter(states))
@@ -242,14 +247,18 @@ class _States:
         """Whether a mapping is a state dict itself."""
         return any(isinstance(v, (PickledTensor, Unreadable)) for v in found.values())
 
-    def states(self, found: Mapping[Any, Any], at: str) -> dict[str, Mapping[Any, Any]]:
-        """The state dicts below a mapping, by the keys that lead to them; entries of lists by their numbers."""
-        out: dict[str, Mapping[Any, Any]] = {}
+    def states(
+        self, found: Mapping[Any, Any], at: str, out: dict[str, Mapping[Any, Any]]
+    ) -> dict[str, Mapping[Any, Any]]:
+        """The state dicts below a mapping, put into `out` by the keys that lead to them; entries of lists by their numbers."""
         self.visit(len(found))
         for key, value in found.items():
             if isinstance(key, str) and len(key) > MOST_NAME:
                 raise CheckpointError(f"{self.path}: a key of {len(key)} characters ({key[:40]!r}...)")
             where = f"{at}{key}"
+            depth, own = where.count("."), id(value)  # which stays its own: the document holds it
+            if self.barren.get(own, depth + 1) <= depth:
+                continue
             if isinstance(value, (list, tuple)):
                 self.visit(len(value))
                 value = dict(enumerate(value))
@@ -258,18 +267,31 @@ class _States:
                 and not isinstance(value, Unreadable)
                 and where in (*_STATES, "ema", "model_ema")
             ):
+                self.said += 1
                 self.left.append(f"{where} (a pickled module)")
             if not isinstance(value, dict):
                 continue
             if "param_groups" in value or (isinstance(key, str) and _TRAINING.fullmatch(key)):
-                self.left += [f"{where} (training state)"] if self.holds_tensors(value) else []
+                if self.holds_tensors(value):
+                    self.said += 1
+                    self.left.append(f"{where} (training state)")
                 continue
+            before = self.said
             if self.direct(value):
+                self.said += 1
                 out[where] = value
-            if where.count(".") < _DEPTH:
-                out |= self.states(value, f"{where}.")
+                self.ways[id(value)] += 1  # all are held by the document; those made of lists here by `out`
+                if self.ways[id(value)] > _MOST_WAYS:
+                    raise CheckpointError(
+                        f"{self.path}: holds one state dict under more than {_MOST_WAYS} keys, the last {where[:200]!r}"
+                    )
+            if depth < _DEPTH:
+                self.states(value, f"{where}.", out)
             elif self.holds_tensors(value):
+                self.said += 1
                 self.left.append(f"{where} (too deep)")
+            if self.said == before:
+                self.barren[own] = depth
         return out
 
 

@@ -18,12 +18,14 @@ Settings = Mapping[str, Setting]
 
 
 @functools.lru_cache(maxsize=256)
-def matching(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether a name matches one of some patterns (`*.mlp.*`): plain names are looked up, the others are one expression."""
+def matching(patterns: tuple[str, ...]) -> Callable[[str], object]:
+    """What is true of names that match one of some patterns (`*.mlp.*`): plain ones are looked up, the others one expression."""
     plain = frozenset(p for p in patterns if not any(c in p for c in "*?["))
     rest = [fnmatch.translate(p) for p in patterns if p not in plain]
-    compiled = re.compile("|".join(f"(?:{p})" for p in rest)) if rest else None
-    return lambda name: name in plain or (compiled is not None and compiled.match(name) is not None)
+    if not rest:
+        return plain.__contains__
+    match = re.compile("|".join(f"(?:{p})" for p in rest)).match
+    return (lambda name: name in plain or match(name)) if plain else match
 
 
 @dataclass(frozen=True)
