@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,11 @@ def test_no_traceback_without_a_terminal(evil: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        ["stockpot", "inspect", str(evil)], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "stockpot", "inspect", str(evil)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(write)
     assert "Traceback" not in done.stderr
