@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,8 @@ from stockpot.statistics.sums import piece_sum
 
 __all__ = ["Kernel", "UnitData", "read_segment", "sample_runs"]
 
+#: elements of a sample
+_SAMPLES = 2**15
 #: (segment, first element, end) of a tensor: what elements a block is made of
 Place = tuple[Segment, int, int]
 
@@ -260,24 +262,60 @@ class Kernel:
         for first in range(segment.first, segment.last, together):
             pieces = range(first, min(first + together, segment.last))
             start, stop = grid.span(pieces[0], pieces[-1] + 1)
-            block, _ = self._load(data, offset + start, offset + stop)
-            block = block.reshape(len(block), *self._rows(segment, stop - start))
-            keywords = self._keywords(known, [(segment, start, stop)], data, block, offset + start, folding=True)
-            if not plan.stat.ordered:
+            tiles = []
+            for low, high in self._tiles(segment, start, stop):
+                block, _ = self._load(data, offset + low, offset + high)
+                block = block.reshape(len(block), *self._rows(segment, high - low))
+                keywords = self._keywords(known, [(segment, low, high)], data, block, offset + low, folding=True)
+                if plan.stat.ordered:
+                    tiles.append(plan.stat.terms(block, keywords).reshape(-1, high - low))
+                    continue
                 # what a function works out of rows it gets as rows; the rest is told of elements
-                seen = block if getattr(plan.stat, "of", None) is not None else block.reshape(len(block), -1)
-                flat = plan.stat.fold(gathering.seek, seen, keywords)
-                gathering.add((segment.tensor.index, first), flat)
+                looked_at = block.reshape(len(block), -1) if plan.stat.of_block else block
+                gathering.add((segment.tensor.index, first), plan.stat.fold(gathering.seek, looked_at, keywords))
+            if not tiles:
                 continue
-            terms = plan.stat.terms(block, keywords)
-            terms = terms.reshape(len(terms), -1)
+            terms = tiles[0] if len(tiles) == 1 else np.concatenate(tiles, axis=1)
             for piece in pieces:
                 low, high = (edge - start for edge in grid.bounds(piece))
                 gathering.add((segment.tensor.index, piece), piece_sum(terms[:, low:high]))
 
-    def sample(self, data: UnitData, at: int, n: int) -> Any:
-        """A few thousand deltas `[m, s]` from n elements that begin at `at` of the unit's data, for a first guess."""
-        return self.deltas(data, [(at + a, at + b) for a, b in sample_runs(n)])
+    def _tiles(self, segment: Segment, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Elements start..stop of a segment in parts of whole rows that stay in the cache."""
+        _, row = self._rows(segment, stop - start)
+        step = max(self.chunk // max(row, 1), 1) * max(row, 1)
+        for low in range(start, stop, step):
+            yield low, min(low + step, stop)
+
+    def sample(self, plan: StatPlan, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]) -> Any:
+        """`[k, s]`: what a statistic looks at of a few thousand elements of a segment, which begins at `at` of the unit."""
+        runs = self.sample_runs(plan, segment)
+        if plan.stat.of_block:
+            return self.deltas(data, [(at + a, at + b) for a, b in runs])
+        segments = tuple(Segment(segment.tensor, 0, 0, segment.start + a, segment.start + b) for a, b in runs)
+        raws = [memoryview(b"".join(data.part(i, at + a, at + b) for a, b in runs)) for i in range(len(data.raws))]
+        return self.seen(plan, replace(data, unit=Unit(segments), raws=raws), known)
+
+    def sample_runs(self, plan: StatPlan, segment: Segment, samples: int = _SAMPLES) -> list[tuple[int, int]]:
+        """Parts of a segment, spread evenly over it: of whole rows where what is looked at is worked out of such."""
+        n = segment.stop - segment.start
+        if self.method.scope is not Scope.ROW or plan.stat.of_block:
+            return sample_runs(n, samples)
+        rows, row = self._rows(segment, n)
+        count = max(min(samples // max(row, 1), rows), 1)
+        return [(r * row, (r + 1) * row) for r in (rows * i // count for i in range(count))]
+
+    def seen(self, plan: StatPlan, data: UnitData, known: Mapping[int, Any]) -> Any:
+        """`[k, n]`: what a statistic looks at of all of a unit: parts of one tensor, whole rows where the method wants them."""
+        if plan.stat.of_block:
+            return self.deltas(data, [(0, data.unit.numel)])
+        segments, n = data.unit.segments, data.unit.numel
+        places = [(s, s.start, s.stop) for s in segments]
+        with np.errstate(all="ignore"):
+            block, _ = self._load(data, 0, n)
+            if self.method.scope is Scope.ROW:
+                block = block.reshape(len(block), *self._rows(segments[0], n))
+            return plan.stat.seen(block, self._keywords(known, places, data, block, folding=True))
 
     def deltas(self, data: UnitData, runs: Sequence[tuple[int, int]]) -> Any:
         """`[m, n]` numpy: what the method would get for runs of elements, all of one length."""
@@ -301,7 +339,8 @@ class Kernel:
         gathering = Gathering(active, n, self._names(found))
         while gathering.current is not None:
             if gathering.fresh:
-                gathering.suggest(self.sample(data, at, n))
+                assert gathering.current is not None
+                gathering.suggest(self.sample(gathering.current, data, segment, at, {**found, **gathering.results}))
             self.fold_segment(gathering, data, segment, at, found)
             gathering.finish_pass()
         return {**found, **gathering.results}
@@ -309,9 +348,14 @@ class Kernel:
     def _at_once(self, plan: StatPlan, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any]) -> Any:
         """A statistic of a small tensor, where there is a short way."""
         n = segment.stop - segment.start
-        if plan.stat.samples:  # of the deltas alone
+        if not plan.stat.samples:
+            return None
+        if plan.stat.of_block:
             return plan.stat.at_once(self.deltas(data, [(at, at + n)]), plan.params, self._names(known))
-        return None
+        with np.errstate(all="ignore"):
+            block, _ = self._load(data, at, at + n)
+            keywords = self._keywords(known, [(segment, segment.start, segment.stop)], data, block, at, folding=True)
+            return plan.stat.at_once(block, plan.params, keywords)
 
     # output
 
@@ -380,22 +424,26 @@ class Kernel:
         self, data: UnitData, segment: Segment, at: int, known: Mapping[int, Any], out: memoryview[Any]
     ) -> None:
         """ROW: `[m, rows, row]`; TENSOR: `[m, *shape]`, on the device."""
-        n = segment.stop - segment.start
         rows = self.method.scope is Scope.ROW
-        shape = self._rows(segment, n) if rows else segment.tensor.spec.shape
-        block, base = self._load(data, at, at + n)
-        block = block.reshape(len(block), *shape)
-        keywords = self._keywords(known, [(segment, segment.start, segment.stop)], data, block, at)
-        if rows:
-            result = self.method.run(segment.tensor.name, block, **keywords)
-        else:
-            arrays = {name for name in keywords if isinstance(keywords[name], np.ndarray)}
-            moved = {name: self.device.put(v) if name in arrays else v for name, v in keywords.items()}
-            result = self.device.get(self.method.run(segment.tensor.name, self.device.put(block), **moved))
-        if result.shape != tuple(shape):
-            name, found = segment.tensor.name, tuple(result.shape)
-            raise MethodError(f"{name}: method {self.method.name!r} returned {found}, expected {tuple(shape)}")
-        self._store(data, result.reshape(-1), base, at, at + n, out)
+        tiles: Iterable[tuple[int, int]] = [(segment.start, segment.stop)]
+        if rows and segment.stop > segment.start:
+            tiles = self._tiles(segment, segment.start, segment.stop)
+        for low, high in tiles:
+            shape = self._rows(segment, high - low) if rows else segment.tensor.spec.shape
+            first, last = at + low - segment.start, at + high - segment.start
+            block, base = self._load(data, first, last)
+            block = block.reshape(len(block), *shape)
+            keywords = self._keywords(known, [(segment, low, high)], data, block, first)
+            if rows:
+                result = self.method.run(segment.tensor.name, block, **keywords)
+            else:
+                arrays = {name for name in keywords if isinstance(keywords[name], np.ndarray)}
+                moved = {name: self.device.put(v) if name in arrays else v for name, v in keywords.items()}
+                result = self.device.get(self.method.run(segment.tensor.name, self.device.put(block), **moved))
+            if result.shape != tuple(shape):
+                name, found = segment.tensor.name, tuple(result.shape)
+                raise MethodError(f"{name}: method {self.method.name!r} returned {found}, expected {tuple(shape)}")
+            self._store(data, result.reshape(-1), base, first, last, out)
 
     def _store(self, data: UnitData, result: Any, base: Any, start: int, stop: int, out: memoryview[Any]) -> None:
         if result.shape != (stop - start,):
@@ -409,7 +457,7 @@ class Kernel:
         encode_into(result, dtype, out[start * dtype.itemsize : stop * dtype.itemsize])
 
 
-def sample_runs(n: int, samples: int = 2**15, run: int = 1024) -> list[tuple[int, int]]:
+def sample_runs(n: int, samples: int = _SAMPLES, run: int = 1024) -> list[tuple[int, int]]:
     """Short runs spread evenly over n elements, `samples` elements in all."""
     if n <= run:
         return [(0, n)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from stockpot.engine.blocks import BlockPool
 from stockpot.engine.bundles import Bundles
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.executors import Executor
-from stockpot.engine.kernel import Kernel, UnitData, read_segment, sample_runs
+from stockpot.engine.kernel import Kernel, UnitData, read_segment
 from stockpot.engine.ledger import Ledger
-from stockpot.engine.scheduler import Job, Scheduler, Work
+from stockpot.engine.scheduler import Scheduler, Work
 from stockpot.engine.sink import Sink
 from stockpot.engine.transfer import Seen, read_unit, write_unit
 from stockpot.engine.units import Cutter, Segment, Unit, aligned, most_of_a_unit, unit_of
@@ -154,7 +154,7 @@ class Loop:
 
     def _do(self, work: Work, slot: dict[Any, Any]) -> None:
         if work.job is not None and work.job.sampling:
-            work.job.gathering.suggest(self._sample(work.job, slot, bundle=work.bundle))
+            work.job.gathering.suggest(self._sample(work, slot))
         elif work.bundle:
             self._by_bundles(work, slot)
         else:
@@ -269,26 +269,32 @@ class Loop:
         self._settle(work.rows, warnings)
         self._let_go(work.rows[:1], work.held)
 
-    def _sample(self, job: Job, slot: dict[Any, Any], *, bundle: bool) -> Any:
-        """A few deltas from all over a job's tensors."""
-        if bundle and all(b for _, b in job.passes):
+    def _sample(self, work: Work, slot: dict[Any, Any]) -> Any:
+        """What a job's statistic looks at, of a few elements from all over its tensors."""
+        job = work.job
+        assert job is not None
+        plan = job.gathering.current
+        assert plan is not None
+        if work.bundle and all(b for _, b in job.passes):
             found = self.bundles.sample([t for t in job.tensors if t.spec.numel], _JOB_SAMPLES, slot)
             if found is not None:
                 return found
         # a model of thousands of units has a sample of the same size
         units = [unit_of(self.plan, self.pieces, rows) for rows, _ in job.passes]
+        known: Mapping[int, Any] = {}
+        if not plan.stat.of_block:  # its function may need values that other groups have not, or have others of
+            known = {**work.known, **job.gathering.results}
+            units = [u for u in units if u.lead.group == units[0].lead.group]
         units = units[:: -(-1024 * len(units) // (2 * _JOB_SAMPLES))]
         total = sum(u.numel for u in units)
         parts = []
         for unit in units:
             share = max(_JOB_SAMPLES * unit.numel // total, 1024)
             for segment in unit.segments[:: -(-512 * len(unit.segments) // share)]:
-                n = segment.stop - segment.start
-                runs = sample_runs(n, samples=max(share // len(unit.segments), 512))
+                kernel = self.kernels[segment.tensor.group]
+                runs = kernel.sample_runs(plan, segment, max(share // len(unit.segments), 512))
                 pieces = [Segment(segment.tensor, 0, 0, segment.start + a, segment.start + b) for a, b in runs]
-                data = self._read(Unit(tuple(pieces)), slot).data
-                count = sum(b - a for a, b in runs)
-                parts.append(self.kernels[segment.tensor.group].deltas(data, [(0, count)]))
+                parts.append(kernel.seen(plan, self._read(Unit(tuple(pieces)), slot).data, known))
         return np.concatenate(parts, axis=1)
 
     def _differing(self, data: UnitData) -> list[str]:

@@ -21,11 +21,13 @@ class Election:
     weighted          the sign of sum(w x) rather than of sum(x)
     divide_by         "weight" (agreeing weight), "count" (agreeing models) or "none"; an empty divisor counts as 1
     zero_is_positive  the sign that an exactly zero sum takes
+    least             a divisor below it counts as it; 0: only an empty one counts, as 1
     """
 
     weighted: bool = True
     divide_by: DivideBy = "weight"
     zero_is_positive: bool = True
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Form:
     ceiling   [m]  magnitudes above it go; None: nothing does
     masked         whether the random mask is applied
     factor    [m]  float64, or None
+    spread         least variance over the models (selection.spread) of elements that stay, before an election; None: all stay
     election       None: a weighted sum
     """
 
@@ -45,5 +48,6 @@ class Form:
     ceiling: tuple[float, ...] | None = None
     masked: bool = False
     factor: tuple[float, ...] | None = None
+    spread: float | None = None
     election: Election | None = None
     scale: float = 1.0

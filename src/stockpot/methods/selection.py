@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from stockpot.methods.arrays import add_rows, column, keep_only, keep_where
+from stockpot.methods.arrays import keep_only
 from stockpot.methods.declaration import Example, Scope, Space, method
+from stockpot.methods.forms import Election, Form
 from stockpot.methods.parameters import Choice, Real
+from stockpot.methods.ties import disjoint_merge
 from stockpot.statistics import Rank, Total
 
 __all__ = ["arcee_fusion", "sce"]
@@ -91,6 +93,16 @@ def _sce_weights(energy: Any, dialect: str) -> tuple[float, ...]:
     return tuple(s / total for s in squares)
 
 
+def _sce_election(dialect: str) -> Election:
+    return Election(weighted=False, least=1e-6 if dialect == "mergekit" else 0.0)
+
+
+def _sce_form(varying: Any, cutoff: Any, energy: Any, select_topk: float, dialect: str) -> Form:
+    # how many models there are shows in the energies, which alone are gathered without weights
+    weight = (1.0,) if energy is None else _sce_weights(energy, dialect)
+    return Form(weight, spread=None if cutoff[0] == 0 else cutoff[0], election=_sce_election(dialect))
+
+
 _T = [[0.3, -0.1, 0.2, 0], [0.1, 0.2, -0.4, 0.1]]
 _TINY = [[x * 1e-3 for x in row] for row in _T]
 
@@ -100,11 +112,12 @@ _TINY = [[x * 1e-3 for x in row] for row in _T]
     space=Space.DELTA,
     models=(1, None),
     stats=(
-        Total("varying", of=_varies, when=_selects),
-        Rank("select_topk", of=spread, counts=_selected_count),
-        Total("energy", of=_energies),
+        Total("varying", of=_varies, when=_selects, compiled="varying"),
+        Rank("select_topk", of=spread, counts=_selected_count, compiled="spread"),
+        Total("energy", of=_energies, compiled="energies"),
     ),
     cite="arXiv:2408.07990",
+    form=_sce_form,
     neutral={"select_topk": 1.0},
     dialects={
         "stockpot": "weights by energy however small it is; what a sole model carries is kept whole",
@@ -140,18 +153,7 @@ def sce(
     dialect               `mergekit` has absolute limits of 1e-6
     returns  [*block]     sum w_i x_i over those with the sign of the plain sum, divided by their weights
     """
-    import numpy as np
-
-    agree = (delta > 0) == (add_rows(delta) >= 0)
-    agree &= delta != 0
-    weight = column(_sce_weights(energy, dialect), delta)
-    merged = add_rows(keep_where(delta * weight, agree))
-    divisor = add_rows(agree * weight)
-    if dialect == "mergekit":
-        np.maximum(divisor, divisor.dtype.type(1e-6), out=divisor)
-    else:
-        divisor += divisor == 0
-    merged /= divisor
+    merged = disjoint_merge(delta, _sce_weights(energy, dialect), _sce_election(dialect))
     selected = _selected(delta, cutoff)  # or not: of all models together
     if selected is not None:
         keep_only(merged, selected)

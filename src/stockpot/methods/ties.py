@@ -54,7 +54,12 @@ def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> An
         divisor = count_rows(agree, merged)
     else:
         divisor = add_rows(agree * column(weight, kept))
-    divisor += divisor == 0
+    if election.least:
+        import numpy as np
+
+        np.maximum(divisor, divisor.dtype.type(election.least), out=divisor)
+    else:
+        divisor += divisor == 0
     merged /= divisor
     return merged
 

@@ -42,11 +42,13 @@ class Statistic:
     name   the keyword under which the function gets the value
     over   the extent, or a function of the parameters that gives it
     when   whether these parameters need it; the function gets `absent` where they do not
+    compiled  which kernel does what its function does, to the same bytes; None: none
     """
 
     name: str
     over: Over
     when: Callable[[Params], bool] | None
+    compiled: str | None = None
     #: whether parts must be merged in the order of tensors and pieces
     ordered: ClassVar[bool] = False
     #: the extents that it can be gathered over
@@ -64,6 +66,11 @@ class Statistic:
     def samples(self) -> bool:
         """Whether `suggest` narrows the first pass by a sample."""
         return False
+
+    @property
+    def of_block(self) -> bool:
+        """Whether it looks at the elements as they are, not at what a function of its own makes of them."""
+        return getattr(self, "of", None) is None
 
     def matters(self, params: Params) -> Any:
         """What of the parameters decides `start`: tensors may share one value only where this is equal."""
@@ -85,8 +92,12 @@ class Statistic:
         """What the first pass over `count` elements looks for. known: earlier statistics by name."""
         raise NotImplementedError
 
+    def seen(self, block: Any, keywords: Mapping[str, Any]) -> Any:
+        """What of a block `[m, ...]` it looks at, `[k, n]`: what `suggest` wants to see of a few elements."""
+        raise NotImplementedError
+
     def suggest(self, seek: Any, sample: Any) -> Any:
-        """A seek narrowed by a sample of the block `[m, n]`; the value does not depend on it."""
+        """A seek narrowed by a sample `[k, n]` of what it looks at; the value does not depend on it."""
         return seek
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:

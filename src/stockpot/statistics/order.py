@@ -21,9 +21,11 @@ __all__ = [
     "kth_smallest",
     "narrowed",
     "next_window",
+    "patterns",
     "pick",
     "tally",
     "use_picker",
+    "use_teller",
 ]
 
 #: patterns of magnitudes lie below it
@@ -33,11 +35,28 @@ _BINS = 2**20
 _HOLD = 2**18
 
 _pickers: list[Callable[[Any, int], int]] = []
+#: (low, high, float32 values, signed) -> (how many patterns lie below, those inside)
+_tellers: list[Callable[[int, int, Any, bool], tuple[int, Any]]] = []
 
 
 def use_picker(picker: Callable[[Any, int], int] | None) -> None:
     """Have `pick` done by a compiled function (None: by numpy)."""
     _pickers[:] = [picker] if picker else []
+
+
+def use_teller(teller: Callable[[int, int, Any, bool], tuple[int, Any]] | None) -> None:
+    """Have `tally` done by a compiled function (None: by numpy)."""
+    _tellers[:] = [teller] if teller else []
+
+
+def patterns(values: Any, *, signed: bool) -> Any:
+    """float32 -> uint32 that order as the numbers do (NaN above infinity); magnitudes keep their own bits."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    if not signed:
+        return bits
+    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(2**31))
 
 
 def pick(bits: Any, rank: int) -> int:
@@ -97,10 +116,14 @@ def narrowed(window: Window, sample: Any) -> Window:
     return Window(window.count, window.rank, low, high, window.top)
 
 
-def tally(window: Window, bits: Any) -> Tally:
-    """Of a block's patterns, uint32 `[n]`."""
+def tally(window: Window, values: Any, *, signed: bool = False) -> Tally:
+    """Of a block's numbers, float32 `[n]`: magnitudes, or numbers of both signs."""
     import numpy as np
 
+    if _tellers and window.high - window.low < 2**32:
+        below, chosen = _tellers[0](window.low, window.high, np.ascontiguousarray(values), signed)
+        return Tally(below, [chosen], len(chosen))
+    bits = patterns(values, signed=signed)
     inside = bits < np.uint32(window.high) if window.high < 2**32 else np.ones(len(bits), np.bool_)
     below = 0
     if window.low:

@@ -9,7 +9,17 @@ from typing import Any, ClassVar, Literal
 
 from stockpot.errors import ArgumentError
 from stockpot.statistics.base import EXTENTS, Extent, Known, Over, Params, Statistic
-from stockpot.statistics.order import TOP, Tally, Window, add_tallies, kth_smallest, narrowed, next_window, tally
+from stockpot.statistics.order import (
+    TOP,
+    Tally,
+    Window,
+    add_tallies,
+    kth_smallest,
+    narrowed,
+    next_window,
+    patterns,
+    tally,
+)
 
 __all__ = ["Counts", "Fractions", "Quantile", "Rank", "Rounding", "kept_count", "magnitude32"]
 
@@ -42,16 +52,6 @@ def magnitude32(x: Any) -> Any:
 
     a = abs(x)
     return a if a.dtype == np.float32 else a.astype(np.float32)
-
-
-def _patterns(values: Any, *, signed: bool) -> Any:
-    """float32 -> uint32 that order as the numbers do (NaN above infinity); magnitudes keep their own bits."""
-    import numpy as np
-
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    if not signed:
-        return bits
-    return np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(2**31))
 
 
 def _number(pattern: int, *, signed: bool) -> float:
@@ -89,6 +89,7 @@ class Rank(Statistic):
     rounding: Rounding = "at_least_one"
     signed: bool = False
     counts: Counts | None = None
+    compiled: str | None = None
     extents: ClassVar[tuple[Extent, ...]] = EXTENTS
 
     def fractions(self, params: Params) -> tuple[float, ...]:
@@ -113,7 +114,7 @@ class Rank(Statistic):
 
     @property
     def samples(self) -> bool:
-        return self.of is None
+        return True
 
     @property
     def _all(self) -> float:
@@ -134,6 +135,14 @@ class Rank(Statistic):
         if (values < 0).any():
             raise ArgumentError(f"statistic {self.name!r}: what it ranks is negative in places: declare it signed=True")
         return abs(values)  # -0 as 0
+
+    def _rows(self, block: Any, keywords: Mapping[str, Any]) -> Any:
+        """The same `[k, n]`."""
+        values = self.ranked(block, keywords)
+        return values.reshape(len(values), -1)
+
+    def seen(self, block: Any, keywords: Mapping[str, Any]) -> Any:
+        return self._rows(block, keywords)
 
     def start(self, params: Params, models: int, count: int, known: Mapping[str, Any]) -> Any:
         return self._settled(tuple(self._search(k, count) for k in self._kept(params, count, known)))
@@ -156,15 +165,18 @@ class Rank(Statistic):
         return Known(found) if all(isinstance(f, float) for f in found) else found
 
     def suggest(self, seek: Any, sample: Any) -> Any:
-        rows = _patterns(magnitude32(sample), signed=False)
+        values = sample if self.signed else magnitude32(sample)
+        rows = patterns(values.reshape(len(values), -1), signed=self.signed)
         return tuple(narrowed(w, row) if isinstance(w, Window) else w for w, row in zip(seek, rows, strict=True))
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:
-        values = self.ranked(block, keywords)
-        rows = _patterns(values.reshape(len(values), -1), signed=self.signed)
+        rows = self._rows(block, keywords)
         if len(rows) != len(seek):
             raise TypeError(f"statistic {self.name!r}: {len(rows)} rows are ranked by {len(seek)} fractions")
-        return [tally(w, row) if isinstance(w, Window) else None for w, row in zip(seek, rows, strict=True)]
+        return [
+            tally(w, row, signed=self.signed) if isinstance(w, Window) else None
+            for w, row in zip(seek, rows, strict=True)
+        ]
 
     def merge(self, seek: Any, a: Any, b: Any) -> Any:
         return [add_tallies(w, x, y) if isinstance(w, Window) else None for w, x, y in zip(seek, a, b, strict=True)]
@@ -235,11 +247,13 @@ class Quantile(Rank):
         return _Between(super().suggest(seek.ends, np.repeat(sample, 2, axis=0)), seek.shares)
 
     def fold(self, seek: Any, block: Any, keywords: Mapping[str, Any], so_far: Any = None) -> Any:
-        values = self.ranked(block, keywords)
-        rows = _patterns(values.reshape(len(values), -1), signed=self.signed)
+        rows = self._rows(block, keywords)
         if 2 * len(rows) != len(seek.ends):
             raise TypeError(f"statistic {self.name!r}: {len(rows)} rows are ranked by {len(seek.ends) // 2} fractions")
-        return [tally(w, rows[i // 2]) if isinstance(w, Window) else None for i, w in enumerate(seek.ends)]
+        return [
+            tally(w, rows[i // 2], signed=self.signed) if isinstance(w, Window) else None
+            for i, w in enumerate(seek.ends)
+        ]
 
     def merge(self, seek: Any, a: Any, b: Any) -> Any:
         return super().merge(seek.ends, a, b)

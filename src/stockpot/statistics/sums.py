@@ -24,6 +24,7 @@ class Total(Statistic):
     of: Callable[..., Any]
     over: Over = "tensor"
     when: Callable[[Params], bool] | None = None
+    compiled: str | None = None
     ordered: ClassVar[bool] = True
     extents: ClassVar[tuple[Extent, ...]] = EXTENTS
 

@@ -83,7 +83,7 @@ def statistic_checks(
             seek = stat.start(params, m, n, {})
             if isinstance(seek, Known):
                 return
-            seek = stat.suggest(seek, guess)
+            seek = stat.suggest(seek, stat.seen(guess, dict(params)))
             while not isinstance(seek, Known):
                 seek = stat.finish(seek, stat.fold(seek, block, dict(params)))
             assert same(seek.value, gathered(stat, block, params, _PIECE)), "depends on the sample"

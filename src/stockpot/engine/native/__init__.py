@@ -22,12 +22,12 @@ from stockpot.methods.declaration import Method
 from stockpot.methods.forms import Form
 from stockpot.specs import DType
 from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
-from stockpot.statistics.order import Tally, Window, use_picker
+from stockpot.statistics.order import Tally, Window, use_picker, use_teller
 
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 8
+_ABI = 9
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -57,6 +57,9 @@ class _Task(ctypes.Structure):
         ("factor", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
         ("scale", ctypes.c_double),
+        ("least", ctypes.c_double),
+        ("spread", ctypes.c_float),
+        ("selects", ctypes.c_int32),
     )
 
 
@@ -110,13 +113,17 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        p, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+        p, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        u32, u64 = ctypes.c_uint32, ctypes.c_uint64
         library.stockpot_combine.argtypes = (p, i32)
         library.stockpot_totals.argtypes = (p, i32, i32, p)
         library.stockpot_signs.argtypes = (p, i32, p)
         library.stockpot_split.argtypes = (p, i32, p, p, p, p, p)
         library.stockpot_select.argtypes = (p, i64, i64, p)
         library.stockpot_select.restype = ctypes.c_uint32
+        library.stockpot_split_spread.argtypes = (p, i32, u32, u32, p, p, p)
+        library.stockpot_tally.argtypes = (p, i64, i32, u32, u32, p, p)
+        library.stockpot_tally.restype = i64
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
@@ -134,10 +141,10 @@ class Kernels:
 
     def folds(self, stat: Statistic, method: Method) -> Fold | None:
         """How a statistic of a method is folded here; None where it is not known."""
-        found = _FOLDS.get(type(stat))
+        found = _NAMED.get(stat.compiled) if stat.compiled else _FOLDS.get(type(stat))
         if found is None or (found.form and method.form is None):
             return None
-        if isinstance(stat, Rank) and (stat.of is not None or stat.signed):
+        if isinstance(stat, Rank) and not stat.compiled and (stat.of is not None or stat.signed):
             return None
         return Fold(found.form, partial(found.fold, self))
 
@@ -170,15 +177,17 @@ class Kernels:
 
     def totals(self, kind: str, block: Block, form: Form | None, mask: Any, total: Any) -> Any:
         """`total` (float64 `[k]`, or None for zeros) plus the terms of the block: kind "gram" (products of each two models, by
-        rows of the upper triangle), "norms" or "signs".
+        rows of the upper triangle), "norms", "energies", "varying" or "signs".
         """
         task, alive = self._task(block, form, mask)
-        k = {"gram": task.m * (task.m + 1) // 2, "norms": 2 * task.m, "signs": 1}[kind]
+        m = task.m
+        k = {"gram": m * (m + 1) // 2, "norms": 2 * m, "energies": m + 1, "varying": 1, "signs": 1}[kind]
         out = np.zeros(k) if total is None else np.array(total, np.float64)
         if kind == "signs":
             status = self.library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
         else:
-            status = self.library.stockpot_totals(ctypes.byref(task), block.wide, kind == "norms", out.ctypes.data)
+            number = ("gram", "norms", "energies", "varying").index(kind)
+            status = self.library.stockpot_totals(ctypes.byref(task), block.wide, number, out.ctypes.data)
         _check(status)
         del alive
         return out
@@ -215,6 +224,27 @@ class Kernels:
         """The value of this rank (from 0) among uint32, as `numpy.partition` would find it."""
         scratch = np.empty(len(values) + 1, np.uint32)
         return int(self.library.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
+
+    def split_spread(self, block: Block, low: int, high: int) -> tuple[int, Any]:
+        """The same as `split` of how much the models differ: see methods.selection.spread."""
+        task, alive = self._task(block, None, None)
+        below, held = ctypes.c_int64(), ctypes.c_int64()
+        inside = np.empty(block.n + _SLACK, np.uint32)
+        pointers = ctypes.byref(below), inside.ctypes.data, ctypes.byref(held)
+        _check(self.library.stockpot_split_spread(ctypes.byref(task), block.wide, low, high, *pointers))
+        del alive
+        return below.value, inside[: held.value].copy()
+
+    def tally(self, low: int, high: int, values: Any, signed: bool) -> tuple[int, Any]:
+        """(how many patterns of the float32 `values` lie below the window [low, high), those inside it): see order.tally."""
+        out = np.empty(len(values) + _SLACK, np.uint32)
+        below = ctypes.c_int64()
+        # as wide as all patterns: infinity and NaN of one kind are never the last of them
+        span = min(high - low, 2**32 - 1)
+        held = self.library.stockpot_tally(
+            values.ctypes.data, len(values), signed, low, span, out.ctypes.data, ctypes.byref(below)
+        )
+        return below.value, out[:held].copy()
 
     def measure(self, raw: Any, dtype: DType, edges: Sequence[int]) -> Iterator[tuple[float, int, int]]:
         """(sum of squares, count of NaN, of infinities) of each range between neighbouring `edges`."""
@@ -309,6 +339,9 @@ def _formed(task: _Task, form: Form | None, mask: Any, alive: list[Any]) -> _Tas
         task.weighted_election = form.election.weighted
         task.divide = _DIVIDE[form.election.divide_by]
         task.zero_is_positive = form.election.zero_is_positive
+        task.least = form.election.least
+    if form.spread is not None:
+        task.selects, task.spread = 1, form.spread
     return task
 
 
@@ -331,6 +364,13 @@ def _fold_rank(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, 
     ]
 
 
+def _fold_spread(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
+    if not isinstance(seek[0], Window):
+        return [None]
+    n, inside = kernels.split_spread(block, seek[0].low, seek[0].high)
+    return [Tally(n, [inside], len(inside))]
+
+
 def _fold_total(kind: str) -> Callable[..., Any]:
     def fold(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
         return kernels.totals(kind, block, form, mask, so_far)
@@ -344,6 +384,12 @@ _FOLDS: dict[type, Fold] = {
     Gram: Fold(False, _fold_total("gram")),
     L1Norms: Fold(True, _fold_total("norms")),
     SignSum: Fold(True, _fold_total("signs")),
+}
+#: by the name that a statistic gives: of those with a function of their own
+_NAMED: dict[str, Fold] = {
+    "spread": Fold(False, _fold_spread),
+    "varying": Fold(False, _fold_total("varying")),
+    "energies": Fold(True, _fold_total("energies")),
 }
 
 
@@ -390,4 +436,5 @@ def _loaded() -> Kernels | None:
 def _use(kernels: Kernels | None) -> None:
     """Statistics and methods have functions of their own that kernels do faster, to the same numbers."""
     use_picker(None if kernels is None else kernels.select)
+    use_teller(None if kernels is None else kernels.tally)
     use_ranker(None if kernels is None else kernels.ranks)

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 8
+#define ABI 9
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -67,6 +67,9 @@ typedef struct {
     const double *factor; /* NULL: none */
     const uint8_t *mask;  /* [m, n] booleans or NULL */
     double scale;
+    double least;    /* a divisor below it counts as it; 0: an empty one as 1 */
+    float spread;    /* elements that differ less over the models go, where `selects` holds */
+    int32_t selects;
 } Task;
 
 INLINE float as_float(uint32_t bits) {
@@ -207,7 +210,17 @@ static int64_t split_fused(const Task *t, const uint32_t *low, const uint32_t *h
 }
 
 static int64_t gram_fused(const Task *t, double *total) { return CHOOSE(gram)(t, total); }
+
+static int64_t tally_fused(const uint32_t *values, int64_t n, int32_t is_signed, uint32_t first, uint32_t span, uint32_t *out,
+                           int64_t *below, int64_t *held) {
+    return CHOOSE(tally)(values, n, is_signed, first, span, out, below, held);
+}
 #else
+static int64_t tally_fused(const uint32_t *values, int64_t n, int32_t is_signed, uint32_t first, uint32_t span, uint32_t *out,
+                           int64_t *below, int64_t *held) {
+    return 0;
+}
+
 static int64_t gram_fused(const Task *t, double *total) { return 0; }
 
 static int64_t combine_fused(const Task *t) { return 0; }
@@ -226,7 +239,9 @@ EXPORT int32_t stockpot_combine(const Task *task, int32_t wide) {
 }
 
 /* Sums in float64 over whole chunks of REDUCE elements by halving, and over what is left, added to `total` in order.
- * kind 0: products of each two of what the method sees, by rows of the upper triangle; kind 1: |delta| of each model, then |what remains of it| of each. */
+ * kind 0: products of each two of what the method sees, by rows of the upper triangle; kind 1: |delta| of each model, then
+ * |what remains of it| of each; kind 2: squares of each where the models differ enough, then 1 there; kind 3: 1 where the models
+ * differ at all. */
 EXPORT int32_t stockpot_totals(const Task *task, int32_t wide, int32_t kind, double *total) {
     if (wide) return totals_f64(task, 0, kind, total);
     return totals_f32(task, kind == 0 && task->m == 2 && !task->base ? gram_fused(task, total) : 0, kind, total);
@@ -243,6 +258,29 @@ EXPORT int32_t stockpot_split(const Task *task, int32_t wide, const uint32_t *lo
                               uint32_t *inside, int64_t *held) {
     if (wide) return split_f64(task, 0, low, high, below, inside, held);
     return split_f32(task, split_fused(task, low, high, below, inside, held), low, high, below, inside, held);
+}
+
+/* As stockpot_split, of one window and how much the models differ in each element (see `spread`). */
+EXPORT int32_t stockpot_split_spread(const Task *task, int32_t wide, uint32_t low, uint32_t high, int64_t *below,
+                                     uint32_t *inside, int64_t *held) {
+    if (wide) return split_spread_f64(task, low, high, below, inside, held);
+    return split_spread_f32(task, low, high, below, inside, held);
+}
+
+/* Of n float32 as bit patterns, which where they are signed are changed to order as the numbers do: those inside the window
+ * [first, first + span) to `out`, n + SLACK places; returns how many they are. below: how many lie under it. */
+EXPORT int64_t stockpot_tally(const uint32_t *values, int64_t n, int32_t is_signed, uint32_t first, uint32_t span,
+                              uint32_t *out, int64_t *below) {
+    int64_t held = 0;
+    *below = 0;
+    for (int64_t at = tally_fused(values, n, is_signed, first, span, out, below, &held); at < n; at++) {
+        uint32_t x = values[at];
+        if (is_signed) x ^= x >> 31 ? 0xffffffffu : 0x80000000u;
+        *below += x < first;
+        out[held] = x;
+        held += x - first < span;
+    }
+    return held;
 }
 
 /* The value of `rank` in ascending order, by eleven bits at a time from the first in which any two differ: equal values, of
