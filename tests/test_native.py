@@ -346,17 +346,51 @@ def test_masks_are_numpys(density, start):
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (3, 2), (7, 41), (2, 70_000), (0, 5), (5, 0), (4, 3, 300)])
-def test_ranks_in_rows_are_numpy_s(shape: tuple[int, ...]) -> None:
+def test_ranks_in_rows(shape: tuple[int, ...]) -> None:
     from stockpot.methods.arrays import row_ranks
 
-    assert load_kernels() is not None
     sizes = np.abs(np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
     for x in (sizes, np.minimum(sizes, 1), np.zeros_like(sizes)):
-        with numpy_only():
-            plain = row_ranks(x)
-        found = row_ranks(x)
-        assert (found.dtype, found.tolist()) == (plain.dtype, plain.tolist())
-        assert plain.tolist() == np.argsort(np.argsort(x, axis=-1, kind="stable"), axis=-1).tolist()
+        assert row_ranks(x).tolist() == np.argsort(np.argsort(x, axis=-1, kind="stable"), axis=-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("inverse", [True, False])
+@pytest.mark.parametrize("shape", [(5, 1), (3, 2), (7, 41), (2, 70_000), (0, 5), (5, 0), (4, 300)])
+def test_pruned_rows_are_numpy_s(shape: tuple[int, ...], inverse: bool, dtype: type) -> None:
+    from stockpot.methods.pruned import _magpruned
+
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((4, *shape)).astype(dtype)
+    delta[1] = np.round(delta[1])  # ties, zeros of both signs
+    uniform = rng.random(delta.shape).astype(dtype)
+    given = (delta, uniform, (0.5, 0.3, 0.0, 1.0), (0.2, 0.1, 0.1, 0.1), inverse)
+    assert load_kernels() is not None
+    with numpy_only():
+        plain = _magpruned(*given)
+    found = _magpruned(*given)
+    assert found.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (3, 10), (4, 4), (7, 1001), (5, 0), (10**12 + 1, 2077)])
+def test_uniform_numbers_are_numpy_s(start: int, n: int, dtype: type) -> None:
+    key = mask_key(3, 1, "w")
+    found, plain, one = np.empty(n, dtype), np.empty(n, dtype), np.empty(1, dtype)
+    MaskStream().uniform(key, start, found)
+    with numpy_only():
+        MaskStream().uniform(key, start, plain)
+    assert found.tolist() == plain.tolist()
+    for i in range(0, n, 7):  # each by its place alone
+        MaskStream().uniform(key, start + i, one)
+        assert one[0] == found[i]
+    if n > 2000:
+        assert found.min() >= 0
+        assert found.max() < 1
+        assert abs(found.mean() - 0.5) < 0.03
+        assert (
+            abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.08
+        )  # halves of one word have nothing to do with each other
 
 
 @pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (3, 10), (4, 4), (7, 1001), (5, 0), (10**12 + 1, 77)])

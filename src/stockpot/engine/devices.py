@@ -13,7 +13,7 @@ from stockpot.checkpoints.codecs import decode_into
 from stockpot.errors import ArgumentError
 from stockpot.specs import DType
 
-__all__ = ["Device", "NumpyDevice", "TorchDevice", "byte_buffer", "load_block", "open_device"]
+__all__ = ["Device", "NumpyDevice", "TorchDevice", "byte_buffer", "load_block", "open_device", "scratch_block"]
 
 
 def byte_buffer(size: int) -> memoryview[Any]:
@@ -21,13 +21,17 @@ def byte_buffer(size: int) -> memoryview[Any]:
     return memoryview(np.empty(size, np.uint8).data)
 
 
-def load_block(raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
-    """`m` buffers of n elements -> `[m, n]`, float64 when `wide` else float32. `slot` keeps scratch per thread."""
-    m = len(raws)
+def scratch_block(m: int, n: int, wide: bool, slot: dict[Any, Any]) -> Any:
+    """`[m, n]`, float64 when `wide` else float32, of memory that `slot` keeps per thread."""
     scratch = slot.get((m, wide))
     if scratch is None or scratch.size < m * n:
         scratch = slot[m, wide] = np.empty(m * n, np.float64 if wide else np.float32)
-    out = scratch[: m * n].reshape(m, n)
+    return scratch[: m * n].reshape(m, n)
+
+
+def load_block(raws: Sequence[Any], dtypes: Sequence[DType], n: int, wide: bool, slot: dict[Any, Any]) -> Any:
+    """`m` buffers of n elements -> `[m, n]`, float64 when `wide` else float32. `slot` keeps scratch per thread."""
+    out = scratch_block(len(raws), n, wide, slot)
     for i, (raw, dtype) in enumerate(zip(raws, dtypes, strict=True)):
         decode_into(raw, dtype, out[i])
     return out

@@ -14,7 +14,7 @@ from stockpot.statistics import Draw, Mask, Uniform
 __all__ = ["draw"]
 
 #: draws of another kind come from streams of their own
-_KINDS = {"Uniform": "uniform 1", "Normal": "normal 1"}
+_KINDS = {"Uniform": "uniform 2", "Normal": "normal 1"}
 
 
 def draw(
@@ -60,14 +60,11 @@ def _numbers(declared: Draw, stream: MaskStream, seed: int, segment: Segment, st
     out = np.empty((len(operands), n), np.float64 if wide else np.float32)
     for i, operand in enumerate(operands):
         kind = _KINDS[type(declared).__name__]
-        words = stream.words(mask_key(seed, operand.position, f"{kind}\0{segment.tensor.name}"), start, n)
-        if not isinstance(declared, Uniform):
-            out[i] = normal(words)
-        elif wide:
-            np.multiply(words >> np.uint64(11), 2.0**-53, out=out[i])
+        key = mask_key(seed, operand.position, f"{kind}\0{segment.tensor.name}")
+        if isinstance(declared, Uniform):
+            stream.uniform(key, start, out[i])
         else:
-            high = words.view("<u4")[1::2] >> np.uint32(8)  # 24 bits: exact in float32
-            np.multiply(high.view(np.int32), np.float32(2.0**-24), out=out[i], dtype=np.float32, casting="unsafe")
+            out[i] = normal(stream.words(key, start, n))
     return out
 
 

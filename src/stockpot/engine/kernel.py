@@ -12,7 +12,7 @@ import numpy as np
 from stockpot.checkpoints.codecs import encode_into
 from stockpot.checkpoints.meaning.roles import role_of
 from stockpot.checkpoints.source import ReadRequest, TensorSource
-from stockpot.engine.devices import Device, byte_buffer, load_block
+from stockpot.engine.devices import Device, byte_buffer, load_block, scratch_block
 from stockpot.engine.draws import draw
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.native import Block, Kernels, load_kernels
@@ -105,12 +105,18 @@ class Kernel:
         """(block `[m, n]`, base `[n]` or None) of elements start..stop of the unit; deltas where the method wants them."""
         n = stop - start
         m = len(data.unit.lead.operands)
+        models, under = data.slot.setdefault("models", {}), data.slot.setdefault("base", {})
+        if compiled := self._compiled(data):
+            seen = scratch_block(m, n, data.wide, models)
+            below = scratch_block(1, n, data.wide, under)[0] if self.method.space is Space.DELTA else None
+            compiled.see(self._block(data, start, stop), seen, below)
+            return seen, below
         raws = [data.part(i, start, stop) for i in range(len(data.raws))]
-        block = load_block(raws[:m], data.dtypes[:m], n, data.wide, data.slot.setdefault("models", {}))
+        block = load_block(raws[:m], data.dtypes[:m], n, data.wide, models)
         if self.method.space is Space.WEIGHT:
             return block, None
         at = slice(m, m + 1)
-        base = load_block(raws[at], data.dtypes[at], n, data.wide, data.slot.setdefault("base", {}))[0]
+        base = load_block(raws[at], data.dtypes[at], n, data.wide, under)[0]
         block -= base
         return block, base
 

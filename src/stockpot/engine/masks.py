@@ -69,6 +69,21 @@ class MaskStream:
             return out
         return self._bytes(key, 8 * start, 8 * n).view("<u8")
 
+    def uniform(self, key: int, start: int, out: Any) -> None:
+        """Fill `out` with the numbers from 0 to 1 of elements start, start + 1, ...
+
+        In float64 the upper 53 bits of a word each, in float32 the upper 24 of half a word: both exact.
+        """
+        if self._kernels is not None:
+            self._kernels.uniform(key, start, out)
+        elif out.dtype == np.float64:
+            np.multiply(self.words(key, start, len(out)) >> np.uint64(11), 2.0**-53, out=out)
+        else:
+            first = start // 2
+            halves = self.words(key, first, (start + len(out) + 1) // 2 - first).view("<u4")[start % 2 :][: len(out)]
+            high = (halves >> np.uint32(8)).astype(np.int32)
+            np.multiply(high, np.float32(2.0**-24), out=out, dtype=np.float32, casting="unsafe")
+
     def _bytes(self, key: int, start: int, n: int) -> Any:
         """Bytes start..start + n of the stream of this key."""
         counter, skip = divmod(start, _BYTES_PER_COUNTER)

@@ -6,7 +6,7 @@ the same bytes whatever its size, on every machine. Whole-matrix methods use `me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from stockpot.statistics import magnitude32 as magnitude
@@ -19,7 +19,6 @@ __all__ = [
     "keep_where",
     "magnitude",
     "row_ranks",
-    "use_ranker",
     "weighted_sum",
     "weighted_sum_64",
 ]
@@ -92,31 +91,17 @@ def count_rows(mask: Any, like: Any) -> Any:
     return np.add.reduce(mask.view(np.int8), axis=0, dtype=dtype).astype(like.dtype)
 
 
-#: (sorted keys, ranks to fill): what does a part of row_ranks' work faster, or none
-_ranker: list[Callable[[Any, Any], None]] = []
-
-
-def use_ranker(ranker: Callable[[Any, Any], None] | None) -> None:
-    """Have a part of `row_ranks` done by a compiled function (None: by numpy)."""
-    _ranker[:] = [ranker] if ranker is not None else []
-
-
 def row_ranks(size: Any) -> Any:
-    """`[..., n]` magnitudes, float32 -> uint32: the place of each among its row, from 0; equal ones by their place.
-
-    Magnitude and place in one number of 64 bits: such are sorted several times faster than places by a key.
-    """
+    """`[..., n]` magnitudes, float32 -> uint32: the place of each among its row, from 0; equal ones by their place."""
     import numpy as np
 
     n = size.shape[-1]
+    ranks = np.empty(size.shape, np.uint32)
+    # magnitude and place in one number of 64 bits: such are sorted several times faster than places by a key
     keys = np.ascontiguousarray(size).view(np.uint32).astype(np.uint64)
     keys <<= np.uint64(32)
     keys |= np.arange(n, dtype=np.uint64)
     keys.sort(axis=-1)
-    ranks = np.empty(size.shape, np.uint32)
-    if _ranker:
-        _ranker[0](keys, ranks)
-    else:
-        places = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
-        np.put_along_axis(ranks, places, np.arange(n, dtype=np.uint32), axis=-1)
+    places = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
+    np.put_along_axis(ranks, places, np.arange(n, dtype=np.uint32), axis=-1)
     return ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from stockpot.methods.arithmetic import scaled
@@ -247,30 +247,55 @@ def breadcrumbs_ties(
 # DELLA
 
 
+#: (delta, uniform, lowest probability, step from rank to rank, whether to divide by it, what to fill): what prunes faster than
+#: numpy, or none; all contiguous `[rows, n]`
+_pruners: list[Callable[[Any, Any, float, float, bool, Any], None]] = []
+
+
+def use_pruner(pruner: Callable[[Any, Any, float, float, bool, Any], None] | None) -> None:
+    """Have deltas pruned by a compiled function (None: by numpy)."""
+    _pruners[:] = [pruner] if pruner is not None else []
+
+
+def _chances(n: int, density: float, epsilon: float) -> tuple[float, float]:
+    """(how likely a row's smallest element is kept, by how much more likely each next one), for rows of n."""
+    if not 0 < density < 1 or n < 2:  # the one element of a row is neither its largest nor its smallest
+        return density, 0.0
+    return density - epsilon, 2 * epsilon / (n - 1)
+
+
 def magprune_probabilities(delta: Any, density: Sequence[float], epsilon: Sequence[float]) -> Any:
     """`[m, rows, n]` -> how likely each element is kept: density - epsilon for a row's smallest to density + epsilon."""
     import numpy as np
 
     keep = np.empty_like(delta)
-    n = delta.shape[-1]
     for i, (d, e) in enumerate(zip(density, epsilon, strict=True)):
-        if d <= 0 or d >= 1:
-            keep[i] = d
-        elif n < 2:
-            keep[i] = d  # the one element of a row is neither its largest nor its smallest
+        low, step = (delta.dtype.type(x) for x in _chances(delta.shape[-1], d, e))
+        if step == 0:
+            keep[i] = low
         else:
-            ranks = row_ranks(magnitude(delta[i])).astype(delta.dtype)
-            np.multiply(ranks, delta.dtype.type(2 * e / (n - 1)), out=keep[i])
-            keep[i] += delta.dtype.type(d - e)
+            np.multiply(row_ranks(magnitude(delta[i])), step, out=keep[i], casting="same_kind")
+            keep[i] += low
     return keep
 
 
 def _magpruned(delta: Any, uniform: Any, density: Sequence[float], epsilon: Sequence[float], inverse: bool) -> Any:
     import numpy as np
 
+    if _pruners and delta.shape[-1] < 2**31 and delta.flags.c_contiguous and uniform.flags.c_contiguous:
+        kept = np.empty_like(delta)
+        for i, (d, e) in enumerate(zip(density, epsilon, strict=True)):
+            if not 0 < d < 1:
+                np.copyto(kept[i], delta[i] if d else 0)
+            else:
+                _pruners[0](delta[i], uniform[i], *_chances(delta.shape[-1], d, e), inverse, kept[i])
+        return kept
     keep = magprune_probabilities(delta, density, epsilon)
     kept = keep_where(delta, uniform < keep)
-    return kept / np.where(keep > 0, keep, keep.dtype.type(1)) if inverse else kept
+    for i, d in enumerate(density if inverse else ()):
+        if 0 < d < 1:  # else nothing is kept, or everything as it is
+            kept[i] /= keep[i]
+    return kept
 
 
 def _pruned_norms(delta: Any, *, uniform: Any, density: Any, epsilon: Any, **_: Any) -> Any:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 #: raised when the bytes that a plan leads to change, so that a journal of an older engine is not resumed
-ENGINE_FORMAT = 2
+ENGINE_FORMAT = 3
 
 
 class Action(enum.Enum):

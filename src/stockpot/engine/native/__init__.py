@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from stockpot.methods.arrays import use_ranker
 from stockpot.methods.declaration import Method
-from stockpot.methods.forms import Form
+from stockpot.methods.forms import Election, Form
+from stockpot.methods.pruned import use_pruner
+from stockpot.methods.ties import use_merger
 from stockpot.specs import DType
 from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
 from stockpot.statistics.order import Tally, Window, use_picker, use_teller
@@ -124,13 +125,19 @@ class Kernels:
         library.stockpot_split_spread.argtypes = (p, i32, u32, u32, p, p, p)
         library.stockpot_tally.argtypes = (p, i64, i32, u32, u32, p, p)
         library.stockpot_tally.restype = i64
+        library.stockpot_see.argtypes = (p, i32, p, p)
+        library.stockpot_see.restype = None
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
         library.stockpot_words.argtypes = (u64, u64, i64, i64, p)
         library.stockpot_words.restype = None
-        library.stockpot_ranks.argtypes = (p, i64, i64, p)
-        library.stockpot_ranks.restype = None
+        library.stockpot_keys.argtypes = (p, i32, i64, i64, p)
+        library.stockpot_keys.restype = None
+        library.stockpot_prune.argtypes = (p, p, p, i32, i64, i64, ctypes.c_double, ctypes.c_double, i32, p)
+        library.stockpot_prune.restype = None
+        library.stockpot_uniform.argtypes = (u64, u64, i64, i64, i32, p)
+        library.stockpot_uniform.restype = None
         library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
         library.stockpot_measure.restype = None
         library.stockpot_transfer.argtypes = (p, i32, i32, p, i64, p, i64)
@@ -175,6 +182,13 @@ class Kernels:
         _check(self.library.stockpot_combine(ctypes.byref(task), block.wide))
         del alive
 
+    def elect(self, kept: Any, weight: Sequence[float], election: Election, out: Any) -> None:
+        """Of arrays `[m, n]`, float32 or float64, into `out` `[n]` of that dtype: see methods.ties.disjoint_merge."""
+        dtype = DType.F64 if kept.itemsize == 8 else DType.F32
+        raws = [row.view(np.uint8).data for row in kept]
+        block = Block(kept.shape[1], raws, [dtype] * len(raws), None, kept.itemsize == 8)
+        self.combine(block, Form(tuple(weight), election=election), None, out.view(np.uint8).data, dtype)
+
     def totals(self, kind: str, block: Block, form: Form | None, mask: Any, total: Any) -> Any:
         """`total` (float64 `[k]`, or None for zeros) plus the terms of the block: kind "gram" (products of each two models, by
         rows of the upper triangle), "norms", "energies", "varying" or "signs".
@@ -191,6 +205,14 @@ class Kernels:
         _check(status)
         del alive
         return out
+
+    def see(self, block: Block, out: Any, base: Any) -> None:
+        """Fill `out` `[m, n]` with what the method sees of the block, and `base` `[n]` (None where there is none)."""
+        task, alive = self._task(block, None, None)
+        self.library.stockpot_see(
+            ctypes.byref(task), block.wide, out.ctypes.data, None if base is None else base.ctypes.data
+        )
+        del alive
 
     def deltas(self, block: Block, starts: Sequence[int], run: int) -> Any:
         """`[m, len(starts) * run]`: what the method sees of runs of elements of the block; float64 where it is wide."""
@@ -301,10 +323,19 @@ class Kernels:
         """Fill the uint64 `out` with words start, start + 1, ... of a stream: see masks.MaskStream."""
         self.library.stockpot_words(key & _ALL, key >> 64, start, len(out), out.ctypes.data)
 
-    def ranks(self, keys: Any, out: Any) -> None:
-        """Of sorted keys `[..., n]`, uint64, whose low halves are places, the rank of each: see methods.arrays.row_ranks."""
-        n = keys.shape[-1]
-        self.library.stockpot_ranks(keys.ctypes.data, keys.size // n if n else 0, n, out.ctypes.data)
+    def uniform(self, key: int, start: int, out: Any) -> None:
+        """Fill `out`, float32 or float64, with numbers from 0 to 1 by words start, start + 1, ...: see engine.draws."""
+        self.library.stockpot_uniform(key & _ALL, key >> 64, start, len(out), out.itemsize == 8, out.ctypes.data)
+
+    def prune(self, delta: Any, uniform: Any, low: float, step: float, inverse: bool, out: Any) -> None:
+        """Of contiguous rows `[rows, n]`: see methods.pruned, which this does the work of."""
+        rows, n = delta.shape
+        keys = np.empty(delta.shape, np.uint64)
+        wide = delta.itemsize == 8
+        self.library.stockpot_keys(delta.ctypes.data, wide, rows, n, keys.ctypes.data)
+        keys.sort(axis=-1)  # numpy's is in vectors
+        where = keys.ctypes.data, delta.ctypes.data, uniform.ctypes.data
+        self.library.stockpot_prune(*where, wide, rows, n, low, step, inverse, out.ctypes.data)
 
 
 def task_of(models: int, form: Form | None) -> tuple[_Task, list[Any]]:
@@ -437,4 +468,5 @@ def _use(kernels: Kernels | None) -> None:
     """Statistics and methods have functions of their own that kernels do faster, to the same numbers."""
     use_picker(None if kernels is None else kernels.select)
     use_teller(None if kernels is None else kernels.tally)
-    use_ranker(None if kernels is None else kernels.ranks)
+    use_merger(None if kernels is None else kernels.elect)
+    use_pruner(None if kernels is None else kernels.prune)

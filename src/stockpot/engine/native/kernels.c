@@ -310,6 +310,14 @@ EXPORT uint32_t stockpot_select(const uint32_t *values, int64_t n, int64_t rank,
     }
 }
 
+/* What the method sees: out [m, n], and the base if there is one [n], of float64 where wide, else float32. */
+EXPORT void stockpot_see(const Task *task, int32_t wide, void *out, void *base) {
+    if (wide)
+        see_f64(task, out, base);
+    else
+        see_f32(task, out, base);
+}
+
 /* What the method sees of `runs` runs of `run` elements each: out [m, runs * run] of float64 where wide, else float32. */
 EXPORT int32_t stockpot_deltas(const Task *task, int32_t wide, const int64_t *starts, int64_t runs, int64_t run, void *out) {
     return wide ? deltas_f64(task, starts, runs, run, out) : deltas_f32(task, starts, runs, run, out);
@@ -451,10 +459,60 @@ EXPORT void stockpot_words(uint64_t k0, uint64_t k1, int64_t start, int64_t n, u
     draw_words(k0, k1, start, n, out);
 }
 
-/* Of rows of sorted keys whose low halves are places: the rank of each place. */
-EXPORT void stockpot_ranks(const uint64_t *keys, int64_t rows, int64_t n, uint32_t *ranks) {
-    for (int64_t r = 0; r < rows; r++, keys += n, ranks += n)
-        for (int64_t i = 0; i < n; i++) ranks[(uint32_t)keys[i]] = (uint32_t)i;
+CLONES static void as_doubles(const uint64_t *words, int64_t n, double *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (double)(int64_t)(words[i] >> 11) * 0x1p-53;
+}
+
+CLONES static void as_floats(const uint64_t *words, int64_t skip, int64_t n, float *out) {
+    uint32_t halves[1026];
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    memcpy(halves, words, (size_t)(skip + n) * 4);
+#else
+    for (int64_t i = 0; i < skip + n; i++) halves[i] = (uint32_t)(words[i / 2] >> 32 * (i % 2));
+#endif
+    for (int64_t i = 0; i < n; i++) out[i] = (float)(int32_t)(halves[skip + i] >> 8) * 0x1p-24f;
+}
+
+/* Numbers from 0 to 1 of elements start, start + 1, ...: the upper 53 bits of a word each as float64, or 24 of half a word, the
+ * lower half first, as float32. */
+EXPORT void stockpot_uniform(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t wide, void *out) {
+    uint64_t words[513];
+    int64_t some;
+    for (int64_t at = 0; at < n; at += some) {
+        some = n - at < (wide ? 512 : 1024) ? n - at : (wide ? 512 : 1024);
+        if (wide) {
+            draw_words(k0, k1, start + at, some, words);
+            as_doubles(words, some, (double *)out + at);
+        } else {
+            int64_t odd = (start + at) % 2;
+            draw_words(k0, k1, (start + at) / 2, (odd + some + 1) / 2, words);
+            as_floats(words, odd, some, (float *)out + at);
+        }
+    }
+}
+
+/* Of each row of n deltas what orders them by magnitude, equal ones by place: both in one number. */
+EXPORT void stockpot_keys(const void *deltas, int32_t wide, int64_t rows, int64_t n, uint64_t *keys) {
+    for (int64_t r = 0; r < rows; r++)
+        if (wide)
+            keys_f64((const double *)deltas + r * n, n, keys + r * n);
+        else
+            keys_f32((const float *)deltas + r * n, n, keys + r * n);
+}
+
+/* Of each row those elements whose uniform number lies below their probability, low + step * (their place in the order), divided by
+ * it where `inverse`. keys: the same, sorted. */
+EXPORT void stockpot_prune(const uint64_t *keys, const void *deltas, const void *uniform, int32_t wide, int64_t rows, int64_t n,
+                           double low, double step, int32_t inverse, void *out) {
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = r * n;
+        if (wide)
+            prune_f64(keys + at, (const double *)deltas + at, (const double *)uniform + at, n, low, step, inverse,
+                      (double *)out + at);
+        else
+            prune_f32(keys + at, (const float *)deltas + at, (const float *)uniform + at, n, low, step, inverse,
+                      (float *)out + at);
+    }
 }
 
 #ifdef BY_TARGET
