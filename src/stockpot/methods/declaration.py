@@ -66,10 +66,15 @@ BaseRole = Literal["subtracted", "listed", "first", "copied"]
 
 @dataclass(frozen=True)
 class Companion:
-    """A checkpoint of the same names and shapes beside each model. name: in recipes and of the keyword, `[m, *block]`."""
+    """A checkpoint of the same names and shapes beside each model.
+
+    name       in recipes and of the keyword, `[m, *block]`
+    optimizer  what it is called in the state of a torch optimizer, whose file may then be given instead; None: in none
+    """
 
     name: str
     about: str
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from stockpot.adapters import changes_the_base, fuse, read_adapter
 from stockpot.checkpoints.checkpoint import Checkpoint
 from stockpot.checkpoints.opening import looks_like_hub_id, open_checkpoint
+from stockpot.checkpoints.optimizer import is_optimizer, moments_of
 from stockpot.checkpoints.picking import picked
 from stockpot.errors import CheckpointError, ProblemsError, RecipeError, StockpotError
 from stockpot.files import is_url, without_file_scheme
@@ -65,12 +66,10 @@ class Inputs:
         """The plan of an earlier step. Raises StockpotError."""
         raise NotImplementedError
 
-    def open(self, ref: str, line: int, role: str = "model", part: str | None = None) -> int:
-        """The index of a model, opened once however often it is named; -1 after a problem. role: see ModelInput; part: of a
-        checkpoint that has several, else the recipe's.
+    def open(self, ref: str, line: int, part: str | None = None) -> int:
+        """The index of a model, opened once however often it is named; -1 after a problem. part: of a checkpoint that has
+        several, else the recipe's.
         """
-        if role != "model":
-            return self.open_companion(ref, line, role)
         part = part or self.recipe.part
         step = next((s for s in self.recipe.steps if s.name == ref), None)
         if step is not None and part is None:
@@ -113,17 +112,28 @@ class Inputs:
                 self.problems.append(e.within(self.recipe.at(line)))
         return self.by_path.get(key, -1)
 
-    def open_companion(self, ref: str, line: int, role: str) -> int:
-        """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from."""
+    def open_companion(self, ref: str, line: int, role: str, model: int, optimizer: str | None) -> int:
+        """A checkpoint that lies beside a model. It need not have a config, and is no model that anything is taken from.
+
+        model: whose it is; optimizer: see Companion.
+        """
         if any(s.name == ref for s in self.recipe.steps):
             why = f"{ref!r} is a step of the recipe; companions are checkpoints: write it with a recipe of its own, and name that"
             self.problems.append(RecipeError(why).within(self.recipe.at(line), role))
             return -1
         path = self.locate(ref)
         key = f"{role}\0{path}"
+        if f"{key}\0{model}" in self.by_path:
+            return self.by_path[f"{key}\0{model}"]
         if key not in self.by_path and key not in self.failed:
             try:
-                return self.add(key, ref, self.computed.get(ref) or open_checkpoint(path), line, role)
+                found = self.computed.get(ref) or open_checkpoint(path)
+                if optimizer is not None and model >= 0 and is_optimizer(found):
+                    # which of the model's tensors they are of hangs on the model
+                    of_model = moments_of(found, self.inputs[model].checkpoint, optimizer)
+                    self.notes.append(f"{of_model.ref}, for {self.inputs[model].ref}")
+                    return self.add(f"{key}\0{model}", ref, of_model, line, role)
+                return self.add(key, ref, found, line, role)
             except StockpotError as e:
                 self.failed.add(key)
                 self.problems.append(e.about(path, ref).within(self.recipe.at(line), role))

@@ -72,13 +72,15 @@ def build_plan(
 
 @dataclass
 class _Planner(Inputs):
-    """soup: what the recipe's run comes to; main: the recipe's method; given, run: what the
-    caller has opened."""
+    """soup: what the recipe's run comes to; main: the recipe's method; given, run: what the caller has opened; in_optimizer: by
+    the names of companions, see Companion.optimizer.
+    """
 
     soup: Soup | None = None
     main: Method | None = None
     given: dict[str, Checkpoint] = field(default_factory=dict)
     run: Run | None = None
+    in_optimizer: dict[str, str | None] = field(default_factory=dict)
 
     def plan_step(self, step: Recipe) -> Plan:
         return _Planner(step, made=self.made, computed=self.given).plan(DEFAULT_SHARD_SIZE, *self.settings)
@@ -154,6 +156,8 @@ class _Planner(Inputs):
         recipe = self.recipe = self.base_alone()
         main, rule_methods = self.methods_in_use()
         base = self.open(recipe.base_model, recipe.lines["base_model"]) if recipe.base_model else None
+        used = [m for m in (main, *rule_methods.values()) if m is not None]
+        self.in_optimizer = {c.name: c.optimizer for m in used for c in m.companions}
         parts = self.parts(base)
         resolver = ParameterResolver(recipe, self.problems, self.notes)
         if main is not None and None not in rule_methods.values():
@@ -245,7 +249,7 @@ class _Planner(Inputs):
         recipe = self.recipe
         if recipe.models:
             entries = [
-                Member(self.open(e.ref, e.line, part=e.part), i, e.parameters, None, self.companions(e))
+                Member(model := self.open(e.ref, e.line, part=e.part), i, e.parameters, None, self.companions(e, model))
                 for i, e in enumerate(recipe.models)
             ]
             if self.adds_base(entries, base):
@@ -256,15 +260,24 @@ class _Planner(Inputs):
         for piece in recipe.slices:
             own = self.open(piece.base_model, piece.line) if piece.base_model else base
             sources = [
-                Member(self.open(s.ref, s.line, part=s.part), i, s.parameters, s.layer_range, self.companions(s))
+                Member(
+                    model := self.open(s.ref, s.line, part=s.part),
+                    i,
+                    s.parameters,
+                    s.layer_range,
+                    self.companions(s, model),
+                )
                 for i, s in enumerate(piece.sources)
             ]
             out.append(Section(tuple(sources), own, piece.parameters, piece.line))
         return out
 
-    def companions(self, entry: ModelEntry | Source) -> dict[str, int]:
+    def companions(self, entry: ModelEntry | Source, model: int) -> dict[str, int]:
         """What lies beside a model, opened."""
-        return {name: self.open(str(c.value), c.line, role=name) for name, c in entry.companions.items()}
+        return {
+            name: self.open_companion(str(c.value), c.line, name, model, self.in_optimizer.get(name))
+            for name, c in entry.companions.items()
+        }
 
     def adds_base(self, entries: Sequence[Member], base: int | None) -> bool:
         """mergekit takes a base that is not listed for one more model, where it subtracts none: in averages a weight for all is
