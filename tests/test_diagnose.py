@@ -109,6 +109,35 @@ def test_large_tensors_come_in_parts(tmp_path: Path) -> None:
     assert int(total.large[1]) == np.count_nonzero(np.abs(wide.astype(np.float32)) > np.float32(0.03))
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_the_same_without_kernels(tmp_path: Path, dtype: str) -> None:
+    from stockpot.engine.native import load_kernels, numpy_only
+
+    assert load_kernels() is not None
+    rng = np.random.default_rng(0)
+    shape = (211, 1037)  # no whole tiles
+    base = rng.standard_normal(shape).astype(np.float32)
+    made = {"base": base, "same": base}
+    for i, name in enumerate("abc"):
+        moved = rng.random(shape) < 0.5
+        made[name] = base + (0.02 * (i + 1) * rng.standard_normal(shape) * moved).astype(np.float32)
+    for name, values in made.items():
+        write_model(str(tmp_path / name), {"w": values}, dtype)
+    # two of a kind among them
+    recipe = {"merge_method": "linear", "models": [str(tmp_path / n) for n in ("a", "b", "c", "a", "same")]}
+    recipe["base_model"] = str(tmp_path / "base")
+    found = stockpot.diagnose(recipe)
+    with numpy_only():
+        plain = stockpot.diagnose(recipe)
+    assert found.equal == plain.equal == ((0, 3),)
+    one, two = found.summed(), plain.summed()
+    assert np.allclose(one.products, two.products, rtol=1e-5, atol=1e-3)
+    for what in ("changed", "large"):
+        assert getattr(one, what).tolist() == getattr(two, what).tolist()
+    assert (one.shared, one.conflicts, one.elements) == (two.shared, two.conflicts, two.elements)
+    assert min(one.shared, one.conflicts, *one.changed[:4], *one.large[:4]) > 1000
+
+
 def test_fine_tunes_of_unrelated_tasks(shelf: Shelf) -> None:
     findings, fits = said(stockpot.diagnose(shelf.recipe("a", "b", "c")))
     assert not [f for f in findings if not f.startswith("note")]

@@ -15,6 +15,7 @@ import numpy as np
 
 from stockpot.checkpoints.source import ReadRequest
 from stockpot.engine.devices import byte_buffer, load_block
+from stockpot.engine.native import Block, load_kernels
 from stockpot.errors import ArgumentError
 from stockpot.planning.plan import Action, Plan, TensorPlan
 
@@ -248,6 +249,16 @@ def _block(plan: Plan, part: tuple[TensorPlan, int, int], models: int, different
         dtypes.append(dtype)
     found = Measured(models)
     found.elements = stop - start
+    kernels = load_kernels()
+    if kernels is not None and kernels.takes(dtypes):
+        both, unlike = np.zeros(2, np.int64), np.zeros((models, models), np.uint8)
+        for i, j in different.copy():
+            unlike[i, j] = 1  # nothing more need be compared
+        block = Block(stop - start, raws[:-1], dtypes[:-1], (raws[-1], dtypes[-1]), False)
+        kernels.diagnose(block, LARGE, found.products, found.changed, found.large, both, unlike)
+        found.shared, found.conflicts = int(both[0]), int(both[1])
+        different.update((int(i), int(j)) for i, j in np.argwhere(unlike))
+        return found
     scratch: dict[Any, Any] = slot.setdefault("block", {})
     for first in range(0, stop - start, _BLOCK):
         n = min(_BLOCK, stop - start - first)

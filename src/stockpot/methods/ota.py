@@ -39,7 +39,11 @@ _MOMENTS = {"moment": [[1e-4, 4e-4], [9e-4, 1e-4]]}
     family="averages",
     space=Space.DELTA,
     models=(1, None),
-    companions=(Companion("moment", "Adam's second moments (exp_avg_sq)", optimizer="exp_avg_sq"),),
+    companions=(
+        Companion(
+            "moment", "Adam's second moments (exp_avg_sq), or the file of the optimizer's state", optimizer="exp_avg_sq"
+        ),
+    ),
     stats=(Rank("density", of=_saliency, over="model", when=_grafts),),
     cite="arXiv:2509.11167",
     check=_check,

@@ -28,7 +28,7 @@ from stockpot.statistics.order import Tally, Window, use_picker, use_teller
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 9
+_ABI = 10
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -138,6 +138,7 @@ class Kernels:
         library.stockpot_prune.restype = None
         library.stockpot_uniform.argtypes = (u64, u64, i64, i64, i32, p)
         library.stockpot_uniform.restype = None
+        library.stockpot_diagnose.argtypes = (p, ctypes.c_float, p, p, p, p, p)
         library.stockpot_measure.argtypes = (p, i32, p, i64, p, p, p)
         library.stockpot_measure.restype = None
         library.stockpot_transfer.argtypes = (p, i32, i32, p, i64, p, i64)
@@ -180,6 +181,15 @@ class Kernels:
         task, alive = self._task(block, form, mask)
         task.out, task.out_dtype = _address(out), CODES[dtype]
         _check(self.library.stockpot_combine(ctypes.byref(task), block.wide))
+        del alive
+
+    def diagnose(
+        self, block: Block, large: float, products: Any, changed: Any, beyond: Any, both: Any, different: Any
+    ) -> None:
+        """Add to arrays what a block comes to: see kernels.c and diagnosis.measuring."""
+        task, alive = self._task(block, None, None)
+        arrays = (x.ctypes.data for x in (products, changed, beyond, both, different))
+        _check(self.library.stockpot_diagnose(ctypes.byref(task), large, *arrays))
         del alive
 
     def elect(self, kept: Any, weight: Sequence[float], election: Election, out: Any) -> None:

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 9
+#define ABI 10
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -513,6 +513,75 @@ EXPORT void stockpot_prune(const uint64_t *keys, const void *deltas, const void 
             prune_f32(keys + at, (const float *)deltas + at, (const float *)uniform + at, n, low, step, inverse,
                       (float *)out + at);
     }
+}
+
+/* The product of two rows of at most TILE elements, in lanes of float32. */
+INLINE double lanes_product(const float *a, const float *b, int64_t n) {
+    float sums[32] = {0};
+    int64_t j = 0;
+    for (; j + 32 <= n; j += 32)
+        for (int l = 0; l < 32; l++) sums[l] += a[j + l] * b[j + l];
+    double total = 0;
+    for (int l = 0; l < 32; l++) total += sums[l];
+    for (; j < n; j++) total += (double)a[j] * b[j];
+    return total;
+}
+
+/* What diagnosis.measuring counts of a block, added to: products [m + 1, m + 1] (lower triangle; the base last), changed and
+ * beyond [m] (by more than `large`), both [2] (elements that two or more change; those that not all change in one direction),
+ * different [m, m] (whether two models differ). x [m + 1, TILE]: scratch. */
+CLONES static void diagnose(const Task *t, float large, double *products, int64_t *changed, int64_t *beyond, int64_t *both,
+                            uint8_t *different, float *x) {
+    int32_t m = t->m;
+    float *base = x + (int64_t)m * TILE;
+    int32_t ups[TILE], downs[TILE], moved[TILE], several[TILE];
+    for (int64_t at = 0; at < t->n; at += TILE) {
+        int64_t n = t->n - at < TILE ? t->n - at : TILE;
+        load_f32(t->base, t->base_dtype, at, n, base);
+        for (int32_t i = 0; i < m; i++) load_f32(t->raws[i], t->dtypes[i], at, n, x + (int64_t)i * TILE);
+        for (int32_t i = 0; i < m; i++)
+            for (int32_t k = i + 1; k < m; k++) {
+                if (different[i * m + k]) continue;
+                const float *a = x + (int64_t)i * TILE, *b = x + (int64_t)k * TILE;
+                int32_t unlike = 0;
+                for (int64_t j = 0; j < n; j++) unlike |= a[j] != b[j];
+                different[i * m + k] = unlike != 0;
+            }
+        for (int64_t j = 0; j < n; j++) ups[j] = downs[j] = moved[j] = several[j] = 0;
+        for (int32_t i = 0; i < m; i++) {
+            float *row = x + (int64_t)i * TILE;
+            int32_t count = 0, far = 0;
+            for (int64_t j = 0; j < n; j++) row[j] -= base[j];
+            for (int64_t j = 0; j < n; j++) {
+                int32_t own = row[j] != 0;
+                count += own;
+                far += (row[j] > large) | (row[j] < -large);
+                ups[j] |= row[j] > 0;
+                downs[j] |= row[j] < 0;
+                several[j] |= moved[j] & own;
+                moved[j] |= own;
+            }
+            changed[i] += count;
+            beyond[i] += far;
+        }
+        int32_t shared = 0, conflicts = 0;
+        for (int64_t j = 0; j < n; j++) shared += several[j], conflicts += ups[j] & downs[j];
+        both[0] += shared;
+        both[1] += conflicts;
+        for (int32_t i = 0; i <= m; i++)
+            for (int32_t k = 0; k <= i; k++)
+                products[i * (m + 1) + k] += lanes_product(x + (int64_t)i * TILE, x + (int64_t)k * TILE, n);
+    }
+}
+
+/* Returns 1 when there is no memory for scratch. */
+EXPORT int32_t stockpot_diagnose(const Task *task, float large, double *products, int64_t *changed, int64_t *beyond,
+                                 int64_t *both, uint8_t *different) {
+    float *x = malloc(sizeof(float) * TILE * (size_t)(task->m + 1));
+    if (!x) return 1;
+    diagnose(task, large, products, changed, beyond, both, different, x);
+    free(x);
+    return 0;
 }
 
 #ifdef BY_TARGET
