@@ -367,23 +367,23 @@ def test_harness_gives_the_numbers_of_its_own_command_line(
     first, last = run.snapshots[0].path, run.snapshots[-1].path
     with WorkerPool(suite) as pool:
         found = score_all(pool, [Task("first", as_it_is(first)), Task("last", as_it_is(last))], pool.infos)
-    for name, path in (("first", first), ("last", last)):
-        out = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
-             f"pretrained={path},tokenizer={room / 'tokenizer'},dtype=float32", "--tasks", "quiz_local",
-             "--include_path", str(task_folder), "--device", "cpu", "--batch_size", "16", "--output_path", str(out)],
-            capture_output=True, text=True, timeout=300,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        (file,) = out.rglob("results_*.json")
-        theirs = json.loads(file.read_text())["results"]["quiz_local"]
-        ours = found[name]["harness", "report"]
-        assert ours["acc"] == pytest.approx(theirs["acc,none"], abs=1e-9)
-        assert ours["acc_norm"] == pytest.approx(theirs["acc_norm,none"], abs=1e-9)
-        assert ours.n == 40
-        assert ours.examples["acc"].tolist() == found[name]["own", "report"].examples["accuracy"].tolist()
+    assert found["first"]["harness", "report"] != found["last"]["harness", "report"]
+    out = tmp_path / "last"
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+         f"pretrained={last},tokenizer={room / 'tokenizer'},dtype=float32", "--tasks", "quiz_local",
+         "--include_path", str(task_folder), "--device", "cpu", "--batch_size", "16", "--output_path", str(out)],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = out.rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]["quiz_local"]
+    ours = found["last"]["harness", "report"]
+    assert ours["acc"] == pytest.approx(theirs["acc,none"], abs=1e-9)
+    assert ours["acc_norm"] == pytest.approx(theirs["acc_norm,none"], abs=1e-9)
+    assert ours.n == 40
+    assert ours.examples["acc"].tolist() == found["last"]["own", "report"].examples["accuracy"].tolist()
 
 
 def test_harness_tasks_are_divided_and_keep_the_random_state(room: Path, task_folder: Path, full_run: Path) -> None:
@@ -520,19 +520,17 @@ MEDDLERS = {
 }
 
 
-@pytest.mark.parametrize("how", MEDDLERS)
 def test_functions_that_meddle_with_the_model_spoil_no_other_score(
-    room: Path, lora_run: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    room: Path, lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / f"meddler_{how.replace(' ', '_')}.py").write_text(
-        f"def f(checkpoint):\n    {MEDDLERS[how]}\n    return {{'z': 1.0}}\n"
-    )
-    text = "{name: text, kind: loss, data: %s, split: report}" % (room / "text.jsonl")
-    head = f"tokenizer: {room / 'tokenizer'}\nslices:\n"
-    name = f"meddler_{how.replace(' ', '_')}"
-    meddle = f"  - {{name: first, kind: python, function: '{name}:f', metric: z, direction: min, split: report}}\n"
-    (tmp_path / "with.yml").write_text(head + meddle + f"  - {text}\n")
-    (tmp_path / "without.yml").write_text(head + f"  - {text}\n")
+    head, rows = f"tokenizer: {room / 'tokenizer'}\nslices:\n", ""
+    for how, code in MEDDLERS.items():
+        name = f"meddler_{how.replace(' ', '_')}"
+        (tmp_path / f"{name}.py").write_text(f"def f(checkpoint):\n    {code}\n    return {{'z': 1.0}}\n")
+        rows += f"  - {{name: {name}, kind: python, function: '{name}:f', metric: z, direction: min, split: report}}\n"
+    text = "  - {name: text, kind: loss, data: %s, split: report}\n" % (room / "text.jsonl")
+    (tmp_path / "with.yml").write_text(head + rows + text)
+    (tmp_path / "without.yml").write_text(head + text)
     run = open_run(lora_run)
     monkeypatch.chdir(lora_run.parent)
     tasks = [Task("a", recipe_of(run, SoupSpec(last=2))), Task("base", as_it_is(lora_run.name), bare=True),
@@ -543,6 +541,9 @@ def test_functions_that_meddle_with_the_model_spoil_no_other_score(
         with WorkerPool(suite) as pool:
             scored = score_all(pool, tasks, pool.infos)
         found.append({n: s["text", "report"]["loss"] for n, s in scored.items()})
+        if name == "with.yml":  # each of them ran, on every model
+            meddled = {f"meddler_{how.replace(' ', '_')}" for how in MEDDLERS}
+            assert all({slice_name for slice_name, _ in s} == meddled | {"text"} for s in scored.values())
     assert found[0] == found[1]
     assert len(set(found[0].values())) == 4
 
