@@ -14,7 +14,7 @@ from stockpot.statistics import Draw, Mask, Uniform
 __all__ = ["draw"]
 
 #: draws of another kind come from streams of their own
-_KINDS = {"Uniform": "uniform 2", "Normal": "normal 1"}
+_KINDS = {"Uniform": "uniform 1", "Normal": "normal 1"}
 
 
 def draw(

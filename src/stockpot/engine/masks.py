@@ -70,18 +70,15 @@ class MaskStream:
         return self._bytes(key, 8 * start, 8 * n).view("<u8")
 
     def uniform(self, key: int, start: int, out: Any) -> None:
-        """Fill `out` with the numbers from 0 to 1 of elements start, start + 1, ...
-
-        In float64 the upper 53 bits of a word each, in float32 the upper 24 of half a word: both exact.
+        """Fill `out` with the numbers from 0 to 1 of elements start, start + 1, ...: the upper 53 bits of a word each as float64, or
+        24 as float32, both exact.
         """
         if self._kernels is not None:
             self._kernels.uniform(key, start, out)
         elif out.dtype == np.float64:
             np.multiply(self.words(key, start, len(out)) >> np.uint64(11), 2.0**-53, out=out)
         else:
-            first = start // 2
-            halves = self.words(key, first, (start + len(out) + 1) // 2 - first).view("<u4")[start % 2 :][: len(out)]
-            high = (halves >> np.uint32(8)).astype(np.int32)
+            high = (self.words(key, start, len(out)) >> np.uint64(40)).astype(np.int32)
             np.multiply(high, np.float32(2.0**-24), out=out, dtype=np.float32, casting="unsafe")
 
     def _bytes(self, key: int, start: int, n: int) -> Any:

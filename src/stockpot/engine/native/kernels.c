@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 10
+#define ABI 11
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -459,35 +459,20 @@ EXPORT void stockpot_words(uint64_t k0, uint64_t k1, int64_t start, int64_t n, u
     draw_words(k0, k1, start, n, out);
 }
 
-CLONES static void as_doubles(const uint64_t *words, int64_t n, double *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = (double)(int64_t)(words[i] >> 11) * 0x1p-53;
+CLONES static void as_numbers(const uint64_t *words, int64_t n, int32_t wide, void *out) {
+    if (wide)
+        for (int64_t i = 0; i < n; i++) ((double *)out)[i] = (double)(int64_t)(words[i] >> 11) * 0x1p-53;
+    else
+        for (int64_t i = 0; i < n; i++) ((float *)out)[i] = (float)(int32_t)(words[i] >> 40) * 0x1p-24f;
 }
 
-CLONES static void as_floats(const uint64_t *words, int64_t skip, int64_t n, float *out) {
-    uint32_t halves[1026];
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    memcpy(halves, words, (size_t)(skip + n) * 4);
-#else
-    for (int64_t i = 0; i < skip + n; i++) halves[i] = (uint32_t)(words[i / 2] >> 32 * (i % 2));
-#endif
-    for (int64_t i = 0; i < n; i++) out[i] = (float)(int32_t)(halves[skip + i] >> 8) * 0x1p-24f;
-}
-
-/* Numbers from 0 to 1 of elements start, start + 1, ...: the upper 53 bits of a word each as float64, or 24 of half a word, the
- * lower half first, as float32. */
+/* Numbers from 0 to 1 of elements start, start + 1, ...: the upper 53 bits of a word each as float64, or 24 as float32. */
 EXPORT void stockpot_uniform(uint64_t k0, uint64_t k1, int64_t start, int64_t n, int32_t wide, void *out) {
-    uint64_t words[513];
-    int64_t some;
-    for (int64_t at = 0; at < n; at += some) {
-        some = n - at < (wide ? 512 : 1024) ? n - at : (wide ? 512 : 1024);
-        if (wide) {
-            draw_words(k0, k1, start + at, some, words);
-            as_doubles(words, some, (double *)out + at);
-        } else {
-            int64_t odd = (start + at) % 2;
-            draw_words(k0, k1, (start + at) / 2, (odd + some + 1) / 2, words);
-            as_floats(words, odd, some, (float *)out + at);
-        }
+    uint64_t words[512];
+    for (int64_t at = 0; at < n; at += 512) {
+        int64_t some = n - at < 512 ? n - at : 512;
+        draw_words(k0, k1, start + at, some, words);
+        as_numbers(words, some, wide, (char *)out + at * (wide ? 8 : 4));
     }
 }
 
