@@ -70,8 +70,9 @@ class MaskStream:
         return self._bytes(key, 8 * start, 8 * n).view("<u8")
 
     def uniform(self, key: int, start: int, out: Any) -> None:
-        """Fill `out` with the numbers from 0 to 1 of elements start, start + 1, ...: the upper 53 bits of a word each as float64, or
-        24 as float32, both exact.
+        """Fill `out` with the numbers from 0 to 1 of elements start, start + 1, ...
+
+        The upper 53 bits of a word each as float64, or 24 as float32: both exact.
         """
         if self._kernels is not None:
             self._kernels.uniform(key, start, out)
