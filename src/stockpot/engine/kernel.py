@@ -457,10 +457,17 @@ class Kernel:
                 f"{data.unit.lead.name}: method {self.method.name!r} returned {tuple(result.shape)} for {stop - start} elements; "
                 "expected [*block]"
             )
+        dtype = data.unit.lead.spec.dtype
+        raw = out[start * dtype.itemsize : stop * dtype.itemsize]
+        given = [x for x in (result, base) if x is not None]
+        work = np.float64 if dtype is DType.F64 else np.float32  # else numbers would be rounded twice
+        plain = all(x.dtype == work and x.flags.c_contiguous for x in given)
+        if self._native is not None and plain and self._native.takes([dtype]):
+            self._native.finish(result, base, dtype, raw)
+            return
         if base is not None:
             result = np.add(result, base, out=result if result.flags.writeable and result.dtype == base.dtype else None)
-        dtype = data.unit.lead.spec.dtype
-        encode_into(result, dtype, out[start * dtype.itemsize : stop * dtype.itemsize])
+        encode_into(result, dtype, raw)
 
 
 def sample_runs(n: int, samples: int = _SAMPLES, run: int = 1024) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from stockpot.statistics.order import Tally, Window, use_picker, use_teller
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 11
+_ABI = 12
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}
@@ -127,6 +127,8 @@ class Kernels:
         library.stockpot_tally.restype = i64
         library.stockpot_see.argtypes = (p, i32, p, p)
         library.stockpot_see.restype = None
+        library.stockpot_finish.argtypes = (p, p, i64, i32, i32, p)
+        library.stockpot_finish.restype = None
         library.stockpot_deltas.argtypes = (p, i32, p, i64, i64, p)
         library.stockpot_mask.argtypes = (u64, u64, i64, i64, i32, u64, p)
         library.stockpot_mask.restype = None
@@ -223,6 +225,12 @@ class Kernels:
             ctypes.byref(task), block.wide, out.ctypes.data, None if base is None else base.ctypes.data
         )
         del alive
+
+    def finish(self, result: Any, base: Any, dtype: DType, out: Any) -> None:
+        """Fill `out` with n elements of `dtype`: result, float32 or float64, and base (None: there is none) added up."""
+        start = None if base is None else base.ctypes.data
+        wide = result.itemsize == 8
+        self.library.stockpot_finish(result.ctypes.data, start, len(result), wide, CODES[dtype], _address(out))
 
     def deltas(self, block: Block, starts: Sequence[int], run: int) -> Any:
         """`[m, len(starts) * run]`: what the method sees of runs of elements of the block; float64 where it is wide."""

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 11
+#define ABI 12
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -318,6 +318,14 @@ EXPORT void stockpot_see(const Task *task, int32_t wide, void *out, void *base) 
         see_f32(task, out, base);
 }
 
+/* What a method gives, and the base if there is one, added up, as n elements of `dtype`. */
+EXPORT void stockpot_finish(const void *result, const void *base, int64_t n, int32_t wide, int32_t dtype, void *out) {
+    if (wide)
+        finish_f64(result, base, n, dtype, out);
+    else
+        finish_f32(result, base, n, dtype, out);
+}
+
 /* What the method sees of `runs` runs of `run` elements each: out [m, runs * run] of float64 where wide, else float32. */
 EXPORT int32_t stockpot_deltas(const Task *task, int32_t wide, const int64_t *starts, int64_t runs, int64_t run, void *out) {
     return wide ? deltas_f64(task, starts, runs, run, out) : deltas_f32(task, starts, runs, run, out);
@@ -378,7 +386,7 @@ EXPORT void stockpot_measure(const void *raw, int32_t dtype, const int64_t *edge
 
 /* Random masks: see engine/masks.py, which defines the stream. */
 
-static inline void philox(const uint64_t counter[4], uint64_t k0, uint64_t k1, uint64_t out[4]) {
+INLINE void philox(const uint64_t counter[4], uint64_t k0, uint64_t k1, uint64_t out[4]) {
     uint64_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     for (int round = 0; round < 10; round++) {
         unsigned __int128 p0 = (unsigned __int128)0xD2E7470EE14C6C93u * c0;
