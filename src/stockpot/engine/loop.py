@@ -285,7 +285,10 @@ class Loop:
         if not plan.stat.of_block:  # its function may need values that other groups have not, or have others of
             known = {**work.known, **job.gathering.results}
             units = [u for u in units if u.lead.group == units[0].lead.group]
-        units = units[:: -(-1024 * len(units) // (2 * _JOB_SAMPLES))]
+        # of a unit at least 1024 elements are taken, or one row, however long
+        runs = [self.kernels[u.lead.group].sample_runs(plan, u.segments[0], 1)[0] for u in units]
+        least = max([1024, *(stop - start for start, stop in runs)])
+        units = units[:: -(-least * len(units) // (2 * _JOB_SAMPLES))]
         total = sum(u.numel for u in units)
         parts = []
         for unit in units:
