@@ -464,6 +464,22 @@ def test_numbers_drawn_are_what_they_are_called() -> None:
     )
 
 
+def test_sums_over_rows_of_the_block_itself(tmp_path: Path) -> None:
+    """Rows come in tiles in memory that is used again: terms that are the block must not change with it."""
+
+    @method(space=Space.DELTA, scope=Scope.ROW, stats=(Total("sums", of=lambda delta, **_: delta),))
+    def summed(delta: Any, *, sums: Any) -> Any:
+        """sums."""
+        found.append(float(sums[0]))
+        return delta[0] * 0
+
+    found: list[float] = []
+    values = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
+    summed([{"w": values}], base={"w": np.zeros_like(values)})
+    assert found
+    assert all(abs(x - values.astype(np.float64).sum()) < 1e-6 for x in found)
+
+
 def test_masks_with_a_probability_for_each_element() -> None:
     from stockpot.engine.masks import MaskStream, mask_key
 

@@ -124,6 +124,7 @@ CASES = {
         "unscaled": {"density": 0.4, "rescale": False},
     },
     "lm_cocktail": {"losses": {"loss": [0.5, 2.0, 9.0]}, "resilient": {"loss": [0.5, 2.0, 9.0], "alpha": 0.4}},
+    "sce": {"half": {"select_topk": 0.5}, "few": {"select_topk": 0.05}, "none": {"select_topk": 1e-9}},
     "passthrough": {"plain": {}, "scaled": {"scale": 0.5}},
 }
 
@@ -399,3 +400,19 @@ def test_words_of_a_stream_are_numpy_s(start: int, n: int) -> None:
         plain = MaskStream().words(key, start, n)
     assert compiled.tolist() == plain.tolist()
     assert len(compiled) == n
+
+
+def test_elements_that_sce_passes_over_count_in_its_mean() -> None:
+    """Squares of what is selected over all elements: below 1e-6 here, and above it over the selected ones alone."""
+    rng = np.random.default_rng(0)
+    models = [{"w": (scale * rng.standard_normal(60_000)).astype(np.float32)} for scale in (1e-3, 3e-4)]
+    given = {"base": {"w": np.zeros(60_000, np.float32)}, "select_topk": 0.05, "dialect": "mergekit"}
+    method = get_method("sce")
+    found = method(models, **given)["w"]
+    with numpy_only():
+        plain = method(models, **given)["w"]
+    assert found.tobytes() == plain.tobytes()
+    a, b = (m["w"] for m in models)
+    opposed = (found != 0) & (a * b > 0)  # signs agree: the uniform mean
+    assert opposed.sum() > 100
+    assert np.allclose(found[opposed], (a + b)[opposed] / 2, rtol=1e-5)

@@ -274,7 +274,9 @@ class Kernel:
                 block = block.reshape(len(block), *self._rows(segment, high - low))
                 keywords = self._keywords(known, [(segment, low, high)], data, block, offset + low, folding=True)
                 if plan.stat.ordered:
-                    tiles.append(plan.stat.terms(block, keywords).reshape(-1, high - low))
+                    terms = plan.stat.terms(block, keywords).reshape(-1, high - low)
+                    # which may be the block itself, whose memory the next tile uses again
+                    tiles.append(np.array(terms) if high - low < stop - start else terms)
                     continue
                 # what a function works out of rows it gets as rows; the rest is told of elements
                 looked_at = block.reshape(len(block), -1) if plan.stat.of_block else block

@@ -28,7 +28,7 @@ from stockpot.statistics.order import Tally, Window, use_picker, use_teller
 __all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 12
+_ABI = 13
 _SLACK = 16  # places that the kernel may write past those that count
 CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
 _DIVIDE = {"none": 0, "weight": 1, "count": 2}

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 12
+#define ABI 13
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -240,7 +240,7 @@ EXPORT int32_t stockpot_combine(const Task *task, int32_t wide) {
 
 /* Sums in float64 over whole chunks of REDUCE elements by halving, and over what is left, added to `total` in order.
  * kind 0: products of each two of what the method sees, by rows of the upper triangle; kind 1: |delta| of each model, then
- * |what remains of it| of each; kind 2: squares of each where the models differ enough, then 1 there; kind 3: 1 where the models
+ * |what remains of it| of each; kind 2: squares of each where the models differ enough, then 1 everywhere; kind 3: 1 where the models
  * differ at all. */
 EXPORT int32_t stockpot_totals(const Task *task, int32_t wide, int32_t kind, double *total) {
     if (wide) return totals_f64(task, 0, kind, total);
