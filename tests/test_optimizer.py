@@ -199,3 +199,36 @@ def test_where_no_optimizer_is_wanted(base: Path, tmp_path: Path) -> None:
     }
     with pytest.raises(stockpot.StockpotError, match="has no tensor"):
         stockpot.plan(asked)
+
+
+def test_the_list_beside_it_counts_before_the_files_own_names(base: Path, tmp_path: Path) -> None:
+    """As of a model that was wrapped: what the error says to write is then read."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "one")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW([("module." + n, p) for n, p in model.named_parameters()], lr=1e-2)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    with pytest.raises(
+        stockpot.StockpotError, match=r"by its own param_names parameter 0 is 'module\..*o.pt.names.json"
+    ):
+        stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt")))
+    (tmp_path / "o.pt.names.json").write_bytes(b"\xff[]")
+    with pytest.raises(stockpot.StockpotError, match="not JSON"):
+        stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt")))
+    (tmp_path / "o.pt.names.json").write_text(json.dumps([n for n, _ in model.named_parameters()]))
+    stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt")))
+
+
+def test_an_optimizers_tensors_in_a_safetensors_file(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "o.safetensors"
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "one")
+    save_file({f"state.{i}.exp_avg_sq": torch.ones_like(p) for i, p in enumerate(model.parameters())}, file)
+    with pytest.raises(stockpot.StockpotError, match=r"groups have 21 parameters.*o.safetensors.names.json"):
+        stockpot.plan(recipe(base, (tmp_path / "one", file)))
+    Path(f"{file}.names.json").write_text(json.dumps([n for n, _ in model.named_parameters()]))
+    stockpot.plan(recipe(base, (tmp_path / "one", file)))

@@ -1,8 +1,8 @@
 """What a torch optimizer keeps of each parameter, under the parameters' names.
 
 `torch.save(optimizer.state_dict(), FILE)` numbers parameters by their order in the optimizer's groups and knows no names. They
-come, in this order, from the file itself (`param_names`, which torch writes where the optimizer was made with them), from
-`FILE.names.json` beside it, or from the order in which the model's class makes its parameters, in one group or in the two (with
+come, in this order, from `FILE.names.json` beside it, from the file itself (`param_names`, which torch writes where the optimizer
+was made with them), or from the order in which the model's class makes its parameters, in one group or in the two (with
 and without weight decay) that transformers' Trainer makes. Every shape is compared; nothing is guessed.
 """
 
@@ -76,13 +76,13 @@ def _advice(ref: str) -> str:
 def _named(checkpoint: Checkpoint, model: Checkpoint, count: int) -> tuple[list[str], str]:
     """(the parameters' names by number, where they come from)."""
     ref = checkpoint.ref
+    path = f"{checkpoint.path}.{_NAMES}"
+    if not is_url(path) and os.path.isfile(path):  # first: it is what an error about the others asks for
+        return _checked(ref, _read(path), os.path.basename(path)), os.path.basename(path)
     groups = _groups(checkpoint)
     listed = [n for g in groups for n in g.get("param_names", ())]
     if listed:
         return _checked(ref, listed, "its own param_names"), "its own param_names"
-    path = f"{checkpoint.path}.{_NAMES}"
-    if not is_url(path) and os.path.isfile(path):
-        return _checked(ref, _read(path), os.path.basename(path)), os.path.basename(path)
     sizes = [len(g["params"]) for g in groups if isinstance(g.get("params"), (list, tuple))]
     made, decayed, label = _parameters(checkpoint.ref, model)
     if len(sizes) == 1:
@@ -98,17 +98,19 @@ def _named(checkpoint: Checkpoint, model: Checkpoint, count: int) -> tuple[list[
 
 def _groups(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
     """The optimizer's groups, read out of the pickle that is in the header: by the reader that executes nothing."""
-    document = TensorReader(io.BytesIO(checkpoint.files[0].raw)).load()
+    try:
+        document = TensorReader(io.BytesIO(checkpoint.files[0].raw)).load()
+    except Exception:  # no pickle: a safetensors file
+        return []
     groups = document.get("param_groups") if isinstance(document, dict) else None
     return [g for g in groups if isinstance(g, dict)] if isinstance(groups, (list, tuple)) else []
 
 
 def _read(path: str) -> Any:
-    with open(path, encoding="utf-8") as f:
-        text = f.read(2**26)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
+        with open(path, encoding="utf-8") as f:
+            return json.loads(f.read(2**26))
+    except (ValueError, RecursionError, OSError) as e:
         raise CheckpointError(f"{path}: not JSON: {e}; expected a list of names") from e
 
 
