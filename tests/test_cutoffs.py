@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockpot.engine.kernel import sample_runs
+from stockpot.engine.unit_data import sample_runs
 from stockpot.statistics import Known, Rank
 
 

@@ -19,7 +19,7 @@ SOURCE = Path(stockpot.__file__).parent
 #: a package may import those on lower levels; packages of one level do not import each other
 LEVELS = [
     {"errors", "version", "installed"},
-    {"specs", "files", "machine"},
+    {"specs", "files", "machine", "faster"},
     {"grid"},
     {"statistics"},
     {"checkpoints", "methods", "recipes"},

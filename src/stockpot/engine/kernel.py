@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,60 +11,25 @@ import numpy as np
 
 from stockpot.checkpoints.codecs import encode_into
 from stockpot.checkpoints.meaning.roles import role_of
-from stockpot.checkpoints.source import ReadRequest, TensorSource
-from stockpot.engine.devices import Device, byte_buffer, load_block, scratch_block
+from stockpot.engine.devices import Device, load_block, scratch_block
 from stockpot.engine.draws import draw
 from stockpot.engine.gathering import Gathering
 from stockpot.engine.native import Block, Kernels, load_kernels
+from stockpot.engine.unit_data import SAMPLES, UnitData, sample_runs
 from stockpot.engine.units import Segment, Unit
 from stockpot.errors import MethodError
 from stockpot.grid import PIECE, REDUCE, SMALL, grid_of
 from stockpot.methods.declaration import Method, Scope, Space
 from stockpot.methods.forms import Form
 from stockpot.planning.plan import MergeGroup, StatPlan
-from stockpot.specs import DType, work_itemsize
+from stockpot.specs import DType
 from stockpot.statistics import Draw, Mask
 from stockpot.statistics.sums import piece_sum
 
-__all__ = ["Kernel", "UnitData", "read_segment", "sample_runs"]
+__all__ = ["Kernel"]
 
-#: elements of a sample
-_SAMPLES = 2**15
 #: (segment, first element, end) of a tensor: what elements a block is made of
 Place = tuple[Segment, int, int]
-
-
-@dataclass
-class UnitData:
-    """A unit with its inputs' bytes: `raws[i]` holds input i of every segment, one after the other."""
-
-    unit: Unit
-    raws: list[memoryview[Any]]
-    dtypes: list[DType]
-    slot: dict[Any, Any] = field(default_factory=dict)
-
-    def part(self, i: int, start: int, stop: int) -> memoryview[Any]:
-        """Bytes of elements start..stop of the unit, of input i."""
-        size = self.dtypes[i].itemsize
-        return self.raws[i][start * size : stop * size]
-
-    @property
-    def wide(self) -> bool:
-        """Whether it is computed in float64."""
-        return work_itemsize(self.unit.lead.spec.dtype) == 8
-
-
-def read_segment(segment: Segment, sources: Sequence[TensorSource], slot: dict[Any, Any] | None = None) -> UnitData:
-    """A unit of one segment, read into memory of its own. sources: by the numbers that the tensor's operands give."""
-    raws, dtypes = [], []
-    for operand in segment.tensor.inputs:
-        source = sources[operand.model]
-        dtype = source.spec(operand.name).dtype
-        raw = byte_buffer((segment.stop - segment.start) * dtype.itemsize)
-        source.read([ReadRequest(operand.name, segment.start, segment.stop)], raw)
-        raws.append(raw)
-        dtypes.append(dtype)
-    return UnitData(Unit((segment,)), raws, dtypes, {} if slot is None else slot)
 
 
 @dataclass(frozen=True)
@@ -304,7 +269,7 @@ class Kernel:
         raws = [memoryview(b"".join(data.part(i, at + a, at + b) for a, b in runs)) for i in range(len(data.raws))]
         return self.seen(plan, replace(data, unit=Unit(segments), raws=raws), known)
 
-    def sample_runs(self, plan: StatPlan, segment: Segment, samples: int = _SAMPLES) -> list[tuple[int, int]]:
+    def sample_runs(self, plan: StatPlan, segment: Segment, samples: int = SAMPLES) -> list[tuple[int, int]]:
         """Parts of a segment, spread evenly over it: of whole rows where what is looked at is worked out of such."""
         n = segment.stop - segment.start
         if self.method.scope is not Scope.ROW or plan.stat.of_block:
@@ -470,11 +435,3 @@ class Kernel:
         if base is not None:
             result = np.add(result, base, out=result if result.flags.writeable and result.dtype == base.dtype else None)
         encode_into(result, dtype, raw)
-
-
-def sample_runs(n: int, samples: int = _SAMPLES, run: int = 1024) -> list[tuple[int, int]]:
-    """Short runs spread evenly over n elements, `samples` elements in all."""
-    if n <= run:
-        return [(0, n)]
-    count = max(min(samples // run, n // run), 1)
-    return [(start, start + run) for start in ((n - run) * i // max(count - 1, 1) for i in range(count))]

@@ -20,11 +20,12 @@ from stockpot.engine.blocks import BlockPool
 from stockpot.engine.bundles import Bundles
 from stockpot.engine.devices import Device, byte_buffer
 from stockpot.engine.executors import Executor
-from stockpot.engine.kernel import Kernel, UnitData, read_segment
+from stockpot.engine.kernel import Kernel
 from stockpot.engine.ledger import Ledger
 from stockpot.engine.scheduler import Scheduler, Work
 from stockpot.engine.sink import Sink
 from stockpot.engine.transfer import Seen, read_unit, write_unit
+from stockpot.engine.unit_data import UnitData, read_segment
 from stockpot.engine.units import Cutter, Segment, Unit, aligned, most_of_a_unit, unit_of
 from stockpot.methods.declaration import Scope
 from stockpot.planning.plan import Action, Plan

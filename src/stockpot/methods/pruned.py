@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from stockpot.faster import FASTER
 from stockpot.methods.arithmetic import scaled
 from stockpot.methods.arrays import column, keep_where, magnitude, row_ranks, weighted_sum
 from stockpot.methods.averaging import check_weights
@@ -247,16 +248,6 @@ def breadcrumbs_ties(
 # DELLA
 
 
-#: (delta, uniform, lowest probability, step from rank to rank, whether to divide by it, what to fill): what prunes faster than
-#: numpy, or none; all contiguous `[rows, n]`
-_pruners: list[Callable[[Any, Any, float, float, bool, Any], None]] = []
-
-
-def use_pruner(pruner: Callable[[Any, Any, float, float, bool, Any], None] | None) -> None:
-    """Have deltas pruned by a compiled function (None: by numpy)."""
-    _pruners[:] = [pruner] if pruner is not None else []
-
-
 def _chances(n: int, density: float, epsilon: float) -> tuple[float, float]:
     """(how likely a row's smallest element is kept, by how much more likely each next one), for rows of n."""
     if not 0 < density < 1 or n < 2:  # the one element of a row is neither its largest nor its smallest
@@ -282,13 +273,14 @@ def magprune_probabilities(delta: Any, density: Sequence[float], epsilon: Sequen
 def _magpruned(delta: Any, uniform: Any, density: Sequence[float], epsilon: Sequence[float], inverse: bool) -> Any:
     import numpy as np
 
-    if _pruners and delta.shape[-1] < 2**31 and delta.flags.c_contiguous and uniform.flags.c_contiguous:
+    faster = FASTER.get("prune")
+    if faster and delta.shape[-1] < 2**31 and delta.flags.c_contiguous and uniform.flags.c_contiguous:
         kept = np.empty_like(delta)
         for i, (d, e) in enumerate(zip(density, epsilon, strict=True)):
             if not 0 < d < 1:
                 np.copyto(kept[i], delta[i] if d else 0)
             else:
-                _pruners[0](delta[i], uniform[i], *_chances(delta.shape[-1], d, e), inverse, kept[i])
+                faster(delta[i], uniform[i], *_chances(delta.shape[-1], d, e), inverse, kept[i])
         return kept
     keep = magprune_probabilities(delta, density, epsilon)
     kept = keep_where(delta, uniform < keep)

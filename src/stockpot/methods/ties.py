@@ -5,9 +5,10 @@ Three algorithms share this name; each is a dialect here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from stockpot.faster import FASTER
 from stockpot.methods.arrays import add_rows, column, count_rows, keep_where, magnitude, weighted_sum_64
 from stockpot.methods.declaration import Example, Space, method
 from stockpot.methods.forms import DivideBy, Election, Form
@@ -27,15 +28,6 @@ def trim(delta: Any, cutoff: Sequence[float]) -> Any:
     return keep_where(delta, size >= column(cutoff, size))
 
 
-#: (kept `[m, n]`, weights, election, what to fill `[n]`): what merges faster than numpy, or none; all contiguous
-_mergers: list[Callable[[Any, Sequence[float], Election, Any], None]] = []
-
-
-def use_merger(merger: Callable[[Any, Sequence[float], Election, Any], None] | None) -> None:
-    """Have `disjoint_merge` done by a compiled function (None: by numpy)."""
-    _mergers[:] = [merger] if merger is not None else []
-
-
 def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> Any:
     """Elect a sign for each element and combine what agrees with it. kept: `[m, ...]` trimmed deltas.
 
@@ -44,9 +36,10 @@ def disjoint_merge(kept: Any, weight: Sequence[float], election: Election) -> An
     """
     import numpy as np
 
-    if _mergers and kept.flags.c_contiguous and kept.size and kept.dtype in (np.float32, np.float64):
+    faster = FASTER.get("elect")
+    if faster and kept.flags.c_contiguous and kept.size and kept.dtype in (np.float32, np.float64):
         merged = np.empty(kept.shape[1:], kept.dtype)
-        _mergers[0](kept.reshape(len(kept), -1), weight, election, merged.reshape(-1))
+        faster(kept.reshape(len(kept), -1), weight, election, merged.reshape(-1))
         return merged
     divide_by = election.divide_by
     common = weight[0] if len(set(weight)) == 1 and weight[0] > 0 else None

@@ -9,9 +9,10 @@ bin. Counts and sets do not depend on the order of the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from stockpot.faster import FASTER
 
 __all__ = [
     "TOP",
@@ -24,8 +25,6 @@ __all__ = [
     "patterns",
     "pick",
     "tally",
-    "use_picker",
-    "use_teller",
 ]
 
 #: patterns of magnitudes lie below it
@@ -33,20 +32,6 @@ TOP = 2**31
 _BINS = 2**20
 #: values put aside before they are counted into bins instead
 _HOLD = 2**18
-
-_pickers: list[Callable[[Any, int], int]] = []
-#: (low, high, float32 values, signed) -> (how many patterns lie below, those inside)
-_tellers: list[Callable[[int, int, Any, bool], tuple[int, Any]]] = []
-
-
-def use_picker(picker: Callable[[Any, int], int] | None) -> None:
-    """Have `pick` done by a compiled function (None: by numpy)."""
-    _pickers[:] = [picker] if picker else []
-
-
-def use_teller(teller: Callable[[int, int, Any, bool], tuple[int, Any]] | None) -> None:
-    """Have `tally` done by a compiled function (None: by numpy)."""
-    _tellers[:] = [teller] if teller else []
 
 
 def patterns(values: Any, *, signed: bool) -> Any:
@@ -63,7 +48,8 @@ def pick(bits: Any, rank: int) -> int:
     """The value of this rank, from 0, among uint32."""
     import numpy as np
 
-    return _pickers[0](bits, rank) if _pickers else int(np.partition(bits, rank)[rank])
+    faster = FASTER.get("pick")
+    return int(faster(bits, rank) if faster else np.partition(bits, rank)[rank])
 
 
 def kth_smallest(values: Any, rank: int) -> Any:
@@ -120,8 +106,9 @@ def tally(window: Window, values: Any, *, signed: bool = False) -> Tally:
     """Of a block's numbers, float32 `[n]`: magnitudes, or numbers of both signs."""
     import numpy as np
 
-    if _tellers and window.high - window.low < 2**32:
-        below, chosen = _tellers[0](window.low, window.high, np.ascontiguousarray(values), signed)
+    faster = FASTER.get("tally")
+    if faster and window.high - window.low < 2**32:
+        below, chosen = faster(window.low, window.high, np.ascontiguousarray(values), signed)
         return Tally(below, [chosen], len(chosen))
     bits = patterns(values, signed=signed)
     inside = bits < np.uint32(window.high) if window.high < 2**32 else np.ones(len(bits), np.bool_)

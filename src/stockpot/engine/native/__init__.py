@@ -10,58 +10,27 @@ import contextlib
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
+from stockpot.engine.native.folds import Fold, fold_of
+from stockpot.engine.native.tasks import CODES, Block, Task, address, formed
+from stockpot.faster import FASTER
 from stockpot.methods.declaration import Method
 from stockpot.methods.forms import Election, Form
-from stockpot.methods.pruned import use_pruner
-from stockpot.methods.ties import use_merger
 from stockpot.specs import DType
-from stockpot.statistics import Gram, L1Norms, Rank, SignSum, Statistic
-from stockpot.statistics.order import Tally, Window, use_picker, use_teller
+from stockpot.statistics import Statistic
 
-__all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only", "task_of"]
+__all__ = ["CODES", "LIBRARY", "Block", "Fold", "Kernels", "Stream", "load_kernels", "numpy_only"]
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "kernels.so.1")
-_ABI = 13
+_ABI = 14
 _SLACK = 16  # places that the kernel may write past those that count
-CODES = {DType.BF16: 0, DType.F16: 1, DType.F32: 2, DType.F64: 3}
-_DIVIDE = {"none": 0, "weight": 1, "count": 2}
 _ALL = 2**64 - 1
-
-
-class _Task(ctypes.Structure):
-    """Mirrors Task in kernels.c."""
-
-    _fields_ = (
-        ("n", ctypes.c_int64),
-        ("m", ctypes.c_int32),
-        ("base_dtype", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("elect", ctypes.c_int32),
-        ("weighted_election", ctypes.c_int32),
-        ("divide", ctypes.c_int32),
-        ("zero_is_positive", ctypes.c_int32),
-        ("trims", ctypes.c_int32),
-        ("raws", ctypes.c_void_p),
-        ("dtypes", ctypes.c_void_p),
-        ("base", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("cutoff", ctypes.c_void_p),
-        ("ceiling", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        ("scale", ctypes.c_double),
-        ("least", ctypes.c_double),
-        ("spread", ctypes.c_float),
-        ("selects", ctypes.c_int32),
-    )
 
 
 class _Stream(ctypes.Structure):
@@ -89,31 +58,11 @@ class Stream:
     extents: Sequence[tuple[int, int, int]]
 
 
-@dataclass(frozen=True)
-class Block:
-    """n elements of every input as raw bytes. base: None, or (bytes, dtype); wide: computed in float64."""
-
-    n: int
-    raws: Sequence[Any]
-    dtypes: Sequence[DType]
-    base: tuple[Any, DType] | None
-    wide: bool
-
-
-def _address(buffer: Any) -> int:
-    if not len(buffer):
-        return 0
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    except TypeError:  # read-only: a view of it takes twenty times longer to make
-        return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
-
-
 class Kernels:
     """The functions of the library. Every call runs without Python's lock."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+        self.functions = library
         p, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
         u32, u64 = ctypes.c_uint32, ctypes.c_uint64
         library.stockpot_combine.argtypes = (p, i32)
@@ -122,7 +71,7 @@ class Kernels:
         library.stockpot_split.argtypes = (p, i32, p, p, p, p, p)
         library.stockpot_select.argtypes = (p, i64, i64, p)
         library.stockpot_select.restype = ctypes.c_uint32
-        library.stockpot_split_spread.argtypes = (p, i32, u32, u32, p, p, p)
+        library.stockpot_spread.argtypes = (p, i32, p)
         library.stockpot_tally.argtypes = (p, i64, i32, u32, u32, p, p)
         library.stockpot_tally.restype = i64
         library.stockpot_see.argtypes = (p, i32, p, p)
@@ -151,38 +100,36 @@ class Kernels:
 
     def folds(self, stat: Statistic, method: Method) -> Fold | None:
         """How a statistic of a method is folded here; None where it is not known."""
-        found = _NAMED.get(stat.compiled) if stat.compiled else _FOLDS.get(type(stat))
+        found = fold_of(stat)
         if found is None or (found.form and method.form is None):
-            return None
-        if isinstance(stat, Rank) and not stat.compiled and (stat.of is not None or stat.signed):
             return None
         return Fold(found.form, partial(found.fold, self))
 
     def allow(self, most: int) -> None:
         """Use at most these instructions of the processor: 0 common ones, 1 AVX2, 2 AVX-512. The bytes are the same."""
-        self.library.stockpot_allow(most)
+        self.functions.stockpot_allow(most)
 
     @staticmethod
     def takes(dtypes: Sequence[DType]) -> bool:
         """Whether these dtypes are among those the kernels read and write."""
         return all(d in CODES for d in dtypes)
 
-    def _task(self, block: Block, form: Form | None, mask: Any) -> tuple[_Task, list[Any]]:
+    def _task(self, block: Block, form: Form | None, mask: Any) -> tuple[Task, list[Any]]:
         """The task and what must stay alive while it is used."""
         m = len(block.raws)
-        raws = (ctypes.c_void_p * m)(*map(_address, block.raws))
+        raws = (ctypes.c_void_p * m)(*map(address, block.raws))
         dtypes = (ctypes.c_int32 * m)(*(CODES[d] for d in block.dtypes))
         alive: list[Any] = [raws, dtypes, block]
-        task = _Task(n=block.n, m=m, scale=1.0, raws=ctypes.addressof(raws), dtypes=ctypes.addressof(dtypes))
+        task = Task(n=block.n, m=m, scale=1.0, raws=ctypes.addressof(raws), dtypes=ctypes.addressof(dtypes))
         if block.base is not None:
-            task.base, task.base_dtype = _address(block.base[0]), CODES[block.base[1]]
-        return _formed(task, form, mask, alive), alive
+            task.base, task.base_dtype = address(block.base[0]), CODES[block.base[1]]
+        return formed(task, form, mask, alive), alive
 
     def combine(self, block: Block, form: Form, mask: Any, out: Any, dtype: DType) -> None:
         """Fill `out` with n elements of `dtype`. mask: booleans `[m, n]` where the form wants them."""
         task, alive = self._task(block, form, mask)
-        task.out, task.out_dtype = _address(out), CODES[dtype]
-        _check(self.library.stockpot_combine(ctypes.byref(task), block.wide))
+        task.out, task.out_dtype = address(out), CODES[dtype]
+        _check(self.functions.stockpot_combine(ctypes.byref(task), block.wide))
         del alive
 
     def diagnose(
@@ -191,7 +138,7 @@ class Kernels:
         """Add to arrays what a block comes to: see kernels.c and diagnosis.measuring."""
         task, alive = self._task(block, None, None)
         arrays = (x.ctypes.data for x in (products, changed, beyond, both, different))
-        _check(self.library.stockpot_diagnose(ctypes.byref(task), large, *arrays))
+        _check(self.functions.stockpot_diagnose(ctypes.byref(task), large, *arrays))
         del alive
 
     def elect(self, kept: Any, weight: Sequence[float], election: Election, out: Any) -> None:
@@ -210,10 +157,10 @@ class Kernels:
         k = {"gram": m * (m + 1) // 2, "norms": 2 * m, "energies": m + 1, "varying": 1, "signs": 1}[kind]
         out = np.zeros(k) if total is None else np.array(total, np.float64)
         if kind == "signs":
-            status = self.library.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
+            status = self.functions.stockpot_signs(ctypes.byref(task), block.wide, out.ctypes.data)
         else:
             number = ("gram", "norms", "energies", "varying").index(kind)
-            status = self.library.stockpot_totals(ctypes.byref(task), block.wide, number, out.ctypes.data)
+            status = self.functions.stockpot_totals(ctypes.byref(task), block.wide, number, out.ctypes.data)
         _check(status)
         del alive
         return out
@@ -221,7 +168,7 @@ class Kernels:
     def see(self, block: Block, out: Any, base: Any) -> None:
         """Fill `out` `[m, n]` with what the method sees of the block, and `base` `[n]` (None where there is none)."""
         task, alive = self._task(block, None, None)
-        self.library.stockpot_see(
+        self.functions.stockpot_see(
             ctypes.byref(task), block.wide, out.ctypes.data, None if base is None else base.ctypes.data
         )
         del alive
@@ -230,7 +177,7 @@ class Kernels:
         """Fill `out` with n elements of `dtype`: result, float32 or float64, and base (None: there is none) added up."""
         start = None if base is None else base.ctypes.data
         wide = result.itemsize == 8
-        self.library.stockpot_finish(result.ctypes.data, start, len(result), wide, CODES[dtype], _address(out))
+        self.functions.stockpot_finish(result.ctypes.data, start, len(result), wide, CODES[dtype], address(out))
 
     def deltas(self, block: Block, starts: Sequence[int], run: int) -> Any:
         """`[m, len(starts) * run]`: what the method sees of runs of elements of the block; float64 where it is wide."""
@@ -238,7 +185,9 @@ class Kernels:
         places = np.array(starts, np.int64)
         out = np.empty((task.m, len(places) * run), np.float64 if block.wide else np.float32)
         pointer = ctypes.byref(task)
-        _check(self.library.stockpot_deltas(pointer, block.wide, places.ctypes.data, len(places), run, out.ctypes.data))
+        _check(
+            self.functions.stockpot_deltas(pointer, block.wide, places.ctypes.data, len(places), run, out.ctypes.data)
+        )
         del alive
         return out
 
@@ -256,34 +205,29 @@ class Kernels:
         below, held = np.zeros(m, np.int64), np.zeros(m, np.int64)
         inside = np.empty((m, block.n + _SLACK), np.uint32)
         pointers = (x.ctypes.data for x in (low, high, below, inside, held))
-        _check(self.library.stockpot_split(ctypes.byref(task), block.wide, *pointers))
+        _check(self.functions.stockpot_split(ctypes.byref(task), block.wide, *pointers))
         del alive
         return [(int(below[i]), inside[i, : int(held[i])].copy()) for i in range(m)]
 
     def select(self, values: Any, rank: int) -> int:
         """The value of this rank (from 0) among uint32, as `numpy.partition` would find it."""
         scratch = np.empty(len(values) + 1, np.uint32)
-        return int(self.library.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
+        return int(self.functions.stockpot_select(values.ctypes.data, len(values), rank, scratch.ctypes.data))
 
-    def split_spread(self, block: Block, low: int, high: int) -> tuple[int, Any]:
-        """The same as `split` of how much the models differ: see methods.selection.spread."""
+    def spread(self, block: Block) -> Any:
+        """How much the models differ in each element, float32 `[n]`: see methods.selection.spread."""
         task, alive = self._task(block, None, None)
-        below, held = ctypes.c_int64(), ctypes.c_int64()
-        inside = np.empty(block.n + _SLACK, np.uint32)
-        pointers = ctypes.byref(below), inside.ctypes.data, ctypes.byref(held)
-        _check(self.library.stockpot_split_spread(ctypes.byref(task), block.wide, low, high, *pointers))
+        out = np.empty(block.n, np.float32)
+        _check(self.functions.stockpot_spread(ctypes.byref(task), block.wide, out.ctypes.data))
         del alive
-        return below.value, inside[: held.value].copy()
+        return out
 
     def tally(self, low: int, high: int, values: Any, signed: bool) -> tuple[int, Any]:
         """(how many patterns of the float32 `values` lie below the window [low, high), those inside it): see order.tally."""
         out = np.empty(len(values) + _SLACK, np.uint32)
         below = ctypes.c_int64()
-        # as wide as all patterns: infinity and NaN of one kind are never the last of them
-        span = min(high - low, 2**32 - 1)
-        held = self.library.stockpot_tally(
-            values.ctypes.data, len(values), signed, low, span, out.ctypes.data, ctypes.byref(below)
-        )
+        pointers = out.ctypes.data, ctypes.byref(below)
+        held = self.functions.stockpot_tally(values.ctypes.data, len(values), signed, low, high - low, *pointers)
         return below.value, out[:held].copy()
 
     def measure(self, raw: Any, dtype: DType, edges: Sequence[int]) -> Iterator[tuple[float, int, int]]:
@@ -292,13 +236,13 @@ class Kernels:
         counts = ctypes.c_int64 * k
         squares, nans, infinities = (ctypes.c_double * k)(), counts(), counts()
         places = (ctypes.c_int64 * (k + 1))(*edges)
-        self.library.stockpot_measure(_address(raw), CODES[dtype], places, k, squares, nans, infinities)
+        self.functions.stockpot_measure(address(raw), CODES[dtype], places, k, squares, nans, infinities)
         return zip(squares, nans, infinities, strict=True)
 
     @property
     def transfers(self) -> bool:
         """Whether `transfer` works here, and is faster than its parts."""
-        return bool(self.library.stockpot_transfers())
+        return bool(self.functions.stockpot_transfers())
 
     def transfer(
         self, streams: Sequence[Stream], pieces: Sequence[int], edges: Sequence[int], *, look: bool, write: bool
@@ -316,13 +260,13 @@ class Kernels:
             extents = (ctypes.c_int64 * (3 * len(s.extents)))(*itertools.chain.from_iterable(s.extents))
             digests, known = (ctypes.c_char * (32 * n))(), (doubles(), counts(), counts())
             found.append((extents, digests, known))
-            task.raw, task.extents, task.count = _address(s.raw), ctypes.addressof(extents), len(s.extents)
+            task.raw, task.extents, task.count = address(s.raw), ctypes.addressof(extents), len(s.extents)
             task.dtype, task.itemsize = CODES.get(s.dtype, -1), s.dtype.itemsize
             if look:
                 task.digests = ctypes.addressof(digests)
                 task.squares, task.nans, task.infinities = (ctypes.addressof(x) for x in known)
         whole, parts = (ctypes.c_int64 * (n + 1))(*pieces), (ctypes.c_int64 * (k + 1))(*edges)
-        if self.library.stockpot_transfer(tasks, len(streams), write, whole, n, parts, k):
+        if self.functions.stockpot_transfer(tasks, len(streams), write, whole, n, parts, k):
             return None
         if not look:
             return []
@@ -335,111 +279,25 @@ class Kernels:
 
     def mask(self, key: int, start: int, whole: int, rest: int, out: Any) -> None:
         """Fill the booleans `out` with those of elements start, start + 1, ...: see masks.MaskStream."""
-        self.library.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
+        self.functions.stockpot_mask(key & _ALL, key >> 64, start, len(out), whole, rest, out.ctypes.data)
 
     def words(self, key: int, start: int, out: Any) -> None:
         """Fill the uint64 `out` with words start, start + 1, ... of a stream: see masks.MaskStream."""
-        self.library.stockpot_words(key & _ALL, key >> 64, start, len(out), out.ctypes.data)
+        self.functions.stockpot_words(key & _ALL, key >> 64, start, len(out), out.ctypes.data)
 
     def uniform(self, key: int, start: int, out: Any) -> None:
         """Fill `out`, float32 or float64, with numbers from 0 to 1 by words start, start + 1, ...: see engine.draws."""
-        self.library.stockpot_uniform(key & _ALL, key >> 64, start, len(out), out.itemsize == 8, out.ctypes.data)
+        self.functions.stockpot_uniform(key & _ALL, key >> 64, start, len(out), out.itemsize == 8, out.ctypes.data)
 
     def prune(self, delta: Any, uniform: Any, low: float, step: float, inverse: bool, out: Any) -> None:
         """Of contiguous rows `[rows, n]`: see methods.pruned, which this does the work of."""
         rows, n = delta.shape
         keys = np.empty(delta.shape, np.uint64)
         wide = delta.itemsize == 8
-        self.library.stockpot_keys(delta.ctypes.data, wide, rows, n, keys.ctypes.data)
+        self.functions.stockpot_keys(delta.ctypes.data, wide, rows, n, keys.ctypes.data)
         keys.sort(axis=-1)  # numpy's is in vectors
         where = keys.ctypes.data, delta.ctypes.data, uniform.ctypes.data
-        self.library.stockpot_prune(*where, wide, rows, n, low, step, inverse, out.ctypes.data)
-
-
-def task_of(models: int, form: Form | None) -> tuple[_Task, list[Any]]:
-    """A task without its data, and what must stay alive while it is used."""
-    alive: list[Any] = []
-    return _formed(_Task(m=models, scale=1.0), form, None, alive), alive
-
-
-def _formed(task: _Task, form: Form | None, mask: Any, alive: list[Any]) -> _Task:
-    """The task with a form's arithmetic. alive: takes what must stay alive while it is used."""
-    if form is None:
-        return task
-
-    def keep(values: Sequence[float], kind: Any) -> int:
-        array = (kind * len(values))(*values)
-        alive.append(array)
-        return ctypes.addressof(array)
-
-    task.weight = keep(form.weight, ctypes.c_double)
-    task.scale = form.scale
-    if form.cutoff is not None:
-        task.trims, task.cutoff = 1, keep(form.cutoff, ctypes.c_float)
-    if form.ceiling is not None:
-        task.ceiling = keep(form.ceiling, ctypes.c_float)
-    if form.factor is not None:
-        task.factor = keep(form.factor, ctypes.c_double)
-    if form.masked and mask is not None:
-        alive.append(mask)
-        task.mask = mask.ctypes.data
-    if form.election is not None:
-        task.elect = 1
-        task.weighted_election = form.election.weighted
-        task.divide = _DIVIDE[form.election.divide_by]
-        task.zero_is_positive = form.election.zero_is_positive
-        task.least = form.election.least
-    if form.spread is not None:
-        task.selects, task.spread = 1, form.spread
-    return task
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A statistic's `fold` on raw bytes: (what it looks for, block, form, mask, the piece so far) -> part.
-
-    form  whether it needs to know the form of the method's arithmetic
-    """
-
-    form: bool
-    fold: Callable[..., Any]
-
-
-def _fold_rank(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
-    windows = [(w.low, w.high) if isinstance(w, Window) else None for w in seek]
-    found = kernels.split(block, windows)
-    return [
-        None if w is None else Tally(n, [inside], len(inside)) for w, (n, inside) in zip(windows, found, strict=True)
-    ]
-
-
-def _fold_spread(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
-    if not isinstance(seek[0], Window):
-        return [None]
-    n, inside = kernels.split_spread(block, seek[0].low, seek[0].high)
-    return [Tally(n, [inside], len(inside))]
-
-
-def _fold_total(kind: str) -> Callable[..., Any]:
-    def fold(kernels: Kernels, seek: Any, block: Block, form: Any, mask: Any, so_far: Any) -> Any:
-        return kernels.totals(kind, block, form, mask, so_far)
-
-    return fold
-
-
-#: by the type of the statistic: what of it is compiled
-_FOLDS: dict[type, Fold] = {
-    Rank: Fold(False, _fold_rank),
-    Gram: Fold(False, _fold_total("gram")),
-    L1Norms: Fold(True, _fold_total("norms")),
-    SignSum: Fold(True, _fold_total("signs")),
-}
-#: by the name that a statistic gives: of those with a function of their own
-_NAMED: dict[str, Fold] = {
-    "spread": Fold(False, _fold_spread),
-    "varying": Fold(False, _fold_total("varying")),
-    "energies": Fold(True, _fold_total("energies")),
-}
+        self.functions.stockpot_prune(*where, wide, rows, n, low, step, inverse, out.ctypes.data)
 
 
 def _check(status: int) -> None:
@@ -483,8 +341,7 @@ def _loaded() -> Kernels | None:
 
 
 def _use(kernels: Kernels | None) -> None:
-    """Statistics and methods have functions of their own that kernels do faster, to the same numbers."""
-    use_picker(None if kernels is None else kernels.select)
-    use_teller(None if kernels is None else kernels.tally)
-    use_merger(None if kernels is None else kernels.elect)
-    use_pruner(None if kernels is None else kernels.prune)
+    """Statistics and methods have functions of their own that kernels do faster, to the same bytes."""
+    FASTER.clear()
+    if kernels is not None:
+        FASTER.update(pick=kernels.select, tally=kernels.tally, elect=kernels.elect, prune=kernels.prune)

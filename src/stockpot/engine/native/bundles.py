@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stockpot.engine.native.tasks import CODES, task_of
 from stockpot.specs import DType
 
 if TYPE_CHECKING:
@@ -92,15 +93,11 @@ def address(array: Any) -> int:
 @cache
 def _codes(dtypes: tuple[DType, ...]) -> tuple[Any, Any]:
     """What bundle.inc knows dtypes by, and the bytes of each."""
-    from stockpot.engine.native import CODES
-
     return np.array([CODES.get(d, -1) for d in dtypes], np.int32), np.array([d.itemsize for d in dtypes], np.int32)
 
 
 def run_bundle(kernels: Kernels, b: Bundle) -> int:
     """Do it; how many pieces were done (see bundle.inc). What statistics come to is in `b.found`."""
-    from stockpot.engine.native import CODES, task_of
-
     count, inputs = len(b), len(b.dtypes)
     alive: list[Any] = []
 
@@ -150,4 +147,4 @@ def run_bundle(kernels: Kernels, b: Bundle) -> int:
         }
         c.low, c.high, c.room = at(b.low), at(b.high), b.room
         c.below, c.held, c.inside = (at(b.found[k]) for k in ("below", "held", "inside"))
-    return int(kernels.library.stockpot_bundle(ctypes.byref(c)))
+    return int(kernels.functions.stockpot_bundle(ctypes.byref(c)))

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 13
+#define ABI 14
 #define TILE 1024
 #define REDUCE 65536
 #define LANES 64
@@ -46,7 +46,7 @@ enum { BF16, F16, F32, F64 };
 static const int64_t SIZES[] = {2, 2, 4, 8};
 enum { DIVIDE_NONE, DIVIDE_WEIGHT, DIVIDE_COUNT };
 
-/* What to do with a block of n elements of m models; see native/__init__.py, which mirrors it. */
+/* What to do with a block of n elements of m models; see native/tasks.py, which mirrors it. */
 typedef struct {
     int64_t n;
     int32_t m;
@@ -260,11 +260,9 @@ EXPORT int32_t stockpot_split(const Task *task, int32_t wide, const uint32_t *lo
     return split_f32(task, split_fused(task, low, high, below, inside, held), low, high, below, inside, held);
 }
 
-/* As stockpot_split, of one window and how much the models differ in each element (see `spread`). */
-EXPORT int32_t stockpot_split_spread(const Task *task, int32_t wide, uint32_t low, uint32_t high, int64_t *below,
-                                     uint32_t *inside, int64_t *held) {
-    if (wide) return split_spread_f64(task, low, high, below, inside, held);
-    return split_spread_f32(task, low, high, below, inside, held);
+/* How much the models differ in each element (see `spread`). Returns 1 when there is no memory for scratch. */
+EXPORT int32_t stockpot_spread(const Task *task, int32_t wide, float *out) {
+    return wide ? spreads_f64(task, out) : spreads_f32(task, out);
 }
 
 /* Of n float32 as bit patterns, which where they are signed are changed to order as the numbers do: those inside the window
