@@ -576,3 +576,24 @@ def a_fifo_for_everything(f: Path) -> Action:
                 call()
 
     return act
+
+
+# optimizers
+
+
+@made
+def an_optimizer_of_many_layers(f: Path) -> Action:
+    """Names by the order of a class: a model of as many layers as its config asks for is not made."""
+    import torch
+
+    safetensors(f / "m/model.safetensors", {"model.norm.weight": [1]}, "F32")
+    config(f / "m", num_hidden_layers=10**8)
+    config(safetensors(f / "base/model.safetensors", {"model.norm.weight": [1]}, "F32").parent)
+    parameter = torch.ones(1, requires_grad=True)
+    parameter.grad = torch.ones(1)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    torch.save(optimizer.state_dict(), f / "o.pt")
+    models = [{"model": str(f / "m"), "companions": {"moment": str(f / "o.pt")}}]
+    recipe = {"merge_method": "ota", "base_model": str(f / "base"), "models": models}
+    return lambda: stockpot.plan(recipe)

@@ -142,17 +142,26 @@ def test_names_in_the_file_and_beside_it(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "names", "message"),
     [
-        ("part", None, r"something of 2 parameters, and the order of LlamaForCausalLM has 21; write the names"),
+        (
+            "part",
+            None,
+            r"groups have 2 parameters; expected one of 21, as LlamaForCausalLM has, or the Trainer's two.*write",
+        ),
         (
             "groups",
             None,
             r"groups have 1 and 1 parameters; expected one of 21, as LlamaForCausalLM has, or the Trainer's two",
         ),
-        ("part", ["lm_head.weight"], "keeps something of 2 parameters, and part.pt.names.json has 1"),
+        ("part", ["lm_head.weight"], "keeps something of parameter 1, and part.pt.names.json has 1"),
         ("part", ["lm_head.weight", "lm_head.weight"], "expected a list of different names"),
         ("part", {"a": 1}, "expected a list of different names"),
         ("part", "{", "not JSON"),
         ("part", ["model.norm.weight", "head"], "parameter 1 is 'head', which .* has not"),
+        (
+            "part",
+            ["lm_head.weight", "model.norm.weight"],
+            r"parameter 0 is 'lm_head.weight', \[32, 16\] in .*is \[16\]",
+        ),
         ("sgd", None, "keeps no 'exp_avg_sq' of parameter 0, only momentum_buffer"),
     ],
 )
@@ -180,6 +189,99 @@ def test_refused(base: Path, tmp_path: Path, what: str, names: Any, message: str
         stockpot.plan(recipe(base, (base, file)))
 
 
+@pytest.mark.parametrize("how", ["named", "listed"])
+def test_a_part_that_was_trained(base: Path, tmp_path: Path, how: str) -> None:
+    """What the optimizer never saw has a moment of 0: the other model's change counts there, or the plain mean."""
+    chosen = ("model.norm.weight", "lm_head.weight")
+    model = LlamaForCausalLM.from_pretrained(base)
+    optimizer_of(model, tmp_path / "part.pt", names=how == "named", trained=lambda n: n in chosen)
+    model.save_pretrained(tmp_path / "part")
+    if how == "listed":
+        (tmp_path / "part.pt.names.json").write_text(json.dumps(list(chosen)))
+    other = LlamaForCausalLM.from_pretrained(base)
+    optimizer_of(other, tmp_path / "all.pt", names=True)
+    other.save_pretrained(tmp_path / "all")
+    asked = recipe(base, (tmp_path / "part", tmp_path / "part.pt"), (tmp_path / "all", tmp_path / "all.pt"))
+    plan = stockpot.plan(asked)
+    assert any(
+        "keeps nothing of 19 of its tensors, which counts as 0: 'model.embed_tokens.weight'" in n for n in plan.notes
+    )
+    stockpot.merge(asked, tmp_path / "out")
+    got, part, whole = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "part", "all"))
+    for name, x in got.items():
+        if name in chosen:
+            assert not torch.equal(part[name], whole[name])
+            assert not torch.allclose(x, whole[name], atol=1e-4)
+        else:
+            assert torch.allclose(x, whole[name], atol=1e-6), name
+
+
+def test_a_parameter_that_never_got_a_gradient(base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base)
+    left_alone = "model.layers.0.mlp.up_proj.weight"
+    for n, p in model.named_parameters():
+        p.grad = None if n == left_alone else torch.ones_like(p)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == 20
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    model.save_pretrained(tmp_path / "one")
+    notes = stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt"))).notes
+    assert any(f"keeps nothing of 1 of its tensors, which counts as 0: {left_alone!r}" in n for n in notes)
+
+
+def test_a_learning_rate_that_is_a_tensor(base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2))
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    model.save_pretrained(tmp_path / "one")
+    notes = stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt"))).notes
+    assert any("by the order of LlamaForCausalLM" in n for n in notes)
+    assert not any("counts as 0" in n for n in notes)
+
+
+def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
+    """The head has the embedding's moment, as the optimizer knew one parameter."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    optimizer_of(model, tmp_path / "o.pt")
+    model.save_pretrained(tmp_path / "one")
+    for name in ("base", "one"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        copy = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors | {"lm_head.weight": copy}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    asked = recipe(tmp_path / "base", (tmp_path / "one", tmp_path / "o.pt"))
+    assert not any("counts as 0" in n for n in stockpot.plan(asked).notes)
+    stockpot.merge(asked, tmp_path / "out")
+    got, one = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "one"))
+    assert all(torch.allclose(got[n], one[n], atol=1e-6) for n in got)
+
+
+def test_a_list_beside_a_link_and_one_that_changes(base: Path, tmp_path: Path) -> None:
+    """It lies beside the link, not beside what the link leads to; another list is another plan."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    optimizer_of(model, tmp_path / "o.pt")
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link.pt"
+    link.symlink_to(tmp_path / "o.pt")
+    names = [n for n, _ in model.named_parameters()]
+    Path(f"{link}.names.json").write_text(json.dumps(names))
+    one = stockpot.plan(recipe(base, (tmp_path / "one", link)))
+    assert any("by link.pt.names.json" in n for n in one.notes)
+    q, o = (names.index(f"model.layers.0.self_attn.{x}_proj.weight") for x in "qo")
+    names[q], names[o] = names[o], names[q]
+    Path(f"{link}.names.json").write_text(json.dumps(names))
+    assert stockpot.plan(recipe(base, (tmp_path / "one", link))).identity != one.identity
+
+
 def test_of_what_no_class_is_known(base: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -188,6 +290,25 @@ def test_of_what_no_class_is_known(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "odd/config.json").write_text(json.dumps({**config, "architectures": ["Unheard"]}))
     with pytest.raises(stockpot.StockpotError, match=r"architectures \['Unheard'\]\) isn't known; write the names"):
+        stockpot.plan(recipe(base, (tmp_path / "odd", tmp_path / "o.pt")))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"num_hidden_layers": 10**6},
+        {"num_hidden_layers": 1000, "num_experts": 1000},
+        {"text_config": {"n_layer": 10**6}, "num_hidden_layers": 1},
+    ],
+)
+def test_a_config_of_more_layers_than_any(base: Path, tmp_path: Path, parts: dict[str, Any]) -> None:
+    import shutil
+
+    optimizer_of(LlamaForCausalLM.from_pretrained(base), tmp_path / "o.pt")
+    shutil.copytree(base, tmp_path / "odd")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | parts))
+    with pytest.raises(stockpot.StockpotError, match=r"more layers than any model has; write the names"):
         stockpot.plan(recipe(base, (tmp_path / "odd", tmp_path / "o.pt")))
 
 
@@ -228,7 +349,9 @@ def test_an_optimizers_tensors_in_a_safetensors_file(base: Path, tmp_path: Path)
     model = LlamaForCausalLM.from_pretrained(base)
     model.save_pretrained(tmp_path / "one")
     save_file({f"state.{i}.exp_avg_sq": torch.ones_like(p) for i, p in enumerate(model.parameters())}, file)
-    with pytest.raises(stockpot.StockpotError, match=r"groups have 21 parameters.*o.safetensors.names.json"):
+    with pytest.raises(
+        stockpot.StockpotError, match=r"it has no param_groups; expected one of 21.*o.safetensors.names.json"
+    ):
         stockpot.plan(recipe(base, (tmp_path / "one", file)))
     Path(f"{file}.names.json").write_text(json.dumps([n for n, _ in model.named_parameters()]))
     stockpot.plan(recipe(base, (tmp_path / "one", file)))

@@ -123,21 +123,21 @@ class Inputs:
             return -1
         path = self.locate(ref)
         key = f"{role}\0{path}"
-        if f"{key}\0{model}" in self.by_path:
-            return self.by_path[f"{key}\0{model}"]
-        if key not in self.by_path and key not in self.failed:
+        # which of the model's tensors an optimizer's numbers are of hangs on the model
+        own = f"{key}\0{model}"
+        if own not in self.by_path and key not in self.by_path and key not in self.failed:
             try:
                 found = self.computed.get(ref) or open_checkpoint(path)
                 if optimizer is not None and model >= 0 and is_optimizer(found):
-                    # which of the model's tensors they are of hangs on the model
-                    of_model = moments_of(found, self.inputs[model].checkpoint, optimizer)
-                    self.notes.append(f"{of_model.ref}, for {self.inputs[model].ref}")
-                    return self.add(f"{key}\0{model}", ref, of_model, line, role)
+                    beside = f"{self.place(ref)}.names.json"
+                    found, note = moments_of(found, self.inputs[model].checkpoint, optimizer, beside)
+                    self.notes.append(note)
+                    key = own
                 return self.add(key, ref, found, line, role)
             except StockpotError as e:
                 self.failed.add(key)
                 self.problems.append(e.about(path, ref).within(self.recipe.at(line), role))
-        return self.by_path.get(key, -1)
+        return self.by_path.get(own, self.by_path.get(key, -1))
 
     def add(self, key: str, ref: str, checkpoint: Checkpoint, line: int, role: str = "model") -> int:
         """Take in a model under the path or name `key`; its index."""
@@ -223,6 +223,13 @@ class Inputs:
         return self.opened[path]
 
     def locate(self, ref: str) -> str:
+        """`place`, without links; a reference that is no path as it is."""
+        path = self.place(ref)
+        if is_url(path):
+            return path
+        return os.path.realpath(path) if os.path.exists(path) else ref
+
+    def place(self, ref: str) -> str:
         """A relative path is looked for in the working directory, then beside the recipe."""
         if is_url(ref):
             return ref.rstrip("/")
@@ -230,5 +237,5 @@ class Inputs:
         if not os.path.isabs(path) and not os.path.exists(path) and os.path.isfile(self.recipe.origin):
             beside = os.path.join(os.path.dirname(os.path.abspath(self.recipe.origin)), path)
             if os.path.exists(beside):
-                path = beside
-        return os.path.realpath(path) if os.path.exists(path) else ref
+                return beside
+        return path
