@@ -230,6 +230,15 @@ def test_a_parameter_that_never_got_a_gradient(base: Path, tmp_path: Path) -> No
     assert any(f"keeps nothing of 1 of its tensors, which counts as 0: {left_alone!r}" in n for n in notes)
 
 
+def test_of_one_parameter(base: Path, tmp_path: Path) -> None:
+    """A file of one state dict."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    optimizer_of(model, tmp_path / "o.pt", names=True, trained=lambda n: n == "model.norm.weight")
+    model.save_pretrained(tmp_path / "one")
+    notes = stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt"))).notes
+    assert any("by its own param_names" in n and "nothing of 20 of its" in n for n in notes)
+
+
 def test_a_learning_rate_that_is_a_tensor(base: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     for p in model.parameters():

@@ -35,8 +35,20 @@ _MOST_MODULES = 200_000
 
 def is_optimizer(checkpoint: Checkpoint) -> bool:
     """Whether it is an optimizer's state: tensors by number, and perhaps a learning rate that is one."""
-    kinds = [bool(_STATE.fullmatch(n)) for n in checkpoint.names() if not _OF_GROUP.fullmatch(n)]
-    return bool(kinds) and all(kinds)
+    kept = sum(map(len, _kept(checkpoint).values()))
+    of_groups = sum(_OF_GROUP.fullmatch(n) is not None for n in checkpoint.names())
+    return kept > 0 and kept + of_groups == len(checkpoint)
+
+
+def _kept(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
+    """By a parameter's number what is kept of it: `exp_avg_sq` -> the tensor's name."""
+    prefixes = [key for header in checkpoint.files for key, prefix in header.parts.items() if key and not prefix]
+    alone = f"{prefixes[0]}." if len(prefixes) == 1 else ""  # the only state dict of a file has names without its own
+    out: dict[int, dict[str, str]] = {}
+    for name in checkpoint.names():
+        if found := _STATE.fullmatch(alone + name):
+            out.setdefault(int(found[1]), {})[found[2]] = name
+    return dict(sorted(out.items()))
 
 
 @dataclass(frozen=True)
@@ -53,11 +65,8 @@ def moments_of(checkpoint: Checkpoint, model: Checkpoint, key: str, beside: str)
     beside: where a list of the names may lie. What it keeps nothing of, for want of a gradient, is 0. Raises CheckpointError.
     """
     ref = checkpoint.ref
-    kept: dict[int, set[str]] = {}
-    for name in checkpoint.names():
-        if found := _STATE.fullmatch(name):
-            kept.setdefault(int(found[1]), set()).add(found[2])
-    without = [i for i, keys in sorted(kept.items()) if key not in keys]
+    kept = _kept(checkpoint)
+    without = [i for i, keys in kept.items() if key not in keys]
     if without:
         has = ", ".join(sorted(kept[without[0]]))
         why = f"the optimizer keeps no {key!r} of parameter {without[0]}, only {has}: not Adam's state?"
@@ -68,7 +77,7 @@ def moments_of(checkpoint: Checkpoint, model: Checkpoint, key: str, beside: str)
         raise CheckpointError(
             f"{ref}: keeps something of parameter {max(kept)}, and {known.why} has {len(known.names)}; {advice}"
         )
-    stored = {known.names[i]: f"state.{i}.{key}" for i in sorted(kept)}
+    stored = {known.names[i]: names[key] for i, names in kept.items()}
     for i, name in enumerate(known.names):
         by = f"by {known.why} parameter {i} is {name!r}"
         if name not in model:
