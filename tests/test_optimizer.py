@@ -321,6 +321,26 @@ def test_a_config_of_more_layers_than_any(base: Path, tmp_path: Path, parts: dic
         stockpot.plan(recipe(base, (tmp_path / "odd", tmp_path / "o.pt")))
 
 
+def test_a_config_that_makes_no_model(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    optimizer_of(LlamaForCausalLM.from_pretrained(base), tmp_path / "o.pt")
+    shutil.copytree(base, tmp_path / "odd")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
+    with pytest.raises(
+        stockpot.StockpotError, match=r"LlamaForCausalLM can't be made of the config of .*; write the names"
+    ):
+        stockpot.plan(recipe(base, (tmp_path / "odd", tmp_path / "o.pt")))
+
+
+def test_groups_without_a_state_are_no_optimizers(base: Path, tmp_path: Path) -> None:
+    torch.save({"state": {}, "param_groups": [{"lr": torch.ones(1)}, {"lr": torch.ones(1)}]}, tmp_path / "o.pt")
+    LlamaForCausalLM(CONFIG).save_pretrained(tmp_path / "one")
+    with pytest.raises(stockpot.StockpotError, match="has no tensor"):
+        stockpot.plan(recipe(base, (tmp_path / "one", tmp_path / "o.pt")))
+
+
 def test_where_no_optimizer_is_wanted(base: Path, tmp_path: Path) -> None:
     optimizer_of(LlamaForCausalLM.from_pretrained(base), tmp_path / "o.pt")
     asked = {
