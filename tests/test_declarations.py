@@ -480,6 +480,29 @@ def test_sums_over_rows_of_the_block_itself(tmp_path: Path) -> None:
     assert all(abs(x - values.astype(np.float64).sum()) < 1e-6 for x in found)
 
 
+def test_a_sample_of_long_rows_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of every unit would be more than all that was planned for."""
+    from stockpot.engine.loop import Loop
+
+    shape, sizes = (1024, 6000), []
+    for i, name in enumerate("ab"):
+        values = 0.02 * np.random.default_rng(i).standard_normal(shape)
+        write_model(str(tmp_path / name), {"w.weight": values.astype(np.float32)}, "BF16")
+
+    def sample(self: Loop, *given: Any) -> Any:
+        found = taken(self, *given)
+        sizes.append(found.shape)
+        return found
+
+    taken = Loop._sample
+    monkeypatch.setattr(Loop, "_sample", sample)
+    monkeypatch.setattr("stockpot.engine.loop._JOB_SAMPLES", 6000)
+    recipe = {"merge_method": "arcee_fusion", "base_model": str(tmp_path / "a"), "models": [str(tmp_path / "b")]}
+    stockpot.merge(recipe, tmp_path / "out")
+    assert sizes
+    assert all(0 < n <= 2 * 6000 for _, n in sizes)
+
+
 def test_masks_with_a_probability_for_each_element() -> None:
     from stockpot.engine.masks import MaskStream, mask_key
 

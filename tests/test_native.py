@@ -373,6 +373,20 @@ def test_pruned_rows_are_numpy_s(shape: tuple[int, ...], inverse: bool, dtype: t
     assert found.tobytes() == plain.tobytes()
 
 
+def test_chances_of_ranks_that_float32_can_not_hold() -> None:
+    """In a row of more than 2^24 elements."""
+    from stockpot.methods.pruned import magprune_probabilities
+
+    n = 2**24 + 4096
+    delta = np.arange(1, n + 1, dtype=np.uint32).view(np.float32)[None]  # in order
+    kernels = load_kernels()
+    assert kernels is not None
+    kept, chance = np.empty_like(delta), magprune_probabilities(delta[None], (0.5,), (0.15,))[0]
+    for uniform, expected in ((chance, 0), (np.nextafter(chance, np.float32(0)), n)):
+        kernels.prune(delta, uniform, 0.35, 0.3 / (n - 1), False, kept)
+        assert np.count_nonzero(kept.view(np.uint32)) == expected
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("start", "n"), [(0, 1), (1, 2), (3, 10), (4, 4), (7, 1001), (5, 0), (10**12 + 1, 2077)])
 def test_uniform_numbers_are_numpy_s(start: int, n: int, dtype: type) -> None:

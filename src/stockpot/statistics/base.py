@@ -93,8 +93,8 @@ class Statistic:
         raise NotImplementedError
 
     def seen(self, block: Any, keywords: Mapping[str, Any]) -> Any:
-        """What of a block `[m, ...]` it looks at, `[k, n]`: what `suggest` wants to see of a few elements."""
-        raise NotImplementedError
+        """What of a block `[m, ...]` it looks at, `[k, n]`, for `suggest` to see of a few elements: the block as it is."""
+        return block.reshape(len(block), -1)
 
     def suggest(self, seek: Any, sample: Any) -> Any:
         """A seek narrowed by a sample `[k, n]` of what it looks at; the value does not depend on it."""
